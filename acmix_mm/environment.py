@@ -1,0 +1,48 @@
+"""Telling early, and in words, when an environment cannot run what the tools need.
+
+``python -m acmix_mm.environment`` does so for the interpreter that runs it.
+"""
+
+import sys
+from importlib import import_module
+
+from .errors import UsageError
+
+REBUILD = ('with torch, setuptools below 81, wheel, ninja and psutil in place, run '
+           'pip install --no-build-isolation --no-cache-dir --no-deps '
+           '--force-reinstall mmcv==2.1.0')
+
+
+def check_mmcv() -> None:
+    """Raise UsageError unless mmcv has operators that fit the installed torch."""
+    import torch
+    try:
+        import mmcv
+    except ImportError as error:
+        raise UsageError(f'mmcv cannot be imported ({error}); {REBUILD}') from error
+    where = f'mmcv {mmcv.__version__} in {sys.prefix}'
+    try:
+        import_module('mmcv._ext')
+    except ModuleNotFoundError as error:
+        raise UsageError(f'{where} has no operators (it was built without torch in sight, or is '
+                         f'mmcv-lite); {REBUILD}') from error
+    except ImportError as error:
+        raise UsageError(f'{where} was built for another torch than {torch.__version__} '
+                         f'({str(error).splitlines()[0]}); {REBUILD}') from error
+    from mmcv.ops import nms
+    boxes = torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.], [20., 20., 29., 29.]])
+    try:
+        _, kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
+    except Exception as error:
+        raise UsageError(f'{where} has operators that do not run with torch {torch.__version__} '
+                         f'({str(error).splitlines()[0]}); {REBUILD}') from error
+    if kept.tolist() != [0, 2]:
+        raise UsageError(f'{where} has operators that compute nonsense with torch '
+                         f'{torch.__version__}; {REBUILD}')
+
+
+if __name__ == '__main__':
+    try:
+        check_mmcv()
+    except UsageError as error:
+        sys.exit(f'error: {error}')
