@@ -1,0 +1,132 @@
+"""The convolution path of ACmix: a light fully connected layer, then shift and sum.
+
+Paper: arXiv 2111.14556, section 4.1 (stage II of the convolution path) and section 4.2, where
+the fixed shifts become a grouped convolution whose kernels start as shifts and are learned.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .forms import named_form
+
+
+def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+               fc_bias: Optional[Tensor] = None, *, form: Optional[str] = None) -> Tensor:
+    """Mix the maps of all heads into k² maps, shift each, and sum them for every output head.
+
+    Args:
+        maps: queries, keys and values as 3 · num_heads maps of head_dims channels, (batch,
+            3 · num_heads, head_dims, height, width), any floating dtype and strides.
+        fc_weight: (k², 3 · num_heads), shared by all head_dims channels.
+        shift_weight: (head_dims · num_heads, k², k, k), k odd; output channels go (head_dims,
+            num_heads), as grouped convolution lays them out.
+        fc_bias: (k²,), or None.
+        form: ``'reference'``, ``'two_step'`` or ``'folded'``; the cheaper of the last two if
+            None.
+
+    Returns:
+        (batch, head_dims · num_heads, height, width), in the dtype of ``maps``. Positions outside
+        the map count as zero after the bias.
+
+    Raises:
+        ValueError: the shapes do not fit together, or there is no such form.
+    """
+    if maps.dim() != 5:
+        raise ValueError('shift_conv takes maps of shape (batch, 3 · num_heads, head_dims, height, '
+                         f'width), got {tuple(maps.shape)}.')
+    num_maps, head_dims = maps.shape[1:3]
+    num_shifts, kernel_size = shift_weight.shape[1], shift_weight.shape[-1]
+    num_heads = num_maps // 3
+    if shift_weight.shape != (head_dims * num_heads, num_shifts, kernel_size, kernel_size):
+        raise ValueError(f'{num_heads} heads of {head_dims} channels need a shift_weight of shape '
+                         f'({head_dims * num_heads}, k², k, k), got {tuple(shift_weight.shape)}.')
+    if kernel_size % 2 == 0:
+        raise ValueError(f'shift_conv takes odd kernels, got one of {kernel_size}.')
+    if fc_weight.shape != (num_shifts, num_maps):
+        raise ValueError(f'{num_maps} maps and {num_shifts} shifts need an fc_weight of shape '
+                         f'{(num_shifts, num_maps)}, got {tuple(fc_weight.shape)}.')
+    # Per pixel and channel, for k = 3, the two steps cost 27 + 81 multiplications and the folded
+    # form 27 · num_heads: they meet at four heads.
+    default = 'folded' if num_heads < 4 else 'two_step'
+    return named_form('shift_conv', FORMS, form, default)(maps, fc_weight, shift_weight, fc_bias)
+
+
+def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                         fc_bias: Optional[Tensor]) -> Tensor:
+    """Follow the paper's equations one shift at a time; see :func:`shift_conv`.
+
+    Every tap of the kernels moves the mixed maps by its own offset and weighs them; the sum
+    over the taps is the output.
+    """
+    height, width = maps.shape[-2:]
+    head_dims, kernel_size = maps.shape[2], shift_weight.shape[-1]
+    mixed = torch.einsum('jm,bmdhw->bdjhw', fc_weight, maps)
+    if fc_bias is not None:
+        mixed = mixed + fc_bias[:, None, None]
+    reach = kernel_size // 2
+    padded = F.pad(mixed, (reach, reach, reach, reach))
+    kernels = shift_weight.unflatten(0, (head_dims, -1))
+    out = 0
+    for row in range(kernel_size):
+        for column in range(kernel_size):
+            shifted = padded[..., row:row + height, column:column + width]
+            out = out + torch.einsum('dnj,bdjhw->bdnhw', kernels[..., row, column], shifted)
+    return out.flatten(1, 2)
+
+
+def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                        fc_bias: Optional[Tensor]) -> Tensor:
+    """Mix by a matrix product at every pixel, then run one grouped convolution, channels last."""
+    mixed = torch.matmul(fc_weight, maps.permute(0, 3, 4, 1, 2))
+    if fc_bias is not None:
+        mixed = mixed + fc_bias[:, None].to(mixed.dtype)
+    return _grouped_conv(mixed.transpose(3, 4), shift_weight)
+
+
+def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                      fc_bias: Optional[Tensor]) -> Tensor:
+    """Fold the two linear steps into one grouped convolution from the 3 · num_heads maps."""
+    kernels = torch.einsum('cjyx,jm->cmyx', shift_weight, fc_weight)
+    out = _grouped_conv(maps.permute(0, 3, 4, 2, 1), kernels)
+    if fc_bias is not None:
+        out = out + _bias_map(fc_bias, shift_weight, maps.shape[-2:])
+    return out
+
+
+def _grouped_conv(groups: Tensor, kernels: Tensor) -> Tensor:
+    """Convolve (batch, height, width, groups, channels) group by group, padded with zeros."""
+    # Channels last is what oneDNN's grouped convolution is fast in: twice its time otherwise.
+    images = groups.flatten(3).permute(0, 3, 1, 2)
+    return F.conv2d(images, kernels, padding=kernels.shape[-1] // 2, groups=groups.shape[3])
+
+
+def _bias_map(fc_bias: Tensor, shift_weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the fc bias adds to the output, (channels, height, width).
+
+    The bias is convolved too, and the border, where some taps fall outside, gets less of it. All
+    inner positions are alike: a map of k × k has one of each kind.
+    """
+    kernel_size = shift_weight.shape[-1]
+    taps = torch.einsum('cjyx,j->cyx', shift_weight, fc_bias)[:, None]
+    ones = taps.new_ones(1, 1, min(size[0], kernel_size), min(size[1], kernel_size))
+    kinds = F.conv2d(ones, taps, padding=kernel_size // 2)[0]
+    reach = kernel_size // 2
+    rows, columns = (_kind_of_position(extent, reach, taps.device) for extent in size)
+    return kinds[:, rows][:, :, columns]
+
+
+def _kind_of_position(extent: int, reach: int, device: torch.device) -> Tensor:
+    """Index of each of ``extent`` positions in a shortened axis of at most 2 · reach + 1."""
+    positions = torch.arange(extent, device=device)
+    from_end = positions - extent + min(extent, 2 * reach + 1)
+    return torch.maximum(torch.minimum(positions, torch.full_like(positions, reach)), from_end)
+
+
+FORMS = {
+    'reference': shift_conv_reference,
+    'two_step': shift_conv_two_step,
+    'folded': shift_conv_folded,
+}

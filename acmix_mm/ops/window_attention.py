@@ -1,0 +1,127 @@
+"""Self-attention inside (shifted) windows, the attention path of ACmix in a Swin host.
+
+Paper: arXiv 2111.14556, section 4.1 (stage II of the attention path); the windows and their
+shift are Swin's, arXiv 2103.14030, section 3.2.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .forms import named_form
+
+# Swin adds this to the logits of pairs that the shift brought together from opposite edges.
+MASKED_LOGIT = -100.0
+
+
+def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
+                     shift_size: int = 0, scale: Optional[float] = None, dropout_p: float = 0.0,
+                     form: Optional[str] = None) -> Tensor:
+    """Attend within the windows of a map: softmax(q·kᵀ·scale + bias)·v, window by window.
+
+    Args:
+        qkv: queries, keys and values, (batch, height, width, 3, num_heads, head_dims), any
+            floating dtype. In a shifted block the map comes in already rolled by
+            ``-shift_size`` along both axes.
+        bias: position bias between the positions of a window in row-major order,
+            (num_heads, area, area) with area = window height · window width.
+        window_size: (height, width) of a window; each divides the map's.
+        shift_size: by how many pixels the map has been rolled. Positions that come from
+            opposite edges of the map do not see each other.
+        scale: factor of the logits; ``head_dims ** -0.5`` if None.
+        dropout_p: probability of dropping an attention weight.
+        form: ``'reference'`` or ``'sdpa'``; the latter if None.
+
+    Returns:
+        (batch, height, width, num_heads · head_dims), in the dtype of ``qkv``.
+
+    Raises:
+        ValueError: the shapes do not fit together, or there is no such form.
+    """
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError('window_attention takes qkv of shape (batch, height, width, 3, num_heads, '
+                         f'head_dims), got {tuple(qkv.shape)}.')
+    height, width, num_heads, head_dims = (qkv.shape[axis] for axis in (1, 2, 4, 5))
+    if height % window_size[0] or width % window_size[1]:
+        raise ValueError(f'A map of {height}×{width} does not divide into windows of '
+                         f'{window_size[0]}×{window_size[1]}; pad it first.')
+    area = window_size[0] * window_size[1]
+    if bias.shape != (num_heads, area, area):
+        raise ValueError(f'window_attention takes a bias of shape {(num_heads, area, area)} for '
+                         f'these windows and heads, got {tuple(bias.shape)}.')
+    if not 0 <= shift_size < min(window_size):
+        raise ValueError(f'shift_size must lie in [0, {min(window_size)}), got {shift_size}.')
+    if scale is None:
+        scale = head_dims**-0.5
+    run = named_form('window_attention', FORMS, form, 'sdpa')
+    return run(qkv, bias.to(qkv.dtype), window_size, shift_size, scale, dropout_p)
+
+
+def window_attention_reference(qkv: Tensor, bias: Tensor, window_size: tuple[int, int],
+                               shift_size: int, scale: float, dropout_p: float) -> Tensor:
+    """Follow the equation over the whole map at once; see :func:`window_attention`.
+
+    All pairs of positions get a logit, and pairs of different windows get minus infinity.
+    Memory grows with the square of the map: for tests.
+    """
+    height, width = qkv.shape[1:3]
+    device = qkv.device
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    window = rows // window_size[0] * width + columns // window_size[1]
+    place = rows % window_size[0] * window_size[1] + columns % window_size[1]
+    side = 2 * (rows >= height - shift_size) + (columns >= width - shift_size)
+
+    q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4)
+    logits = torch.einsum('bnid,bnjd->bnij', q * scale, k)
+    logits = logits + bias[:, place[:, None], place]
+    logits = logits + MASKED_LOGIT * (side[:, None] != side)
+    logits = logits.masked_fill(window[:, None] != window, -torch.inf)
+    weights = F.dropout(logits.softmax(-1), dropout_p)
+    out = torch.einsum('bnij,bnjd->bnid', weights, v)
+    return out.transpose(1, 2).flatten(2).unflatten(1, (height, width))
+
+
+def window_attention_sdpa(qkv: Tensor, bias: Tensor, window_size: tuple[int, int],
+                          shift_size: int, scale: float, dropout_p: float) -> Tensor:
+    """Cut the map into windows and hand them to ``scaled_dot_product_attention``."""
+    batch, height, width, _, num_heads, head_dims = qkv.shape
+    win_h, win_w = window_size
+    grid = (height // win_h, width // win_w)
+    q, k, v = qkv.view(batch, grid[0], win_h, grid[1], win_w, 3, num_heads, head_dims).permute(
+        5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, grid[0] * grid[1], num_heads, win_h * win_w,
+                                        head_dims)
+    if shift_size:
+        # Each window has its own mask: windows go beside the heads, so that a batch shares it.
+        mask = bias + shift_mask(grid, window_size, shift_size, bias)[:, None]
+        q, k, v, mask = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask.flatten(0, 1)
+    else:
+        q, k, v, mask = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias
+    out = F.scaled_dot_product_attention(q, k, v, mask[None], dropout_p=dropout_p, scale=scale)
+    out = out.reshape(batch, *grid, num_heads, win_h, win_w, head_dims)
+    return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, num_heads * head_dims)
+
+
+def shift_mask(grid: tuple[int, int], window_size: tuple[int, int], shift_size: int,
+               like: Tensor) -> Tensor:
+    """Logits that keep apart what the shift brought together.
+
+    Args:
+        grid: number of windows down and across.
+        like: gives dtype and device.
+
+    Returns:
+        (windows, area, area): zero, or ``MASKED_LOGIT`` between positions of opposite edges.
+    """
+    rows = torch.arange(grid[0] * window_size[0], device=like.device)
+    columns = torch.arange(grid[1] * window_size[1], device=like.device)
+    side = (2 * (rows >= rows.numel() - shift_size)[:, None] +
+            (columns >= columns.numel() - shift_size))
+    side = side.view(grid[0], window_size[0], grid[1], window_size[1]).transpose(1, 2)
+    side = side.reshape(grid[0] * grid[1], -1)
+    return (side[:, :, None] != side[:, None]).to(like.dtype) * MASKED_LOGIT
+
+
+FORMS = {'reference': window_attention_reference, 'sdpa': window_attention_sdpa}

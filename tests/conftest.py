@@ -1,0 +1,80 @@
+"""What the tests share: the checkout, the fixtures beside it, and a tiny generated dataset."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT.parent / 'shared' / 'golden'
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory):
+    """Root of a generated dataset: 8 training and 4 validation pictures of 96 pixels."""
+    from acmix_mm.datasets.shapes import write_shapes
+    root = tmp_path_factory.mktemp('data') / 'shapes'
+    write_shapes(str(root), train_images=8, val_images=4, image_size=96)
+    return root
+
+
+@pytest.fixture(scope='session')
+def run_tool():
+    """Run a tool as a user would; return the finished process, its output as text."""
+    def run(*arguments, timeout=600, **environment):
+        command = [str(argument) for argument in arguments]
+        if command[0].endswith('.py'):
+            command.insert(0, sys.executable)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+        variables = {**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': path, **environment}
+        return subprocess.run(command, cwd=ROOT, env=variables, timeout=timeout, text=True,
+                              capture_output=True, check=False)
+    return run
+
+
+class Golden:
+    """Outputs of the authors' published code, and the weights and inputs that they belong to."""
+
+    def __init__(self, name):
+        sys.path.insert(0, str(GOLDEN))
+        import rule
+        sys.path.remove(str(GOLDEN))
+        self.rule = rule
+        self.arrays = np.load(GOLDEN / f'{name}.npz')
+        self.meta = json.loads(str(self.arrays['meta']))
+
+    def __getitem__(self, name):
+        return torch.from_numpy(self.arrays[name])
+
+    def __iter__(self):
+        return iter(self.arrays.files)
+
+    def array(self, name, shape):
+        return torch.from_numpy(self.rule.array(self.meta['salt'] + name, shape))
+
+    def state_dict(self):
+        shapes = self.meta['state']
+        weights = self.rule.state_dict(shapes, self.meta['salt'])
+        return {key: torch.from_numpy(value) for key, value in weights.items()}
+
+
+@pytest.fixture
+def golden():
+    if not GOLDEN.is_dir():
+        pytest.skip(f'no fixtures of the published code: {GOLDEN} is absent')
+    return Golden
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,161 @@
+"""Every fast form of an operator against its reference, forward and backward."""
+
+import itertools
+
+import pytest
+import torch
+
+from acmix_mm.ops import shift_conv, window_attention
+
+# A dtype's relative error: rounding of inputs and of intermediate sums.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+HALF = (torch.bfloat16, torch.float16)
+
+
+def compare(run, tensors, form, dtype):
+    """Hold ``form`` in ``dtype`` against the reference in float64: output and every gradient."""
+    results = {}
+    for name, precision in (('reference', torch.float64), (form, dtype)):
+        leaves = [None if tensor is None else tensor.to(dtype).to(precision).requires_grad_()
+                  for tensor in tensors]
+        out = run(*leaves, form=name)
+        assert out.dtype == precision
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        out.backward(cotangent.to(dtype).to(precision))
+        results[name] = [out, *(leaf.grad for leaf in leaves if leaf is not None)]
+    for expected, actual in zip(results['reference'], results[form]):
+        assert actual.shape == expected.shape
+        error = (actual.double() - expected).abs().max()
+        assert error <= TOLERANCE[dtype] * expected.abs().max().clamp(min=1e-3)
+
+
+def conv_tensors(batch, heads, head_dims, height, width, kernel_size, bias, channels_last):
+    shifts = kernel_size**2
+    if channels_last:
+        maps = torch.randn(batch, height, width, 3 * heads, head_dims).permute(0, 3, 4, 1, 2)
+    else:
+        maps = torch.randn(batch, 3 * heads, head_dims, height, width)
+    return [maps, torch.randn(shifts, 3 * heads) / (3 * heads)**0.5,
+            torch.randn(heads * head_dims, shifts, kernel_size, kernel_size) / shifts,
+            torch.randn(shifts) if bias else None]
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('form', ['two_step', 'folded'])
+@pytest.mark.parametrize(('heads', 'head_dims', 'height', 'width', 'kernel_size', 'bias'), [
+    (1, 4, 1, 1, 3, True),
+    (3, 8, 1, 6, 3, True),
+    (3, 8, 2, 2, 3, True),
+    (3, 8, 9, 5, 3, False),
+    (4, 4, 8, 11, 3, True),
+    (6, 4, 14, 14, 3, True),
+    (2, 4, 4, 7, 5, True),
+    (2, 4, 7, 6, 5, False),
+    (2, 4, 5, 5, 1, True),
+])
+def test_shift_conv_equals_reference(dtype, form, heads, head_dims, height, width, kernel_size,
+                                     bias):
+    for channels_last in (True, False):
+        tensors = conv_tensors(2, heads, head_dims, height, width, kernel_size, bias,
+                               channels_last)
+        compare(shift_conv, tensors, form, dtype)
+
+
+def test_shift_conv_starts_as_pure_shifts():
+    """With one-hot kernels, output is the sum of the mixed maps, each moved by its own offset."""
+    maps = torch.randn(1, 3, 1, 5, 6)
+    mixing = torch.randn(9, 3)
+    one_hot = torch.eye(9).view(1, 9, 3, 3)
+    mixed = torch.einsum('jm,bmdhw->bjhw', mixing, maps)
+    expected = torch.zeros(1, 1, 5, 6)
+    for index, (down, across) in enumerate(itertools.product((-1, 0, 1), repeat=2)):
+        for row, column in itertools.product(range(5), range(6)):
+            if 0 <= row + down < 5 and 0 <= column + across < 6:
+                expected[0, 0, row, column] += mixed[0, index, row + down, column + across]
+    torch.testing.assert_close(shift_conv(maps, mixing, one_hot), expected)
+
+
+def test_shift_conv_gradcheck():
+    for form in ('two_step', 'folded'):
+        tensors = [tensor.double().requires_grad_()
+                   for tensor in conv_tensors(1, 2, 2, 3, 4, 3, True, True)]
+        assert torch.autograd.gradcheck(lambda *t, form=form: shift_conv(*t, form=form), tensors)
+
+
+WINDOWS = [
+    # batch, grid, window, shift, heads, head_dims
+    (1, (1, 1), (7, 7), 0, 3, 8),
+    (2, (2, 3), (7, 7), 0, 2, 8),
+    (2, (2, 3), (7, 7), 3, 2, 8),
+    (1, (1, 4), (7, 7), 3, 3, 4),
+    (2, (3, 2), (4, 4), 2, 1, 8),
+    (2, (1, 1), (2, 5), 0, 2, 4),
+    (1, (1, 1), (1, 1), 0, 2, 4),
+]
+
+
+def attend(window_size, shift_size):
+    def run(qkv, bias, form):
+        return window_attention(qkv, bias, window_size, shift_size=shift_size, form=form)
+    return run
+
+
+def window_tensors(batch, grid, window_size, heads, head_dims):
+    height, width = grid[0] * window_size[0], grid[1] * window_size[1]
+    area = window_size[0] * window_size[1]
+    return [torch.randn(batch, height, width, 3, heads, head_dims), torch.randn(heads, area, area)]
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize(('batch', 'grid', 'window_size', 'shift_size', 'heads', 'head_dims'),
+                         WINDOWS)
+def test_window_attention_equals_reference(dtype, batch, grid, window_size, shift_size, heads,
+                                           head_dims):
+    tensors = window_tensors(batch, grid, window_size, heads, head_dims)
+    compare(attend(window_size, shift_size), tensors, 'sdpa', dtype)
+
+
+def test_window_attention_without_gradients_equals_reference():
+    """Where nothing needs a gradient, torch takes another kernel."""
+    qkv, bias = window_tensors(2, (2, 3), (7, 7), 3, 8)
+    for shift_size in (0, 3):
+        run = attend((7, 7), shift_size)
+        torch.testing.assert_close(run(qkv, bias, 'sdpa'), run(qkv, bias, 'reference'))
+
+
+def test_window_attention_drops_weights_at_its_rate():
+    qkv, bias = window_tensors(1, (4, 4), (7, 7), 4, 8)
+    qkv[:, :, :, 2] = 1.0
+    for form in ('sdpa', 'reference'):
+        out = window_attention(qkv, torch.zeros_like(bias), (7, 7), dropout_p=0.25, form=form)
+        assert out.std() > 0.01
+        assert out.mean().item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(form='fastest'), 'has no form .fastest.; it has folded, reference, two_step'),
+    (dict(maps=torch.zeros(1, 9, 4, 5)), 'takes maps of shape'),
+    (dict(shift_weight=torch.zeros(8, 9, 3, 3)), 'need a shift_weight of shape'),
+    (dict(shift_weight=torch.zeros(12, 4, 2, 2), fc_weight=torch.zeros(4, 9)), 'odd kernels'),
+    (dict(fc_weight=torch.zeros(9, 8)), 'need an fc_weight of shape'),
+])
+def test_shift_conv_refuses(change, message):
+    maps, fc_weight, shift_weight, _ = conv_tensors(1, 3, 4, 5, 5, 3, False, False)
+    given = dict(maps=maps, fc_weight=fc_weight, shift_weight=shift_weight)
+    with pytest.raises(ValueError, match=message):
+        shift_conv(**{**given, **change})
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(form='flash'), 'has no form .flash.; it has reference, sdpa'),
+    (dict(qkv=torch.zeros(1, 7, 7, 12)), 'takes qkv of shape'),
+    (dict(window_size=(5, 7)), 'does not divide into windows'),
+    (dict(bias=torch.zeros(2, 49, 48)), 'takes a bias of shape'),
+    (dict(shift_size=7), 'shift_size must lie in'),
+])
+def test_window_attention_refuses(change, message):
+    qkv, bias = window_tensors(1, (2, 1), (7, 7), 2, 4)
+    given = dict(qkv=qkv, bias=bias, window_size=(7, 7))
+    with pytest.raises(ValueError, match=message):
+        window_attention(**{**given, **change})
