@@ -1,0 +1,379 @@
+"""Swin Transformer with ACmix in every block (arXiv 2103.14030 and 2111.14556)."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging, build_dropout
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, ModuleList
+from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
+from mmengine.registry import MODELS
+from mmengine.utils import to_2tuple
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from acmix_mm.checkpoint import load_with_account, read_state_dict
+from acmix_mm.errors import CheckpointError
+from acmix_mm.layers import WindowACmix
+
+
+class ShiftWindowACmix(nn.Module):
+    """:class:`WindowACmix` on a token sequence, then drop path.
+
+    ``w_msa`` is where MMDetection's Swin keeps these parameters, so that its names fit.
+    """
+
+    def __init__(self, drop_path_rate: float, **window_acmix) -> None:
+        super().__init__()
+        self.w_msa = WindowACmix(**window_acmix)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        out = self.w_msa(x.unflatten(1, hw_shape))
+        return self.drop(out.flatten(1, 2))
+
+
+class ACmixSwinBlock(nn.Module):
+    """x + ACmix(norm(x)), then x + FFN(norm(x)), on (batch, height · width, embed_dims)."""
+
+    def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int,
+                 window_size: int, shift: bool, qkv_bias: bool, qk_scale: Optional[float],
+                 drop_rate: float, attn_drop_rate: float, drop_path_rate: float, act_cfg: dict,
+                 norm_cfg: dict, with_cp: bool, mix: str) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = ShiftWindowACmix(
+            drop_path_rate,
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            window_size=window_size,
+            shift_size=window_size // 2 if shift else 0,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop_rate=attn_drop_rate,
+            proj_drop_rate=drop_rate,
+            mix=mix)
+        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = FFN(
+            embed_dims=embed_dims,
+            feedforward_channels=feedforward_channels,
+            ffn_drop=drop_rate,
+            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
+            act_cfg=act_cfg)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return recompute(self.mix_and_feed_forward, x, hw_shape, use_reentrant=False)
+        return self.mix_and_feed_forward(x, hw_shape)
+
+    def mix_and_feed_forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        x = x + self.attn(self.norm1(x), hw_shape)
+        return self.ffn(self.norm2(x), identity=x)
+
+
+class ACmixSwinStage(nn.Module):
+    """Blocks that shift their windows in turn, then patch merging (none in the last stage)."""
+
+    def __init__(self, depth: int, drop_path_rates: Sequence[float],
+                 downsample: Optional[PatchMerging], **block) -> None:
+        super().__init__()
+        self.blocks = ModuleList(
+            ACmixSwinBlock(shift=index % 2 == 1, drop_path_rate=drop_path_rates[index], **block)
+            for index in range(depth))
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        for block in self.blocks:
+            x = block(x, hw_shape)
+        return x
+
+
+@MODELS.register_module()
+class ACmixSwinTransformer(BaseModule):
+    """Swin Transformer whose blocks mix windowed attention with convolution.
+
+    Takes the arguments of MMDetection's and MMSegmentation's ``SwinTransformer`` with the same
+    meaning, and ``mix``. Parameter names are MMDetection's, with the authors' names for what
+    ACmix adds under ``attn.w_msa``. Images of any size from 1×1 up.
+
+    Args:
+        pretrain_img_size: image size that the absolute position embedding is made for, in
+            pixels; at other sizes it is interpolated.
+        in_channels: channels of the image.
+        embed_dims: channels of the first stage; each stage doubles them.
+        patch_size: side of a patch, in pixels; equals ``strides[0]``.
+        window_size: side of a window, in patches.
+        mlp_ratio: hidden channels of the feed-forward layers over their input's.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        strides: strides of the patch embedding and of the patch mergings.
+        out_indices: stages that give an output.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of the attention logits; ``head_dims ** -0.5`` if None.
+        patch_norm: whether patch embedding and patch merging have a norm.
+        drop_rate: dropout after the embedding, the mix, and in the feed-forward layers.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        use_abs_pos_embed: whether to add an absolute position embedding.
+        act_cfg: activation of the feed-forward layers.
+        norm_cfg: norm of the blocks and of the outputs.
+        with_cp: recompute the blocks in the backward pass to save memory.
+        pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
+        convert_weights: says that the checkpoint is in Microsoft's naming. Accepted for the
+            configs that have it; the naming is recognised from the keys either way.
+        frozen_stages: freeze the patch embedding (0) and that many stages; -1 freezes nothing.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with the authors' ACmix-Swin,
+            Microsoft's Swin, or MMDetection's Swin, or None. A plain Swin starts with rate1 = 1
+            and rate2 = 0: the network computes at first what the plain one did.
+        mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+        CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
+    """
+
+    def __init__(self,
+                 pretrain_img_size: Union[int, Sequence[int]] = 224,
+                 in_channels: int = 3,
+                 embed_dims: int = 96,
+                 patch_size: int = 4,
+                 window_size: int = 7,
+                 mlp_ratio: float = 4,
+                 depths: Sequence[int] = (2, 2, 6, 2),
+                 num_heads: Sequence[int] = (3, 6, 12, 24),
+                 strides: Sequence[int] = (4, 2, 2, 2),
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 qkv_bias: bool = True,
+                 qk_scale: Optional[float] = None,
+                 patch_norm: bool = True,
+                 drop_rate: float = 0.,
+                 attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0.1,
+                 use_abs_pos_embed: bool = False,
+                 act_cfg: dict = dict(type='GELU'),
+                 norm_cfg: dict = dict(type='LN'),
+                 with_cp: bool = False,
+                 pretrained: Optional[str] = None,
+                 convert_weights: bool = False,
+                 frozen_stages: int = -1,
+                 init_cfg: Optional[dict] = None,
+                 mix: str = 'acmix') -> None:
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError('init_cfg and pretrained are two ways to say one thing; give one.')
+            warnings.warn('pretrained is deprecated, use init_cfg=dict(type="Pretrained", '
+                          'checkpoint=...) instead', DeprecationWarning, stacklevel=2)
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
+        if init_cfg is not None and 'checkpoint' not in init_cfg:
+            raise ValueError('ACmixSwinTransformer takes init_cfg=dict(type="Pretrained", '
+                             f'checkpoint=...) or None, got {init_cfg}.')
+        if strides[0] != patch_size:
+            raise ValueError('Patches do not overlap: patch_size must equal strides[0], got '
+                             f'{patch_size} and {strides[0]}.')
+        super().__init__(init_cfg=init_cfg)
+        self.out_indices = out_indices
+        self.frozen_stages = frozen_stages
+        self.mix = mix
+        self.num_features = [int(embed_dims * 2**stage) for stage in range(len(depths))]
+        merging_norm_cfg = norm_cfg if patch_norm else None
+
+        self.patch_embed = PatchEmbed(
+            in_channels=in_channels,
+            embed_dims=embed_dims,
+            kernel_size=patch_size,
+            stride=strides[0],
+            norm_cfg=merging_norm_cfg)
+        if use_abs_pos_embed:
+            height, width = to_2tuple(pretrain_img_size)
+            self.patch_grid = (height // patch_size, width // patch_size)
+            self.absolute_pos_embed = nn.Parameter(
+                torch.zeros(1, self.patch_grid[0] * self.patch_grid[1], embed_dims))
+        else:
+            self.absolute_pos_embed = None
+        self.drop_after_pos = nn.Dropout(drop_rate)
+
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).split(tuple(depths))
+        self.stages = ModuleList()
+        for stage, (depth, channels) in enumerate(zip(depths, self.num_features)):
+            is_last = stage == len(depths) - 1
+            self.stages.append(ACmixSwinStage(
+                depth=depth,
+                drop_path_rates=drop_path_rates[stage].tolist(),
+                downsample=None if is_last else PatchMerging(
+                    in_channels=channels,
+                    out_channels=2 * channels,
+                    stride=strides[stage + 1],
+                    norm_cfg=merging_norm_cfg),
+                embed_dims=channels,
+                num_heads=num_heads[stage],
+                feedforward_channels=int(mlp_ratio * channels),
+                window_size=window_size,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop_rate=drop_rate,
+                attn_drop_rate=attn_drop_rate,
+                act_cfg=act_cfg,
+                norm_cfg=norm_cfg,
+                with_cp=with_cp,
+                mix=mix))
+        for index in out_indices:
+            self.add_module(f'norm{index}', build_norm_layer(norm_cfg, self.num_features[index])[1])
+        self.freeze_stages()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        x, hw_shape = self.patch_embed(x)
+        if self.absolute_pos_embed is not None:
+            x = x + self.position_embedding(hw_shape)
+        x = self.drop_after_pos(x)
+
+        outs = []
+        for index, stage in enumerate(self.stages):
+            x = stage(x, hw_shape)
+            if index in self.out_indices:
+                out = getattr(self, f'norm{index}')(x)
+                outs.append(out.unflatten(1, hw_shape).permute(0, 3, 1, 2).contiguous())
+            if stage.downsample is not None:
+                x, hw_shape = stage.downsample(x, hw_shape)
+        return outs
+
+    def position_embedding(self, hw_shape: tuple[int, int]) -> Tensor:
+        """The absolute position embedding for a grid of patches, (1, height · width, channels)."""
+        if tuple(hw_shape) == self.patch_grid:
+            return self.absolute_pos_embed
+        return resize_grid(self.absolute_pos_embed, self.patch_grid, hw_shape)
+
+    def train(self, mode: bool = True) -> 'ACmixSwinTransformer':
+        """Switch the mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        self.freeze_stages()
+        return self
+
+    def freeze_stages(self) -> None:
+        """Stop gradients and training behaviour in what ``frozen_stages`` covers."""
+        frozen = []
+        if self.frozen_stages >= 0:
+            frozen += [self.patch_embed, self.drop_after_pos]
+            if self.absolute_pos_embed is not None:
+                self.absolute_pos_embed.requires_grad_(False)
+        for index in range(self.frozen_stages):
+            frozen.append(self.stages[index])
+            if index in self.out_indices:
+                frozen.append(getattr(self, f'norm{index}'))
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Load the checkpoint of ``init_cfg``, or initialise as Swin does."""
+        if self.init_cfg is not None:
+            self.load_pretrained(self.init_cfg['checkpoint'])
+            return
+        print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
+                  logger='current')
+        if self.absolute_pos_embed is not None:
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=0.02, bias=0.)
+            elif isinstance(module, nn.LayerNorm):
+                constant_init(module, 1.0)
+            elif isinstance(module, WindowACmix):
+                module.reset_parameters()
+
+    def load_pretrained(self, source: str) -> None:
+        """Load a Swin or ACmix-Swin checkpoint, whichever of the known namings it is in.
+
+        Raises:
+            CheckpointError: it cannot be read, is of another network, or does not fit.
+        """
+        state_dict = read_state_dict(source)
+        naming, state_dict = to_mmdet_names(state_dict, source)
+        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
+        if is_acmix and self.mix != 'acmix':
+            state_dict = fold_rate(state_dict, self.mix)
+        self.fit_position_tables(state_dict)
+
+        mixing = r'\.w_msa\.(fc|dep_conv)\.|\.w_msa\.rate[12]$'
+        attending = r'\.w_msa\.(proj\.|relative_position_bias_table$)'
+        own_tables = r'^norm\d\.|^absolute_pos_embed$'
+        load_with_account(
+            self, state_dict, source=source,
+            recognised=f'{"ACmix-Swin" if is_acmix else "plain Swin"}, {naming} naming',
+            may_lack=own_tables if is_acmix else f'{own_tables}|{mixing}',
+            may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
+            {'acmix': '', 'attn': f'|{mixing}', 'conv': f'|{attending}'}[self.mix])
+        if not is_acmix and self.mix == 'acmix':
+            for module in self.modules():
+                if isinstance(module, WindowACmix):
+                    nn.init.ones_(module.rate1)
+                    nn.init.zeros_(module.rate2)
+            print_log('  rate1 = 1 and rate2 = 0: at first it computes what the plain Swin did.',
+                      logger='current')
+
+    def fit_position_tables(self, state_dict: dict[str, Tensor]) -> None:
+        """Resize, in place, the position tables of other window or image sizes."""
+        own = self.state_dict()
+        state_dict.update({key: value for key, value in own.items()
+                           if key.endswith('relative_position_index')})
+        for key, table in state_dict.items():
+            if key not in own or table.shape == own[key].shape:
+                continue
+            if key.endswith('relative_position_bias_table'):
+                old, new = (int(rows.shape[0]**0.5) for rows in (table, own[key]))
+                state_dict[key] = resize_grid(table[None], (old, old), (new, new))[0]
+            elif key == 'absolute_pos_embed':
+                side = int(table.shape[1]**0.5)
+                state_dict[key] = resize_grid(table, (side, side), self.patch_grid)
+
+
+def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolate (1, old area, channels), row-major over a grid, to (1, new area, channels)."""
+    grid = rows.unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=tuple(new), mode='bicubic', align_corners=False)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def to_mmdet_names(state_dict: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
+    """Tell whose naming a Swin state dict has, and put it into MMDetection's.
+
+    Microsoft and the authors of ACmix name alike. Their patch merging joins the four pixels of a
+    patch column by column and pixel by pixel; MMDetection's joins row by row and channel by
+    channel.
+
+    Raises:
+        CheckpointError: it has neither naming.
+    """
+    if {'patch_embed.projection.weight', 'stages.0.blocks.0.norm1.weight'} <= set(state_dict):
+        return "MMDetection's", dict(state_dict)
+    if not {'patch_embed.proj.weight', 'layers.0.blocks.0.norm1.weight'} <= set(state_dict):
+        raise CheckpointError(
+            f'The checkpoint {source} is not of a Swin Transformer, plain or ACmix: its keys are '
+            f'{", ".join(list(state_dict)[:6])}, …')
+    renamed = {}
+    for key, value in state_dict.items():
+        for old, new in (('layers.', 'stages.'), ('.attn.', '.attn.w_msa.'),
+                         ('.mlp.fc1.', '.ffn.layers.0.0.'), ('.mlp.fc2.', '.ffn.layers.1.'),
+                         ('patch_embed.proj.', 'patch_embed.projection.')):
+            key = key.replace(old, new)
+        if '.downsample.' in key:
+            by_pixel = value.unflatten(-1, (2, 2, -1))
+            value = by_pixel.transpose(-3, -2).flatten(-3, -2).transpose(-2, -1).flatten(-2)
+        renamed[key] = value
+    return "Microsoft's", renamed
+
+
+def fold_rate(state_dict: dict[str, Tensor], mix: str) -> dict[str, Tensor]:
+    """Multiply the rate of the one path that is kept into its last linear layer."""
+    rate, ends = {'attn': ('rate1', ('proj.weight', 'proj.bias')),
+                  'conv': ('rate2', ('dep_conv.weight',))}[mix]
+    folded = dict(state_dict)
+    for key, value in state_dict.items():
+        prefix, _, name = key.rpartition('.w_msa.')
+        if prefix and name in ends:
+            folded[key] = value * state_dict[f'{prefix}.w_msa.{rate}']
+    return folded

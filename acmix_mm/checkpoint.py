@@ -1,0 +1,144 @@
+"""Reading checkpoints as data, and loading them with an account of every key.
+
+No checkpoint runs code here: torch unpickles tensors and plain containers, and refuses the rest.
+"""
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.error import URLError
+
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+
+# Where checkpoints of PyTorch projects keep their weights beside other things.
+NESTS = ('state_dict', 'model')
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Make every ``torch.load`` inside refuse what is not data, downloads included.
+
+    MMEngine passes no ``weights_only``, and torch.hub, which downloads for it, passes False.
+    """
+    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    before = os.environ.get(name)
+    os.environ[name] = '1'
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def read_checkpoint(source: str) -> Mapping:
+    """Load a checkpoint file onto the CPU, as data.
+
+    Args:
+        source: a path, a URL, or another scheme that MMEngine's ``CheckpointLoader`` knows.
+
+    Raises:
+        CheckpointError: the file is missing, cannot be downloaded, is damaged, or holds code.
+    """
+    try:
+        with weights_only():
+            return CheckpointLoader.load_checkpoint(source, map_location='cpu')
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(explain_load_error(source, error)) from error
+
+
+def explain_load_error(source: str, error: Exception) -> str:
+    """Say in one sentence why ``source`` could not be loaded, and what to do."""
+    if isinstance(error, FileNotFoundError):
+        return f'The checkpoint {source} does not exist; check the path.'
+    if isinstance(error, (URLError, ConnectionError, TimeoutError)):
+        reason = getattr(error, 'reason', error)
+        return (f'The checkpoint {source} could not be downloaded ({reason}); fetch it elsewhere '
+                'and give its path, or train from scratch with model.backbone.init_cfg=None.')
+    unsafe = re.search(r'(?:GLOBAL |Trying to (?:load|call) (?:unsupported )?\S+ )(\S+\.\S+)',
+                       str(error))
+    if isinstance(error, pickle.UnpicklingError) and unsafe:
+        return (f'The checkpoint {source} is refused and nothing of it was run: besides data it '
+                f'holds {unsafe.group(1)}, which could be code; save its weights alone, with '
+                'torch.save(model.state_dict(), path).')
+    reason = str(error).strip().split('\n')[0]
+    return (f'The checkpoint {source} cannot be read ({type(error).__name__}: {reason}); it is '
+            'damaged or not a PyTorch checkpoint; fetch or save it again.')
+
+
+def read_state_dict(source: str) -> dict[str, Tensor]:
+    """Load the weights of a checkpoint: of the backbone alone, where it is a whole detector.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or the file holds no weights.
+    """
+    checkpoint = read_checkpoint(source)
+    for nest in NESTS:
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(nest), Mapping):
+            checkpoint = checkpoint[nest]
+    if not isinstance(checkpoint, Mapping) or not all(
+            isinstance(value, Tensor) for value in checkpoint.values()) or not checkpoint:
+        raise CheckpointError(f'The checkpoint {source} holds no weights: neither it nor its '
+                              f'{" or ".join(map(repr, NESTS))} maps names to tensors.')
+    state_dict = {key.removeprefix('module.'): value for key, value in checkpoint.items()}
+    if any(key.startswith('backbone.') for key in state_dict):
+        state_dict = {key.removeprefix('backbone.'): value
+                      for key, value in state_dict.items() if key.startswith('backbone.')}
+    return state_dict
+
+
+def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str,
+                      recognised: str, may_lack: str, may_drop: str) -> None:
+    """Copy weights into ``model`` and log what was loaded, left at its start, and dropped.
+
+    Args:
+        model: takes the weights.
+        state_dict: the weights, under the model's own names.
+        source: where they come from, for messages.
+        recognised: what the checkpoint was recognised as, for messages.
+        may_lack: regular expression of the model's keys that the checkpoint need not have.
+        may_drop: regular expression of the checkpoint's keys that the model need not have.
+
+    Raises:
+        CheckpointError: other keys are missing or left over, or shapes differ; the model is as
+            before.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state_dict]
+    dropped = [key for key in state_dict if key not in own]
+    unfit = [f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}'
+             for key in own if key in state_dict and state_dict[key].shape != own[key].shape]
+    lacking = [key for key in missing if not re.search(may_lack, key)]
+    left_over = [key for key in dropped if not re.search(may_drop, key)]
+    if unfit or lacking or left_over:
+        problems = [f'{label}: {summary(keys)}' for label, keys in
+                    (('missing', lacking), ('not in the model', left_over),
+                     ('of another shape', unfit)) if keys]
+        raise CheckpointError(f'The checkpoint {source} ({recognised}) does not fit this '
+                              f'{type(model).__name__}: {"; ".join(problems)}.')
+    model.load_state_dict({key: value for key, value in state_dict.items() if key in own},
+                          strict=False)
+    print_log(f'{source}: recognised as {recognised}.\n'
+              f'  loaded: {len(own) - len(missing)} of {len(own)} entries\n'
+              f'  left at the initial value: {summary(missing) or "none"}\n'
+              f'  dropped: {summary(dropped) or "none"}', logger='current')
+
+
+def summary(keys: Sequence[str], most: int = 8) -> str:
+    """List keys, with those that differ only in numbers as one line: ``a.*.b (12×)``."""
+    counts: dict[str, int] = {}
+    for key in keys:
+        pattern = re.sub(r'\.\d+\.', '.*.', re.sub(r'\.\d+\.', '.*.', key))
+        counts[pattern] = counts.get(pattern, 0) + 1
+    lines = [f'{pattern} ({count}×)' if count > 1 else pattern
+             for pattern, count in counts.items()]
+    if len(lines) > most:
+        lines = [*lines[:most], f'and {len(lines) - most} more']
+    return ', '.join(lines)
