@@ -1,0 +1,1 @@
+"""Generated data, to try the tools on."""

@@ -1,0 +1,130 @@
+"""Pictures of circles, squares and triangles, with masks, in COCO's and in ADE20K's layout."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from acmix_mm.errors import UsageError
+
+CLASSES = ('circle', 'square', 'triangle')
+# Corners of each class, on the unit circle; a circle is a polygon of many.
+CORNERS = {'circle': 40, 'square': 4, 'triangle': 3}
+# ADE20K's layout: label 0 is ignored, the background is a class of its own.
+SEGMENTATION_CLASSES = ('background', *CLASSES)
+
+
+class Shape(NamedTuple):
+    """A filled polygon: label indexes ``CLASSES``, corners are (n, 2) x and y in pixels."""
+
+    label: int
+    corners: np.ndarray
+    color: tuple[int, int, int]
+
+
+def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image_size: int = 192,
+                 seed: int = 0) -> None:
+    """Write the dataset below ``root``, whole or not at all.
+
+    COCO's layout: ``train2017/``, ``val2017/``, ``annotations/instances_*2017.json``; ADE20K's:
+    ``images/{training,validation}/``, ``annotations/{training,validation}/``. Both hold the same
+    pictures. The same arguments give the same files.
+
+    Args:
+        root: folder to make; its parents are made too.
+        train_images: number of training pictures.
+        val_images: number of validation pictures.
+        image_size: side of a picture, in pixels; at least 64.
+        seed: of the generator.
+
+    Raises:
+        UsageError: ``root`` exists and is not empty, or the pictures are too small.
+    """
+    if image_size < 64:
+        raise UsageError(f'Shapes need pictures of at least 64 pixels, got {image_size}.')
+    target = Path(root)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f'{root} exists and is not empty; remove it, or name another folder.')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=target.name + '.', dir=target.parent))
+    try:
+        rng = np.random.default_rng(seed)
+        for count, coco_split, ade_split in ((train_images, 'train2017', 'training'),
+                                             (val_images, 'val2017', 'validation')):
+            write_split(partial, coco_split, ade_split, count, image_size, rng)
+        partial.chmod(0o755)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def write_split(root: Path, coco_split: str, ade_split: str, count: int, image_size: int,
+                rng: np.random.Generator) -> None:
+    """Draw and write ``count`` pictures and their annotations in both layouts."""
+    folders = [root / coco_split, root / 'images' / ade_split, root / 'annotations' / ade_split]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    images, annotations = [], []
+    for index in range(count):
+        picture, labels, shapes = draw(image_size, rng)
+        name = f'{index:05d}'
+        for folder in folders[:2]:
+            cv2.imwrite(str(folder / f'{name}.jpg'), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        cv2.imwrite(str(folders[2] / f'{name}.png'), labels)
+        images.append(dict(id=index, file_name=f'{name}.jpg', height=image_size, width=image_size))
+        for shape in shapes:
+            low, high = shape.corners.min(0), shape.corners.max(0)
+            annotations.append(dict(
+                id=len(annotations) + 1,
+                image_id=index,
+                category_id=shape.label + 1,
+                iscrowd=0,
+                area=float(cv2.contourArea(shape.corners.astype(np.float32))),
+                bbox=np.round([*low, *(high - low)], 2).tolist(),
+                segmentation=[np.round(shape.corners, 2).ravel().tolist()]))
+    categories = [dict(id=label + 1, name=name) for label, name in enumerate(CLASSES)]
+    (root / 'annotations' / f'instances_{coco_split}.json').write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+
+
+def draw(image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[Shape]]:
+    """Draw one picture of two to six shapes that do not overlap.
+
+    Returns:
+        The picture (size, size, 3) uint8; its labels (size, size) uint8, in the numbering of
+        ADE20K's layout; and the shapes.
+    """
+    background = rng.integers(0, 256, 3)
+    noise = rng.normal(0, 12, (image_size, image_size, 3))
+    picture = np.clip(background + noise, 0, 255).astype(np.uint8)
+    labels = np.ones((image_size, image_size), np.uint8)
+    shapes, occupied = [], []
+    wanted = rng.integers(2, 7)
+    for _ in range(20 * wanted):
+        if len(shapes) == wanted:
+            break
+        radius = rng.uniform(0.06, 0.2) * image_size
+        center = rng.uniform(radius + 1, image_size - radius - 1, 2)
+        if any(np.hypot(*(center - other)) < radius + size + 2 for other, size in occupied):
+            continue
+        occupied.append((center, radius))
+        label = int(rng.integers(len(CLASSES)))
+        corners = CORNERS[CLASSES[label]]
+        angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(corners) / corners
+        outline = center + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+        color = rng.integers(0, 256, 3)
+        while np.abs(color - background).max() < 60:
+            color = rng.integers(0, 256, 3)
+        shape = Shape(label, outline, tuple(int(channel) for channel in color))
+        # cv2 takes fixed-point corners: 4 bits behind the point.
+        points = np.round(outline * 16).astype(np.int32)
+        cv2.fillPoly(picture, [points], shape.color, cv2.LINE_AA, shift=4)
+        cv2.fillPoly(labels, [points], SEGMENTATION_CLASSES.index(CLASSES[label]) + 1, shift=4)
+        shapes.append(shape)
+    return picture, labels, shapes

@@ -1,0 +1,1 @@
+"""What the tools do: functions around MMEngine's config and runner."""

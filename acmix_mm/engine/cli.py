@@ -1,0 +1,55 @@
+"""What the command-line tools share: options, and errors as plain messages."""
+
+import argparse
+import os
+import sys
+from typing import Callable
+
+from mmengine.config import Config, DictAction
+
+from acmix_mm.errors import UsageError
+
+from .config import load_config, set_classes, set_data_root
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share; MMDetection's, and two for own data."""
+    parser.add_argument('--work-dir', metavar='DIR',
+                        help='where logs and checkpoints go (default: work_dirs/NAME OF CONFIG)')
+    parser.add_argument('--data-root', metavar='DIR',
+                        help="read all data from below DIR, laid out as the config's own")
+    parser.add_argument('--classes', nargs='+', metavar='NAME',
+                        help='names of the classes, in the order of their labels')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, e.g. train_dataloader.batch_size=4; '
+                        'lists as "[1,2]", tuples as "(1,2)", without spaces')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='how a distributed job was started')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
+                        help=argparse.SUPPRESS)
+
+
+def config_from(args: argparse.Namespace) -> Config:
+    """Load the config that the common options describe."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        name = os.path.splitext(os.path.basename(args.config))[0]
+        cfg.work_dir = os.path.join('work_dirs', name)
+    if args.data_root is not None:
+        set_data_root(cfg, args.data_root)
+    if args.classes is not None:
+        set_classes(cfg, args.classes)
+    return cfg
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run a tool; print an error that the user can mend as one message and exit with status 1."""
+    try:
+        main()
+    except UsageError as error:
+        # One process of a node speaks for all.
+        sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)

@@ -1,0 +1,222 @@
+"""Training and testing with MMEngine's runner, for detection and segmentation alike."""
+
+import contextlib
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any, Optional
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import HistoryBuffer
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from acmix_mm.checkpoint import explain_load_error, weights_only
+from acmix_mm.environment import check_mmcv
+from acmix_mm.errors import CheckpointError, UsageError
+
+from .config import check_data
+
+# torch < 2.4 cannot be told which classes are data, and would refuse what MMEngine saves.
+HAS_ALLOW_LIST = hasattr(torch.serialization, 'add_safe_globals')
+
+
+class DataOnlyRunner(Runner):
+    """MMEngine's runner, which takes checkpoints as data and says plainly what is wrong with one.
+    """
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
+        """Load into the model, as :meth:`Runner.load_checkpoint`.
+
+        Raises:
+            CheckpointError: the file is missing, unreachable, damaged, holds code, or shares no
+                key with the model.
+        """
+        try:
+            with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
+                checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(explain_load_error(filename, error)) from error
+        weights = checkpoint.get('state_dict', checkpoint)
+        if not set(weights) & set(self.model.state_dict()):
+            raise CheckpointError(f'The checkpoint {filename} is of another network: it shares no '
+                                  f'key with this model; its first are {list(weights)[:4]}.')
+        return checkpoint
+
+
+def train(cfg: Config) -> None:
+    """Train as the config says, after checking that its data and checkpoints are there.
+
+    Raises:
+        UsageError: something is missing or unreachable; the message says what to do.
+    """
+    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
+    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        raise UsageError('Mixed precision (--amp, or AmpOptimWrapper in the config) needs a GPU, '
+                         'and torch sees none; on the CPU pass '
+                         '--cfg-options optim_wrapper.type=OptimWrapper instead.')
+    with prepared(cfg, checkpoint_sources(cfg)):
+        build_runner(cfg).train()
+
+
+def test(cfg: Config) -> dict[str, float]:
+    """Test the checkpoint ``cfg.load_from`` and return its metrics.
+
+    Raises:
+        UsageError: something is missing or unreachable; the message says what to do.
+    """
+    check_data(cfg, ('test',))
+    with prepared(cfg, [cfg.load_from]):
+        return build_runner(cfg).test()
+
+
+@contextlib.contextmanager
+def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
+    """Check the environment and the checkpoints, prepare for a CPU, explain failed downloads."""
+    check_mmcv()
+    for source in sources:
+        if '://' not in source and not os.path.isfile(source):
+            raise CheckpointError(explain_load_error(source, FileNotFoundError()))
+    allow_mmengine_checkpoints()
+    if not torch.cuda.is_available():
+        prepare_cpu(cfg)
+    try:
+        yield
+    except (URLError, ConnectionError, TimeoutError) as error:
+        remote = [source for source in sources if '://' in source]
+        raise CheckpointError(explain_load_error(' or '.join(remote), error)) from error
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner that the config names, or :class:`DataOnlyRunner`."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else DataOnlyRunner.from_cfg(cfg)
+
+
+def checkpoint_sources(node: Any) -> list[str]:
+    """Every checkpoint that a config names, in ``load_from`` and in any ``init_cfg``."""
+    if isinstance(node, (list, tuple)):
+        return [source for child in node for source in checkpoint_sources(child)]
+    if not isinstance(node, (dict, Config)):
+        return []
+    found = []
+    for key, value in node.items():
+        if key in ('load_from', 'checkpoint', 'pretrained') and isinstance(value, str):
+            found.append(value)
+        elif not key.startswith('_'):
+            found += checkpoint_sources(value)
+    return found
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Tell torch which of the classes in MMEngine's own checkpoints are data.
+
+    They are the log history of a run and the NumPy arrays in it. Everything else stays refused.
+    """
+    if not HAS_ALLOW_LIST:
+        return
+    arrays = [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    scalars = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
+    torch.serialization.add_safe_globals([HistoryBuffer, *arrays, *scalars])
+
+
+def prepare_cpu(cfg: Config) -> None:
+    """Let a distributed run work without a GPU; MMEngine takes one for granted.
+
+    Raises:
+        UsageError: the launcher is not torchrun.
+    """
+    if cfg.launcher == 'none':
+        return
+    if cfg.launcher != 'pytorch':
+        raise UsageError(f'--launcher {cfg.launcher} needs GPUs, and torch sees none; on CPUs use '
+                         'tools/dist_train.sh, which goes through torchrun.')
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False)))
+
+
+def show_predictions(cfg: Config, show: bool, show_dir: Optional[str], wait_time: float) -> None:
+    """Draw every prediction of a test: in a window, or as pictures below ``show_dir``.
+
+    Raises:
+        UsageError: the config has no visualization hook.
+    """
+    hook = cfg.default_hooks.get('visualization')
+    if hook is None:
+        raise UsageError('--show and --show-dir draw through the hook default_hooks.visualization, '
+                         'and the config has none.')
+    hook.draw = True
+    hook.interval = 1
+    if show:
+        hook.show = True
+        hook.wait_time = wait_time
+    if show_dir and cfg.default_scope == 'mmseg':
+        cfg.visualizer.save_dir = os.path.abspath(show_dir)
+    elif show_dir:
+        hook.test_out_dir = os.path.abspath(show_dir)
+
+
+def save_predictions(cfg: Config, out: str) -> None:
+    """Write the predictions of a test to ``out``: a pickle of detections, or a folder of maps.
+
+    Raises:
+        UsageError: detections are to go into something else than a pickle.
+    """
+    if cfg.default_scope == 'mmseg':
+        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        return
+    if not out.endswith(('.pkl', '.pickle')):
+        raise UsageError(f'--out writes detections as a pickle: name a .pkl file, not {out}.')
+    metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    cfg.test_evaluator = [*metrics, dict(type='DumpDetResults', out_file_path=out)]
+
+
+def augment_test(cfg: Config) -> None:
+    """Average predictions over augmented copies of each test image.
+
+    As the config's ``tta_model`` and ``tta_pipeline`` say; detection configs have none, and get
+    MMDetection's default, both horizontal flips.
+    """
+    if cfg.default_scope == 'mmdet' and 'tta_model' not in cfg:
+        cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(
+            nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+    if 'tta_pipeline' not in cfg:
+        *load, pack = deepcopy(cfg.test_dataloader.dataset.pipeline)
+        pack.meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
+                          'flip_direction')
+        flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
+        cfg.tta_pipeline = [*load, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+    if cfg.tta_model.type == 'DetTTAModel' and cfg.model.get('roi_head', {}).get('mask_head'):
+        warnings.warn('MMDetection merges boxes alone over augmented images: masks are neither '
+                      'predicted nor evaluated under --tta.', stacklevel=2)
+        cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
+        cfg.test_evaluator.metric = 'bbox'
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Scale the learning rate to the batch size actually used.
+
+    Raises:
+        UsageError: the config does not say which batch size its learning rate is for.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise UsageError('--auto-scale-lr needs to know which batch size the learning rate is for, '
+                         'and the config does not say: pass --cfg-options '
+                         'auto_scale_lr.base_batch_size=16, for 8 GPUs with 2 images each.')
+    cfg.auto_scale_lr.enable = True
+
+
+def use_mixed_precision(cfg: Config) -> None:
+    """Train in mixed precision with dynamic loss scaling."""
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.loss_scale = 'dynamic'
