@@ -26,16 +26,14 @@ def weights_only() -> Iterator[None]:
 
     MMEngine passes no ``weights_only``, and torch.hub, which downloads for it, passes False.
     """
-    name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-    before = os.environ.get(name)
-    os.environ[name] = '1'
+    force, force_not = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+    before = {name: os.environ.pop(name, None) for name in (force, force_not)}
+    os.environ[force] = '1'
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def read_checkpoint(source: str) -> Mapping:
@@ -62,15 +60,17 @@ def explain_load_error(source: str, error: Exception) -> str:
         reason = getattr(error, 'reason', error)
         return (f'The checkpoint {source} could not be downloaded ({reason}); fetch it elsewhere '
                 'and give its path, or train from scratch with model.backbone.init_cfg=None.')
-    unsafe = re.search(r'(?:GLOBAL |Trying to (?:load|call) (?:unsupported )?\S+ )(\S+\.\S+)',
-                       str(error))
-    if isinstance(error, pickle.UnpicklingError) and unsafe:
-        return (f'The checkpoint {source} is refused and nothing of it was run: besides data it '
-                f'holds {unsafe.group(1)}, which could be code; save its weights alone, with '
-                'torch.save(model.state_dict(), path).')
-    reason = str(error).strip().split('\n')[0]
-    return (f'The checkpoint {source} cannot be read ({type(error).__name__}: {reason}); it is '
-            'damaged or not a PyTorch checkpoint; fetch or save it again.')
+    reason = str(error).strip().split('\n')[0] or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        # torch puts advice to load it all the same first, and what it found further down.
+        unsafe = re.search(r'GLOBAL (\S+)', str(error))
+        if unsafe:
+            return (f'The checkpoint {source} is refused and nothing of it was run: besides data '
+                    f'it holds {unsafe.group(1)}, which could be code; save its weights alone, '
+                    'with torch.save(model.state_dict(), path).')
+        reason = 'not what torch.save writes'
+    return (f'The checkpoint {source} cannot be read ({reason}): it is damaged or not a PyTorch '
+            'checkpoint; fetch or save it again.')
 
 
 def read_state_dict(source: str) -> dict[str, Tensor]:
@@ -133,12 +133,11 @@ def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, sou
 
 def summary(keys: Sequence[str], most: int = 8) -> str:
     """List keys, with those that differ only in numbers as one line: ``a.*.b (12×)``."""
-    counts: dict[str, int] = {}
+    alike: dict[str, list[str]] = {}
     for key in keys:
-        pattern = re.sub(r'\.\d+\.', '.*.', re.sub(r'\.\d+\.', '.*.', key))
-        counts[pattern] = counts.get(pattern, 0) + 1
-    lines = [f'{pattern} ({count}×)' if count > 1 else pattern
-             for pattern, count in counts.items()]
+        alike.setdefault(re.sub(r'\.\d+(?=\.)', '.*', key), []).append(key)
+    lines = [f'{pattern} ({len(group)}×)' if len(group) > 1 else group[0]
+             for pattern, group in alike.items()]
     if len(lines) > most:
         lines = [*lines[:most], f'and {len(lines) - most} more']
     return ', '.join(lines)

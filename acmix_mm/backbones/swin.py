@@ -298,8 +298,8 @@ class ACmixSwinTransformer(BaseModule):
             state_dict = fold_rate(state_dict, self.mix)
         self.fit_position_tables(state_dict)
 
-        mixing = r'\.w_msa\.(fc|dep_conv)\.|\.w_msa\.rate[12]$'
-        attending = r'\.w_msa\.(proj\.|relative_position_bias_table$)'
+        mixing = r'\.w_msa\.(fc\.|dep_conv\.|rate[12]$)'
+        attending = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
         own_tables = r'^norm\d\.|^absolute_pos_embed$'
         load_with_account(
             self, state_dict, source=source,

@@ -100,7 +100,7 @@ def draw(image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         The picture (size, size, 3) uint8; its labels (size, size) uint8, in the numbering of
         ADE20K's layout; and the shapes.
     """
-    background = rng.integers(0, 256, 3)
+    background = rng.integers(0, 90, 3)
     noise = rng.normal(0, 12, (image_size, image_size, 3))
     picture = np.clip(background + noise, 0, 255).astype(np.uint8)
     labels = np.ones((image_size, image_size), np.uint8)
@@ -118,9 +118,7 @@ def draw(image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         corners = CORNERS[CLASSES[label]]
         angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(corners) / corners
         outline = center + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
-        color = rng.integers(0, 256, 3)
-        while np.abs(color - background).max() < 60:
-            color = rng.integers(0, 256, 3)
+        color = rng.integers(130, 256, 3)
         shape = Shape(label, outline, tuple(int(channel) for channel in color))
         # cv2 takes fixed-point corners: 4 bits behind the point.
         points = np.round(outline * 16).astype(np.int32)

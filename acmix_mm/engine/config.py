@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS
 
 from acmix_mm.errors import UsageError
 
@@ -82,7 +82,6 @@ def set_data_root(cfg: Config, data_root: str) -> None:
 
 def set_classes(cfg: Config, classes: Sequence[str]) -> None:
     """Name the classes of every dataset, and size every head of the model for them."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
     for dataset in datasets(cfg):
         dataset.metainfo = dict(classes=tuple(classes))
         if cfg.get('default_scope') == 'mmseg':
@@ -106,7 +105,8 @@ def make_open_to_classes(dataset: ConfigDict) -> None:
     MMSegmentation's named datasets accept only subsets of their own classes; ``BaseSegDataset``
     accepts any.
     """
-    named = DATASETS.get(dataset.type)
+    with DATASETS.switch_scope_and_registry('mmseg') as registry:
+        named = registry.get(dataset.type)
     for name in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
         default = inspect.signature(named.__init__).parameters[name].default
         dataset.setdefault(name, default)

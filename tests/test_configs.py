@@ -1,0 +1,143 @@
+"""Every config builds, trains one step and predicts at a small size, as its plain twin would."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+
+from acmix_mm.engine.config import load_config, set_classes, set_data_root
+
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py'))
+# In the order of their names; None: MMDetection has no plain config of that host and schedule.
+TWINS = {
+    'configs/maskrcnn_acmix_swin_t.py': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+    'configs/maskrcnn_acmix_swin_t_3x.py':
+        'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+    'configs/maskrcnn_acmix_swin_s_3x.py':
+        'mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+    'configs/upernet_acmix_swin_t.py':
+        'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    'configs/upernet_acmix_swin_s.py':
+        'mmseg::swin/swin-small-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+}
+
+
+def read_twin(name, tmp_path):
+    path = tmp_path / 'twin.py'
+    path.write_text(f'_base_ = {name!r}\n')
+    return Config.fromfile(str(path)).to_dict()
+
+
+@pytest.mark.parametrize(('path', 'twin'), TWINS.items(), ids=Path)
+def test_states_only_what_differs_from_its_twin(path, twin, tmp_path):
+    ours, plain = load_config(path).to_dict(), read_twin(twin, tmp_path)
+    assert ours.pop('custom_imports') == dict(imports=['acmix_mm'])
+    assert ours['model']['backbone'].pop('type') == 'ACmixSwinTransformer'
+    assert plain['model']['backbone'].pop('type') == 'SwinTransformer'
+    keys = ours['optim_wrapper']['paramwise_cfg']['custom_keys']
+    assert keys.pop('rate1') == keys.pop('rate2') == dict(decay_mult=0.)
+    assert ours == plain
+
+
+def image_sample(cfg):
+    """A picture of two boxes and its ground truth, in the structure that the model takes."""
+    height, width = 96, 72
+    meta = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width),
+                scale_factor=(1.0, 1.0), img_path='', img_id=0)
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    boxes = torch.tensor([[8., 8., 40., 40.], [30., 50., 66., 90.]])
+    labels = torch.tensor([0, 1])
+    masks = torch.zeros(2, height, width, dtype=torch.uint8)
+    for mask, box in zip(masks, boxes.int().tolist()):
+        mask[box[1]:box[3], box[0]:box[2]] = 1
+    image[:, masks.any(0).bool()] = 200
+    if cfg.default_scope == 'mmseg':
+        from mmseg.structures import SegDataSample
+        sample = SegDataSample(metainfo=meta)
+        sample.gt_sem_seg = PixelData(data=(masks[0] + 2 * masks[1]).long()[None])
+        return image, sample
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    sample = DetDataSample(metainfo=meta)
+    sample.gt_instances = InstanceData(
+        bboxes=boxes, labels=labels, masks=BitmapMasks(masks.numpy(), height, width))
+    return image, sample
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_trains_a_step_and_predicts(path):
+    cfg = load_config(path)
+    init_default_scope(cfg.default_scope)
+    cfg.model.backbone.update(init_cfg=None, drop_path_rate=0.)
+    set_classes(cfg, ['a', 'b', 'c'])
+    from mmengine.model import revert_sync_batchnorm
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model.init_weights()
+    model.train()
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+
+    decay = {id(group['params'][0]): group['weight_decay'] for group in optimizer.param_groups}
+    without = ('rate1', 'rate2', 'relative_position_bias_table')
+    for name, parameter in model.backbone.named_parameters():
+        exempt = name.endswith(without) or 'norm' in name
+        assert (decay[id(parameter)] == 0) == exempt, name
+
+    before = {name: parameter.detach().clone()
+              for name, parameter in model.backbone.named_parameters()}
+    image, sample = image_sample(cfg)
+    losses = model.train_step(dict(inputs=[image, image.flip(2)], data_samples=[
+        sample, sample.clone()]), optimizer)
+    assert torch.isfinite(losses['loss'])
+    for name, parameter in model.backbone.named_parameters():
+        assert not torch.equal(parameter, before[name]), f'{name} did not move'
+
+    model.eval()
+    prediction = model.test_step(dict(inputs=[image], data_samples=[sample]))[0]
+    if cfg.default_scope == 'mmseg':
+        assert prediction.pred_sem_seg.shape == (96, 72)
+        assert prediction.pred_sem_seg.data.max() < 3
+    else:
+        instances = prediction.pred_instances
+        assert instances.masks.shape[1:] == (96, 72)
+        assert len(instances.bboxes) == len(instances.masks)
+
+
+def test_found_from_both_scopes():
+    """A user's config of MMDetection or MMSegmentation needs only the other type name."""
+    import mmdet.registry
+    import mmseg.registry
+    for registry in (mmdet.registry.MODELS, mmseg.registry.MODELS):
+        backbone = registry.build(dict(type='ACmixSwinTransformer', embed_dims=12, depths=(1, 1),
+                                       num_heads=(3, 3), strides=(4, 2), out_indices=(1,)))
+        assert backbone(torch.zeros(1, 3, 32, 32))[0].shape == (1, 24, 4, 4)
+
+
+def test_data_root_moves_every_path():
+    cfg = load_config('configs/maskrcnn_acmix_swin_t.py')
+    set_data_root(cfg, 'elsewhere')
+    text = cfg.pretty_text
+    assert 'data/coco/annotations' not in text
+    assert cfg.val_evaluator.ann_file == 'elsewhere/annotations/instances_val2017.json'
+    assert cfg.test_dataloader.dataset.data_root == 'elsewhere'
+
+
+def test_classes_reach_every_head_and_dataset():
+    cfg = load_config('configs/cascade_maskrcnn_acmix_swin_t_3x.py')
+    set_classes(cfg, ['date', 'fig'])
+    heads = [*cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head]
+    if isinstance(heads[-1], list):
+        heads = [*heads[:-1], *heads[-1]]
+    assert [head.num_classes for head in heads] == [2] * len(heads)
+    assert cfg.val_dataloader.dataset.metainfo.classes == ('date', 'fig')
+    cfg = load_config('configs/upernet_acmix_swin_t.py')
+    set_classes(cfg, ['sky', 'pavement'])
+    dataset = cfg.train_dataloader.dataset
+    assert (dataset.type, dataset.reduce_zero_label, dataset.img_suffix) == (
+        'BaseSegDataset', True, '.jpg')
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 2
