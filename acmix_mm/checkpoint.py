@@ -59,11 +59,12 @@ def explain_load_error(source: str, error: Exception) -> str:
     if isinstance(error, (URLError, ConnectionError, TimeoutError)):
         reason = getattr(error, 'reason', error)
         return (f'The checkpoint {source} could not be downloaded ({reason}); fetch it elsewhere '
-                'and give its path, or train from scratch with model.backbone.init_cfg=None.')
+                'and name the file, with --cfg-options model.backbone.init_cfg.checkpoint=FILE, or '
+                'train from scratch, with --cfg-options model.backbone.init_cfg=None.')
     reason = str(error).strip().split('\n')[0] or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):
         # torch puts advice to load it all the same first, and what it found further down.
-        unsafe = re.search(r'GLOBAL (\S+)', str(error))
+        unsafe = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', str(error))
         if unsafe:
             return (f'The checkpoint {source} is refused and nothing of it was run: besides data '
                     f'it holds {unsafe.group(1)}, which could be code; save its weights alone, '

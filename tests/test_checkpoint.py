@@ -240,5 +240,5 @@ def test_refuses(kind, message, tmp_path):
 def test_unreachable_download_names_the_address_and_the_remedy():
     url = 'http://127.0.0.1:9/swin.pth'
     model = ACmixSwinTransformer(**TINY, init_cfg=dict(type='Pretrained', checkpoint=url))
-    with pytest.raises(CheckpointError, match=f'{url} could not be downloaded .* give its path'):
+    with pytest.raises(CheckpointError, match=f'{url} could not be downloaded .* name the file'):
         model.init_weights()

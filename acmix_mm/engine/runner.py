@@ -6,7 +6,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 from urllib.error import URLError
 
 import numpy as np
@@ -22,8 +22,8 @@ from acmix_mm.errors import CheckpointError, UsageError
 
 from .config import check_data
 
-# torch < 2.4 cannot be told which classes are data, and would refuse what MMEngine saves.
-HAS_ALLOW_LIST = hasattr(torch.serialization, 'add_safe_globals')
+# An older torch cannot be told which of MMEngine's classes are data, and would refuse them all.
+HAS_ALLOW_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
 
 
 class DataOnlyRunner(Runner):
@@ -43,7 +43,8 @@ class DataOnlyRunner(Runner):
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
         weights = checkpoint.get('state_dict', checkpoint)
-        if not set(weights) & set(self.model.state_dict()):
+        # What wraps a model, for several processes or for augmented tests, calls it "module".
+        if not set(weights) & {key.removeprefix('module.') for key in self.model.state_dict()}:
             raise CheckpointError(f'The checkpoint {filename} is of another network: it shares no '
                                   f'key with this model; its first are {list(weights)[:4]}.')
         return checkpoint
@@ -90,6 +91,12 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
     except (URLError, ConnectionError, TimeoutError) as error:
         remote = [source for source in sources if '://' in source]
         raise CheckpointError(explain_load_error(' or '.join(remote), error)) from error
+    except ValueError as error:
+        # What MMEngine says of a dataset without a picture.
+        if str(error) != 'need at least one array to concatenate':
+            raise
+        raise UsageError("A dataset is empty: none of its pictures holds one of the config's "
+                         'classes; name those of your data with --classes NAME ….') from error
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -119,9 +126,26 @@ def allow_mmengine_checkpoints() -> None:
     """
     if not HAS_ALLOW_LIST:
         return
-    arrays = [np.ndarray, np.dtype, np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
-    scalars = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
-    torch.serialization.add_safe_globals([HistoryBuffer, *arrays, *scalars])
+    dtypes = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
+    # NumPy 1 and 2 have these in modules of different names.
+    functions = dict(_reconstruct=np.empty(0).__reduce__()[0], scalar=np.int64(0).__reduce__()[0])
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, np.ndarray, np.dtype, *dtypes, (history_statistic, 'builtins.getattr'),
+        *((function, f'numpy.{core}.multiarray.{name}')
+          for name, function in functions.items() for core in ('core', '_core'))])
+
+
+def history_statistic(owner: type, name: str) -> Callable:
+    """Stand in for ``getattr``, by which a pickled ``HistoryBuffer`` names its own methods.
+
+    The real one would let a checkpoint reach anything.
+
+    Raises:
+        pickle.UnpicklingError: something else than a statistic of ``HistoryBuffer`` is asked for.
+    """
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'Unsupported GLOBAL getattr({owner!r}, {name!r})')
+    return getattr(owner, name)
 
 
 def prepare_cpu(cfg: Config) -> None:
@@ -139,6 +163,7 @@ def prepare_cpu(cfg: Config) -> None:
         torch.distributed.init_process_group('gloo')
     cfg.setdefault('model_wrapper_cfg', dict(
         type='MMDistributedDataParallel',
+        device_ids=None,
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False)))
 
@@ -209,7 +234,7 @@ def scale_learning_rate(cfg: Config) -> None:
     Raises:
         UsageError: the config does not say which batch size its learning rate is for.
     """
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UsageError('--auto-scale-lr needs to know which batch size the learning rate is for, '
                          'and the config does not say: pass --cfg-options '
                          'auto_scale_lr.base_batch_size=16, for 8 GPUs with 2 images each.')

@@ -94,7 +94,9 @@ class WindowACmix(nn.Module):
         else:
             window_size, shift_size = (self.window_size, self.window_size), self.shift_size
 
-        x = F.pad(x, (0, 0, 0, -size[1] % window_size[1], 0, -size[0] % window_size[0]))
+        bottom, right = -size[0] % window_size[0], -size[1] % window_size[1]
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
         if shift_size:
             x = x.roll((-shift_size, -shift_size), (1, 2))
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dims))
@@ -105,7 +107,7 @@ class WindowACmix(nn.Module):
         if self.mix != 'attn':
             out = convolution = self.convolve(drop_padding(qkv, size, shift_size))
         if self.mix == 'acmix':
-            out = (self.rate1.to(x.dtype) * attention + self.rate2.to(x.dtype) * convolution)
+            out = self.rate1.to(out.dtype) * attention + self.rate2.to(out.dtype) * convolution
 
         if shift_size:
             out = out.roll((shift_size, shift_size), (1, 2))
