@@ -28,6 +28,7 @@ test: env
 env: $(VENV)/.acmix-mm-stack
 	@$(RUN) -m acmix_mm.environment
 
+# The stamp names the torch that mmcv was built for; acmix_mm.environment compares.
 # torch comes first and mmcv is built against it: built in isolation it would lack its operators,
 # and pip's cache would hand out one that was built for another torch.
 # The headless OpenCV replaces the files of the other one, which needs libGL.
@@ -39,7 +40,7 @@ $(VENV)/.acmix-mm-stack: constraints.txt
 	$(INSTALL) mmengine mmdet mmsegmentation timm ftfy regex pytest hypothesis ruff
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
 	$(INSTALL) --no-deps --no-build-isolation -e .
-	touch $@
+	$(RUN) -c 'import torch; print(torch.__version__)' > $@
 
 $(SHAPES)/annotations/instances_val2017.json: | env
 	$(RUN) tools/make_shapes.py $(SHAPES)

@@ -5,9 +5,12 @@
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from .errors import UsageError
 
+# Where the Makefile writes down which torch it built mmcv for.
+BUILT_FOR = Path(sys.prefix) / '.acmix-mm-stack'
 REBUILD = ('with torch, setuptools below 81, wheel, ninja and psutil in place, run '
            'pip install --no-build-isolation --no-cache-dir --no-deps '
            '--force-reinstall mmcv==2.1.0')
@@ -21,6 +24,9 @@ def check_mmcv() -> None:
     except ImportError as error:
         raise UsageError(f'mmcv cannot be imported ({error}); {REBUILD}') from error
     where = f'mmcv {mmcv.__version__} in {sys.prefix}'
+    if BUILT_FOR.is_file() and BUILT_FOR.read_text().strip() != torch.__version__:
+        raise UsageError(f'{where} was built for torch {BUILT_FOR.read_text().strip()}, and '
+                         f'{torch.__version__} is installed; {REBUILD}')
     try:
         import_module('mmcv._ext')
     except ModuleNotFoundError as error:

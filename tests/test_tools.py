@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from acmix_mm.errors import UsageError
+
 DETECTION = 'configs/shapes/maskrcnn_acmix_swin.py'
 SEGMENTATION = 'configs/shapes/upernet_acmix_swin.py'
 FAST = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
@@ -255,10 +257,21 @@ def test_broken_mmcv_is_said(fault, message, tmp_path, run_tool):
     if fault == 'foreign':
         (package / '_ext.py').write_text(
             'raise ImportError("_ext.so: undefined symbol: _ZN3c106detail")\n')
-    done = run_tool(sys.executable, '-m', 'acmix_mm.environment',
-                    PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
-    assert message in plain_message(done)
-    assert 'pip install --no-build-isolation' in done.stderr
+    for arguments in (['-m', 'acmix_mm.environment'],
+                      ['tools/train.py', SEGMENTATION, '--classes', 'a', 'b']):
+        done = run_tool(sys.executable, *arguments,
+                        PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+        assert message in plain_message(done)
+        assert 'pip install --no-build-isolation' in done.stderr
+
+
+def test_mmcv_of_another_torch_is_said(tmp_path, monkeypatch):
+    from acmix_mm import environment
+    monkeypatch.setattr(environment, 'BUILT_FOR', tmp_path / 'stamp')
+    environment.check_mmcv()
+    (tmp_path / 'stamp').write_text('1.0.0\n')
+    with pytest.raises(UsageError, match=r'was built for torch 1\.0\.0, and .* is installed'):
+        environment.check_mmcv()
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py', 'make_shapes.py'])

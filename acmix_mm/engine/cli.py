@@ -7,6 +7,7 @@ from typing import Callable
 
 from mmengine.config import Config, DictAction
 
+from acmix_mm.environment import check_mmcv
 from acmix_mm.errors import UsageError
 
 from .config import load_config, set_classes, set_data_root
@@ -30,7 +31,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> Config:
-    """Load the config that the common options describe."""
+    """Load the config that the common options describe.
+
+    Raises:
+        UsageError: mmcv does not work, or the options do not fit.
+    """
+    check_mmcv()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher

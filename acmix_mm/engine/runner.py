@@ -17,7 +17,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from acmix_mm.checkpoint import explain_load_error, weights_only
-from acmix_mm.environment import check_mmcv
 from acmix_mm.errors import CheckpointError, UsageError
 
 from .config import check_data
@@ -78,8 +77,7 @@ def test(cfg: Config) -> dict[str, float]:
 
 @contextlib.contextmanager
 def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
-    """Check the environment and the checkpoints, prepare for a CPU, explain failed downloads."""
-    check_mmcv()
+    """Check the checkpoints, prepare for a CPU, and explain failed downloads and empty data."""
     for source in sources:
         if '://' not in source and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
