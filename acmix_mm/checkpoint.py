@@ -7,7 +7,9 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Optional
 from urllib.error import URLError
 
 from mmengine.logging import print_log
@@ -74,6 +76,24 @@ def explain_load_error(source: str, error: Exception) -> str:
             'checkpoint; fetch or save it again.')
 
 
+def pretrained_init_cfg(init_cfg: Optional[dict], pretrained: Optional[str]) -> Optional[dict]:
+    """The one ``init_cfg`` of a backbone, which OpenMMLab's may also be given as ``pretrained``.
+
+    Raises:
+        ValueError: both are given, or ``init_cfg`` is about something else than a checkpoint.
+    """
+    if pretrained is not None:
+        if init_cfg is not None:
+            raise ValueError('init_cfg and pretrained are two ways to say one thing; give one.')
+        warnings.warn('pretrained is deprecated, use init_cfg=dict(type="Pretrained", '
+                      'checkpoint=...) instead', DeprecationWarning, stacklevel=3)
+        return dict(type='Pretrained', checkpoint=pretrained)
+    if init_cfg is not None and 'checkpoint' not in init_cfg:
+        raise ValueError('These backbones take init_cfg=dict(type="Pretrained", checkpoint=...) or '
+                         f'None, got {init_cfg}.')
+    return init_cfg
+
+
 def read_state_dict(source: str) -> dict[str, Tensor]:
     """Load the weights of a checkpoint: of the backbone alone, where it is a whole detector.
 
@@ -96,7 +116,7 @@ def read_state_dict(source: str) -> dict[str, Tensor]:
 
 
 def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str,
-                      recognised: str, may_lack: str, may_drop: str) -> None:
+                      recognised: str, may_lack: str, may_drop: str, leave: str = '') -> None:
     """Copy weights into ``model`` and log what was loaded, left at its start, and dropped.
 
     Args:
@@ -106,16 +126,22 @@ def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, sou
         recognised: what the checkpoint was recognised as, for messages.
         may_lack: regular expression of the model's keys that the checkpoint need not have.
         may_drop: regular expression of the checkpoint's keys that the model need not have.
+        leave: regular expression of keys on either side that have nothing to do with the other's,
+            or empty.
 
     Raises:
         CheckpointError: other keys are missing or left over, or shapes differ; the model is as
             before.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in state_dict]
-    dropped = [key for key in state_dict if key not in own]
-    unfit = [f'{key} {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}'
-             for key in own if key in state_dict and state_dict[key].shape != own[key].shape]
+    if leave:
+        may_lack, may_drop = f'{may_lack}|{leave}', f'{may_drop}|{leave}'
+    shared = {key: state_dict[key] for key in own
+              if key in state_dict and not (leave and re.search(leave, key))}
+    missing = [key for key in own if key not in shared]
+    dropped = [key for key in state_dict if key not in shared]
+    unfit = [f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
+             for key, value in shared.items() if value.shape != own[key].shape]
     lacking = [key for key in missing if not re.search(may_lack, key)]
     left_over = [key for key in dropped if not re.search(may_drop, key)]
     if unfit or lacking or left_over:
@@ -124,8 +150,7 @@ def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, sou
                      ('of another shape', unfit)) if keys]
         raise CheckpointError(f'The checkpoint {source} ({recognised}) does not fit this '
                               f'{type(model).__name__}: {"; ".join(problems)}.')
-    model.load_state_dict({key: value for key, value in state_dict.items() if key in own},
-                          strict=False)
+    model.load_state_dict(shared, strict=False)
     print_log(f'{source}: recognised as {recognised}.\n'
               f'  loaded: {len(own) - len(missing)} of {len(own)} entries\n'
               f'  left at the initial value: {summary(missing) or "none"}\n'

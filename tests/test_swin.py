@@ -310,7 +310,7 @@ def test_patch_merging_order_is_converted():
     (dict(mix='both'), 'mix must be one of acmix, attn, conv'),
     (dict(num_heads=(3, 5, 12, 24)), 'num_heads must divide embed_dims, got 5 heads for 192'),
     (dict(patch_size=2), 'patch_size must equal strides'),
-    (dict(init_cfg=dict(type='Normal')), 'takes init_cfg=dict'),
+    (dict(init_cfg=dict(type='Normal')), 'take init_cfg=dict'),
     (dict(init_cfg=dict(type='Pretrained', checkpoint='a'), pretrained='b'), 'give one'),
 ])
 def test_refuses(arguments, message):

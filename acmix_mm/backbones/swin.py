@@ -1,6 +1,5 @@
 """Swin Transformer with ACmix in every block (arXiv 2103.14030 and 2111.14556)."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Optional, Union
 
@@ -16,7 +15,7 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, read_state_dict
+from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, read_state_dict
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import WindowACmix
 
@@ -163,19 +162,10 @@ class ACmixSwinTransformer(BaseModule):
                  frozen_stages: int = -1,
                  init_cfg: Optional[dict] = None,
                  mix: str = 'acmix') -> None:
-        if pretrained is not None:
-            if init_cfg is not None:
-                raise ValueError('init_cfg and pretrained are two ways to say one thing; give one.')
-            warnings.warn('pretrained is deprecated, use init_cfg=dict(type="Pretrained", '
-                          'checkpoint=...) instead', DeprecationWarning, stacklevel=2)
-            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
-        if init_cfg is not None and 'checkpoint' not in init_cfg:
-            raise ValueError('ACmixSwinTransformer takes init_cfg=dict(type="Pretrained", '
-                             f'checkpoint=...) or None, got {init_cfg}.')
         if strides[0] != patch_size:
             raise ValueError('Patches do not overlap: patch_size must equal strides[0], got '
                              f'{patch_size} and {strides[0]}.')
-        super().__init__(init_cfg=init_cfg)
+        super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.mix = mix

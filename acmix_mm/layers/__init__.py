@@ -1,5 +1,6 @@
 """Modules built on the operators, one for each kind of host. They need torch alone."""
 
+from .acmix_conv import ACmixConv2d, acmix_or_pointwise
 from .window_acmix import WindowACmix
 
-__all__ = ['WindowACmix']
+__all__ = ['ACmixConv2d', 'WindowACmix', 'acmix_or_pointwise']

@@ -14,7 +14,8 @@ from .forms import named_form
 
 
 def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
-               fc_bias: Optional[Tensor] = None, *, form: Optional[str] = None) -> Tensor:
+               fc_bias: Optional[Tensor] = None, *, stride: int = 1, dilation: int = 1,
+               form: Optional[str] = None) -> Tensor:
     """Mix the maps of all heads into k² maps, shift each, and sum them for every output head.
 
     Args:
@@ -24,12 +25,14 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         shift_weight: (head_dims · num_heads, k², k, k), k odd; output channels go (head_dims,
             num_heads), as grouped convolution lays them out.
         fc_bias: (k²,), or None.
+        stride: distance of the positions that give an output; the others are left out.
+        dilation: distance of one tap of the kernel from the next.
         form: ``'reference'``, ``'two_step'`` or ``'folded'``; the cheaper of the last two if
             None.
 
     Returns:
-        (batch, head_dims · num_heads, height, width), in the dtype of ``maps``. Positions outside
-        the map count as zero after the bias.
+        (batch, head_dims · num_heads, ⌈height / stride⌉, ⌈width / stride⌉), in the dtype of
+        ``maps``. Positions outside the map count as zero after the bias.
 
     Raises:
         ValueError: the shapes do not fit together, or there is no such form.
@@ -51,11 +54,12 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     # Per pixel and channel, for k = 3, the two steps cost 27 + 81 multiplications and the folded
     # form 27 · num_heads: they meet at four heads.
     default = 'folded' if num_heads < 4 else 'two_step'
-    return named_form('shift_conv', FORMS, form, default)(maps, fc_weight, shift_weight, fc_bias)
+    run = named_form('shift_conv', FORMS, form, default)
+    return run(maps, fc_weight, shift_weight, fc_bias, stride, dilation)
 
 
 def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
-                         fc_bias: Optional[Tensor]) -> Tensor:
+                         fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     """Follow the paper's equations one shift at a time; see :func:`shift_conv`.
 
     Every tap of the kernels moves the mixed maps by its own offset and weighs them; the sum
@@ -66,61 +70,63 @@ def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     mixed = torch.einsum('jm,bmdhw->bdjhw', fc_weight, maps)
     if fc_bias is not None:
         mixed = mixed + fc_bias[:, None, None]
-    reach = kernel_size // 2
+    reach = dilation * (kernel_size // 2)
     padded = F.pad(mixed, (reach, reach, reach, reach))
     kernels = shift_weight.unflatten(0, (head_dims, -1))
     out = 0
     for row in range(kernel_size):
         for column in range(kernel_size):
-            shifted = padded[..., row:row + height, column:column + width]
+            down, across = dilation * row, dilation * column
+            shifted = padded[..., down:down + height:stride, across:across + width:stride]
             out = out + torch.einsum('dnj,bdjhw->bdnhw', kernels[..., row, column], shifted)
     return out.flatten(1, 2)
 
 
 def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
-                        fc_bias: Optional[Tensor]) -> Tensor:
+                        fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     """Mix by a matrix product at every pixel, then run one grouped convolution, channels last."""
     mixed = torch.matmul(fc_weight, maps.permute(0, 3, 4, 1, 2))
     if fc_bias is not None:
         mixed = mixed + fc_bias[:, None].to(mixed.dtype)
-    return _grouped_conv(mixed.transpose(3, 4), shift_weight)
+    return _grouped_conv(mixed.transpose(3, 4), shift_weight, stride, dilation)
 
 
 def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
-                      fc_bias: Optional[Tensor]) -> Tensor:
+                      fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     """Fold the two linear steps into one grouped convolution from the 3 · num_heads maps."""
     kernels = torch.einsum('cjyx,jm->cmyx', shift_weight, fc_weight)
-    out = _grouped_conv(maps.permute(0, 3, 4, 2, 1), kernels)
+    out = _grouped_conv(maps.permute(0, 3, 4, 2, 1), kernels, stride, dilation)
     if fc_bias is not None:
-        out = out + _bias_map(fc_bias, shift_weight, maps.shape[-2:])
+        out = out + _bias_map(fc_bias, shift_weight, maps.shape[-2:], stride, dilation)
     return out
 
 
-def _grouped_conv(groups: Tensor, kernels: Tensor) -> Tensor:
+def _grouped_conv(groups: Tensor, kernels: Tensor, stride: int, dilation: int) -> Tensor:
     """Convolve (batch, height, width, groups, channels) group by group, padded with zeros."""
     # Channels last is what oneDNN's grouped convolution is fast in: twice its time otherwise.
     images = groups.flatten(3).permute(0, 3, 1, 2)
-    return F.conv2d(images, kernels, padding=kernels.shape[-1] // 2, groups=groups.shape[3])
+    return F.conv2d(images, kernels, stride=stride, padding=dilation * (kernels.shape[-1] // 2),
+                    dilation=dilation, groups=groups.shape[3])
 
 
-def _bias_map(fc_bias: Tensor, shift_weight: Tensor, size: tuple[int, int]) -> Tensor:
+def _bias_map(fc_bias: Tensor, shift_weight: Tensor, size: tuple[int, int], stride: int,
+              dilation: int) -> Tensor:
     """What the fc bias adds to the output, (channels, height, width).
 
     The bias is convolved too, and the border, where some taps fall outside, gets less of it. All
-    inner positions are alike: a map of k × k has one of each kind.
+    inner positions are alike: a small map has one of each kind, as wide a border as the large one.
     """
-    kernel_size = shift_weight.shape[-1]
     taps = torch.einsum('cjyx,j->cyx', shift_weight, fc_bias)[:, None]
-    ones = taps.new_ones(1, 1, min(size[0], kernel_size), min(size[1], kernel_size))
-    kinds = F.conv2d(ones, taps, padding=kernel_size // 2)[0]
-    reach = kernel_size // 2
-    rows, columns = (_kind_of_position(extent, reach, taps.device) for extent in size)
+    reach = dilation * (shift_weight.shape[-1] // 2)
+    ones = taps.new_ones(1, 1, *(min(extent, 2 * reach + 1) for extent in size))
+    kinds = F.conv2d(ones, taps, padding=reach, dilation=dilation)[0]
+    rows, columns = (_kind_of_position(extent, reach, stride, taps.device) for extent in size)
     return kinds[:, rows][:, :, columns]
 
 
-def _kind_of_position(extent: int, reach: int, device: torch.device) -> Tensor:
-    """Index of each of ``extent`` positions in a shortened axis of at most 2 · reach + 1."""
-    positions = torch.arange(extent, device=device)
+def _kind_of_position(extent: int, reach: int, stride: int, device: torch.device) -> Tensor:
+    """Where in an axis shortened to 2 · reach + 1 each stride-th of ``extent`` positions is."""
+    positions = torch.arange(0, extent, stride, device=device)
     from_end = positions - extent + min(extent, 2 * reach + 1)
     return torch.maximum(torch.minimum(positions, torch.full_like(positions, reach)), from_end)
 

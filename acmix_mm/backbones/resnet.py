@@ -1,0 +1,275 @@
+"""ResNet with ACmix in the place of the bottlenecks' 3×3 convolutions.
+
+ResNet: arXiv 1512.03385; ACmix: arXiv 2111.14556, section 5.1 and the authors' code.
+"""
+
+from collections.abc import Sequence
+from typing import Optional
+
+from mmcv.cnn import build_norm_layer
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, Sequential, constant_init, kaiming_init
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint as recompute
+
+from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, read_state_dict
+from acmix_mm.layers import ACmixConv2d
+
+# Blocks of the four stages, as in the authors' code.
+STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+
+
+class ACmixBottleneck(nn.Module):
+    """1×1 convolution, ACmix (or a 3×3 convolution), 1×1 convolution, around a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
+                 downsample: Optional[nn.Module], norm_cfg: dict, with_cp: bool,
+                 acmix: Optional[dict]) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        first_stride, second_stride = (1, stride) if style == 'pytorch' else (stride, 1)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride=first_stride, bias=False)
+        if acmix is None:
+            self.conv2 = nn.Conv2d(channels, channels, 3, stride=second_stride, padding=dilation,
+                                   dilation=dilation, bias=False)
+        else:
+            self.conv2 = ACmixConv2d(channels, channels, stride=second_stride, dilation=dilation,
+                                     **acmix)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        # Named for their kind, bn1 or gn1, as in torchvision and MMDetection.
+        self.norm_names = []
+        for postfix, width in enumerate((channels, channels, out_channels), start=1):
+            name, norm = build_norm_layer(norm_cfg, width, postfix=postfix)
+            self.norm_names.append(name)
+            self.add_module(name, norm)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return getattr(self, self.norm_names[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            out = recompute(self.add_residual, x, use_reentrant=False)
+        else:
+            out = self.add_residual(x)
+        return self.relu(out)
+
+    def add_residual(self, x: Tensor) -> Tensor:
+        norm1, norm2, norm3 = (getattr(self, name) for name in self.norm_names)
+        out = self.relu(norm1(self.conv1(x)))
+        out = self.relu(norm2(self.conv2(out)))
+        out = norm3(self.conv3(out))
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+@MODELS.register_module()
+class ACmixResNet(BaseModule):
+    """ResNet whose bottlenecks mix local attention with convolution.
+
+    Takes the arguments of MMDetection's ``ResNet`` that are listed here, with the same meaning,
+    and ``stage_blocks``, ``num_heads``, ``attn_kernel_size``, ``mix``, ``acmix_stages``. Parameter
+    names are those of the authors' code. ``conv_cfg``, ``dcn`` and ``plugins`` are not taken: they
+    are about the convolutions that ACmix replaces.
+
+    Args:
+        depth: 26, 38 or 50: which ``stage_blocks`` to take.
+        in_channels: channels of the image.
+        stem_channels: channels of the stem; ``base_channels`` if None.
+        base_channels: bottleneck channels of the first stage; each stage doubles them.
+        num_stages: how many of the four stages to build.
+        strides: stride of each stage.
+        dilations: dilation of each stage.
+        out_indices: stages that give an output.
+        style: ``'pytorch'`` puts the stride on ACmix, ``'caffe'`` on the first 1×1 convolution.
+        deep_stem: three 3×3 convolutions in place of the stem's 7×7.
+        avg_down: average pooling in place of the stride in the shortcuts.
+        frozen_stages: freeze the stem (0) and that many stages; -1 freezes nothing.
+        norm_cfg: norm layers.
+        norm_eval: keep the running statistics of batch norms fixed in training.
+        with_cp: recompute the blocks in the backward pass to save memory.
+        zero_init_residual: start the last norm of each block at zero.
+        pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with the authors' ACmix-ResNet, or a
+            plain ResNet's (torchvision, MMDetection), of which the 3×3 convolutions and the norms
+            behind them have no counterpart and are dropped; or None.
+        stage_blocks: blocks of each stage, in place of what ``depth`` says.
+        num_heads: attention heads of every ACmix layer.
+        attn_kernel_size: side of attention's neighbourhood.
+        mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
+        acmix_stages: stages that use ACmix; the others keep their 3×3 convolutions.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+        CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
+    """
+
+    def __init__(self,
+                 depth: int,
+                 in_channels: int = 3,
+                 stem_channels: Optional[int] = None,
+                 base_channels: int = 64,
+                 num_stages: int = 4,
+                 strides: Sequence[int] = (1, 2, 2, 2),
+                 dilations: Sequence[int] = (1, 1, 1, 1),
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 style: str = 'pytorch',
+                 deep_stem: bool = False,
+                 avg_down: bool = False,
+                 frozen_stages: int = -1,
+                 norm_cfg: dict = dict(type='BN', requires_grad=True),
+                 norm_eval: bool = True,
+                 with_cp: bool = False,
+                 zero_init_residual: bool = True,
+                 pretrained: Optional[str] = None,
+                 init_cfg: Optional[dict] = None,
+                 stage_blocks: Optional[Sequence[int]] = None,
+                 num_heads: int = 4,
+                 attn_kernel_size: int = 7,
+                 mix: str = 'acmix',
+                 acmix_stages: Sequence[int] = (0, 1, 2, 3)) -> None:
+        if depth not in STAGE_BLOCKS:
+            raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
+                             f'{depth}; other depths go by stage_blocks.')
+        if not 1 <= num_stages <= 4 or not len(strides) == len(dilations) == num_stages:
+            raise ValueError('strides and dilations need one number for each of 1 to 4 stages, got '
+                             f'{len(strides)} and {len(dilations)} for num_stages={num_stages}.')
+        if max(out_indices) >= num_stages:
+            raise ValueError(f'out_indices must lie below num_stages={num_stages}, got '
+                             f'{tuple(out_indices)}.')
+        if style not in ('pytorch', 'caffe'):
+            raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}.")
+        super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
+        self.out_indices = out_indices
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.zero_init_residual = zero_init_residual
+        self.deep_stem = deep_stem
+
+        channels = stem_channels or base_channels
+        if deep_stem:
+            self.stem = deep_stem_layers(in_channels, channels, norm_cfg)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+            self.norm_name, norm = build_norm_layer(norm_cfg, channels, postfix=1)
+            self.add_module(self.norm_name, norm)
+            self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+
+        acmix = dict(num_heads=num_heads, attn_kernel_size=attn_kernel_size, mix=mix)
+        self.layers = []
+        for stage, blocks in enumerate((stage_blocks or STAGE_BLOCKS[depth])[:num_stages]):
+            width = base_channels * 2**stage
+            out_channels = width * ACmixBottleneck.expansion
+            stage_layers = []
+            for block in range(blocks):
+                stride = strides[stage] if block == 0 else 1
+                shortcut = None
+                if stride != 1 or channels != out_channels:
+                    shortcut = downsampling(channels, out_channels, stride, avg_down, norm_cfg)
+                stage_layers.append(ACmixBottleneck(
+                    channels, width, stride, dilations[stage], style, shortcut, norm_cfg, with_cp,
+                    acmix if stage in acmix_stages else None))
+                channels = out_channels
+            self.layers.append(f'layer{stage + 1}')
+            self.add_module(self.layers[-1], Sequential(*stage_layers))
+        self.freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        if self.deep_stem:
+            x = self.stem(x)
+        else:
+            x = self.relu(getattr(self, self.norm_name)(self.conv1(x)))
+        x = self.maxpool(x)
+        outs = []
+        for stage, name in enumerate(self.layers):
+            x = getattr(self, name)(x)
+            if stage in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> 'ACmixResNet':
+        """Switch the mode; frozen stages, and batch norms under norm_eval, stay in evaluation."""
+        super().train(mode)
+        self.freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def freeze_stages(self) -> None:
+        """Stop gradients and training behaviour in what ``frozen_stages`` covers."""
+        frozen = []
+        if self.frozen_stages >= 0:
+            frozen = [self.stem] if self.deep_stem else [self.conv1, getattr(self, self.norm_name)]
+        frozen += [getattr(self, name) for name in self.layers[:max(self.frozen_stages, 0)]]
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Load the checkpoint of ``init_cfg``, or initialise as ResNet does.
+
+        Shift kernels and rates keep what their layers started them with.
+        """
+        if self.init_cfg is not None:
+            self.load_pretrained(self.init_cfg['checkpoint'])
+            return
+        print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
+                  logger='current')
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                kaiming_init(module)
+            elif isinstance(module, (_BatchNorm, nn.GroupNorm)):
+                constant_init(module, 1)
+        if self.zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, ACmixBottleneck):
+                    constant_init(module.last_norm, 0)
+
+    def load_pretrained(self, source: str) -> None:
+        """Load an ACmix-ResNet checkpoint, or what a plain ResNet has in common with this one.
+
+        Raises:
+            CheckpointError: it cannot be read, is of another network, or does not fit.
+        """
+        state_dict = read_state_dict(source)
+        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
+        # What a 3×3 convolution, and the norm behind it, learned says nothing of ACmix.
+        replaced = '|'.join(
+            rf'^{name}\.(conv2|{block.norm_names[1]})\.' for name, block in self.named_modules()
+            if isinstance(block, ACmixBottleneck) and isinstance(block.conv2, ACmixConv2d))
+        load_with_account(
+            self, state_dict, source=source,
+            recognised='ACmix-ResNet' if is_acmix else 'plain ResNet',
+            may_lack=r'num_batches_tracked$',
+            may_drop=r'^fc\.',
+            leave='' if is_acmix else replaced)
+
+
+def deep_stem_layers(in_channels: int, channels: int, norm_cfg: dict) -> nn.Sequential:
+    """Three 3×3 convolutions, the first with stride 2 (ResNet-C, arXiv 1812.01187)."""
+    layers = []
+    for width, stride in ((channels // 2, 2), (channels // 2, 1), (channels, 1)):
+        layers += [nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False),
+                   build_norm_layer(norm_cfg, width)[1], nn.ReLU(inplace=True)]
+        in_channels = width
+    return nn.Sequential(*layers)
+
+
+def downsampling(in_channels: int, out_channels: int, stride: int, avg_down: bool,
+                 norm_cfg: dict) -> nn.Sequential:
+    """The shortcut of a block that changes size or channels."""
+    layers = []
+    if avg_down:
+        layers.append(nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False))
+        stride = 1
+    layers.append(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False))
+    return nn.Sequential(*layers, build_norm_layer(norm_cfg, out_channels)[1])

@@ -1,0 +1,166 @@
+"""ACmix in the place of a convolution: local attention beside shift-and-sum."""
+
+from functools import lru_cache
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmix_mm.ops import shift_conv, sliding_window_attention
+
+from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
+
+Size = Union[int, tuple[int, int]]
+
+
+class ACmixConv2d(nn.Module):
+    """A drop-in for a padded ``nn.Conv2d`` of odd kernel: same arguments, same output size.
+
+    Paper: arXiv 2111.14556, section 4.1; out = rate1 · attention + rate2 · convolution (+ bias).
+    Queries, keys and values are three 1×1 projections of the input; the attention path looks at
+    the attn_kernel_size² positions around each output position, mirrored at the edges, and the
+    convolution path at kernel_size². Stride leaves out output positions, and dilation spreads the
+    neighbourhood of both paths. The authors' channel order is kept: attention's channels go
+    (head, channel), the convolution path's (channel, head), and they are added as they are.
+
+    Parameters have the authors' names: ``conv1``, ``conv2``, ``conv3`` (q, k, v), ``conv_p``
+    (position encoding), ``fc``, ``dep_conv``, ``rate1``, ``rate2``; ``bias`` says, as in their
+    code, whether the projections have one.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; ``num_heads`` divides them.
+        kernel_size: side of the convolution path's kernel, odd. 1 is the plain 1×1 convolution
+            and not built here; see :func:`acmix_or_pointwise`.
+        stride: distance of output positions, the same along both axes.
+        padding: None, or ``dilation · (kernel_size // 2)``, what keeps the size at stride 1.
+        dilation: distance of taps and of attention's neighbours.
+        groups: 1; the argument is there because builders of convolutions pass it.
+        bias: whether the three projections have a bias.
+        num_heads: attention heads.
+        attn_kernel_size: side of attention's neighbourhood, odd.
+        mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
+            rates.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: Size = 3,
+                 stride: Size = 1, padding: Optional[Size] = None, dilation: Size = 1,
+                 groups: int = 1, bias: bool = True, num_heads: int = 4,
+                 attn_kernel_size: int = 7, mix: str = 'acmix') -> None:
+        super().__init__()
+        check_mix(mix)
+        kernel = one_side('kernel_size', kernel_size)
+        step, spread = one_side('stride', stride), one_side('dilation', dilation)
+        if groups != 1:
+            raise ValueError(f'ACmixConv2d has no groups, got groups={groups}; allowed is 1.')
+        if out_channels % num_heads:
+            raise ValueError(f'num_heads must divide out_channels, got {num_heads} heads for '
+                             f'{out_channels} channels.')
+        for name, value in (('kernel_size', kernel), ('attn_kernel_size', attn_kernel_size)):
+            if value % 2 == 0:
+                raise ValueError(f'{name} must be odd, got {value}.')
+        keeps_size = spread * (kernel // 2)
+        if padding is not None and one_side('padding', padding) != keeps_size:
+            raise ValueError(f'ACmixConv2d pads to keep the size: kernel_size={kernel} with '
+                             f'dilation={spread} allows padding={keeps_size}, got {padding}.')
+        # What OpenMMLab's ConvModule reads off a convolution.
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = (kernel,) * 2, (step,) * 2, (spread,) * 2
+        self.padding, self.output_padding = (keeps_size,) * 2, (0, 0)
+        self.groups, self.transposed = groups, False
+
+        self.num_heads = num_heads
+        self.attn_kernel_size = attn_kernel_size
+        self.mix = mix
+        head_dims = out_channels // num_heads
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.conv2 = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.conv3 = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        if mix != 'conv':
+            self.conv_p = nn.Conv2d(2, head_dims, 1)
+        if mix != 'attn':
+            self.fc = FullyConnected(num_heads, kernel, bias=False)
+            self.dep_conv = ShiftKernels(out_channels, kernel)
+        if mix == 'acmix':
+            self.rate1 = initial_rate()
+            self.rate2 = initial_rate()
+
+    def init_weights(self) -> None:
+        """Keep the initialisation of the constructor; OpenMMLab leaves layers alone that have it.
+        """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in_channels, height, width), any size from 1×1, to (batch, out_channels,
+        ⌈height / stride⌉, ⌈width / stride⌉) in channels-last strides.
+        """
+        projections = (self.conv1, self.conv2, self.conv3)
+        weight = torch.cat([conv.weight for conv in projections]).flatten(1)
+        bias = None if self.conv1.bias is None else torch.cat([conv.bias for conv in projections])
+        qkv = F.linear(x.permute(0, 2, 3, 1), weight, bias)
+        maps = qkv.unflatten(3, (3, self.num_heads, -1)).permute(3, 0, 4, 5, 1, 2)
+
+        if self.mix != 'conv':
+            out = attention = self.attend(*maps)
+        if self.mix != 'attn':
+            out = convolution = self.convolve(maps)
+        if self.mix == 'acmix':
+            out = self.rate1.to(out.dtype) * attention + self.rate2.to(out.dtype) * convolution
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention path: (batch, num_heads, head_dims, height, width) to channels."""
+        grid = coordinates(*q.shape[-2:], q.dtype, q.device)
+        positions = F.linear(grid, self.conv_p.weight.flatten(1), self.conv_p.bias)
+        out = sliding_window_attention(q, k, v, positions.permute(2, 0, 1), self.attn_kernel_size,
+                                       stride=self.stride[0], dilation=self.dilation[0])
+        return out.flatten(1, 2)
+
+    def convolve(self, maps: Tensor) -> Tensor:
+        """The convolution path: (3, batch, num_heads, head_dims, height, width) to channels."""
+        return shift_conv(maps.transpose(0, 1).flatten(1, 2), self.fc.matrix, self.dep_conv.weight,
+                          stride=self.stride[0], dilation=self.dilation[0])
+
+    def extra_repr(self) -> str:
+        return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
+                f'stride={self.stride}, dilation={self.dilation}, num_heads={self.num_heads}, '
+                f'attn_kernel_size={self.attn_kernel_size}, mix={self.mix!r}')
+
+
+def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *args: Any,
+                       num_heads: int = 4, attn_kernel_size: int = 7, mix: str = 'acmix',
+                       **kwargs: Any) -> nn.Module:
+    """Build :class:`ACmixConv2d`, or ``nn.Conv2d`` where the kernel is 1×1.
+
+    OpenMMLab's modules build both from one ``conv_cfg``; a 1×1 convolution has no neighbourhood
+    to attend to.
+    """
+    if one_side('kernel_size', kernel_size) == 1:
+        return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+    return ACmixConv2d(in_channels, out_channels, kernel_size, *args, num_heads=num_heads,
+                       attn_kernel_size=attn_kernel_size, mix=mix, **kwargs)
+
+
+def one_side(name: str, size: Size) -> int:
+    """The one number of a square size.
+
+    Raises:
+        ValueError: the size is not square.
+    """
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f'{name} must be the same along both axes, got {size}.')
+    return sides.pop()
+
+
+@lru_cache(maxsize=128)
+def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """x and y of every position, (height, width, 2), from -1 to 1 over each axis."""
+    # A tensor that is made under inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        x, y = (torch.linspace(-1, 1, extent, device=device) for extent in (width, height))
+        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
+        return grid.to(dtype)
