@@ -73,7 +73,11 @@ def image_sample(cfg):
 def test_trains_a_step_and_predicts(path):
     cfg = load_config(path)
     init_default_scope(cfg.default_scope)
-    cfg.model.backbone.update(init_cfg=None, drop_path_rate=0.)
+    cfg.model.backbone.init_cfg = None
+    # Otherwise whole branches would get no gradient at the first step.
+    cfg.model.backbone.update(
+        dict(drop_path_rate=0.) if 'Swin' in cfg.model.backbone.type else
+        dict(zero_init_residual=False))
     set_classes(cfg, ['a', 'b', 'c'])
     from mmengine.model import revert_sync_batchnorm
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -83,19 +87,24 @@ def test_trains_a_step_and_predicts(path):
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
 
     decay = {id(group['params'][0]): group['weight_decay'] for group in optimizer.param_groups}
-    without = ('rate1', 'rate2', 'relative_position_bias_table')
-    for name, parameter in model.backbone.named_parameters():
-        exempt = name.endswith(without) or 'norm' in name
-        assert (decay[id(parameter)] == 0) == exempt, name
+    is_swin = 'Swin' in cfg.model.backbone.type
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = name.endswith(('rate1', 'rate2')) or (is_swin and (
+                name.endswith('relative_position_bias_table') or 'norm' in name))
+            assert (decay[id(parameter)] == 0) == exempt, name
 
     before = {name: parameter.detach().clone()
-              for name, parameter in model.backbone.named_parameters()}
+              for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
     image, sample = image_sample(cfg)
     losses = model.train_step(dict(inputs=[image, image.flip(2)], data_samples=[
         sample, sample.clone()]), optimizer)
     assert torch.isfinite(losses['loss'])
-    for name, parameter in model.backbone.named_parameters():
-        assert not torch.equal(parameter, before[name]), f'{name} did not move'
+    parameters = dict(model.backbone.named_parameters())
+    # Softmax cancels the bias of the position encoding.
+    still = [name for name, old in before.items()
+             if torch.equal(parameters[name], old) and not name.endswith('conv_p.bias')]
+    assert not still
 
     model.eval()
     prediction = model.test_step(dict(inputs=[image], data_samples=[sample]))[0]
@@ -104,8 +113,9 @@ def test_trains_a_step_and_predicts(path):
         assert prediction.pred_sem_seg.data.max() < 3
     else:
         instances = prediction.pred_instances
-        assert instances.masks.shape[1:] == (96, 72)
-        assert len(instances.bboxes) == len(instances.masks)
+        assert len(instances.bboxes) == len(instances.scores)
+        if 'roi_head' in cfg.model:
+            assert instances.masks.shape == (len(instances.bboxes), 96, 72)
 
 
 def test_found_from_both_scopes():
