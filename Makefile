@@ -10,7 +10,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check -q -c constraints.t
 SHAPES := data/shapes
 DEMO := work_dirs/demo
 DEMO_CONFIG := configs/shapes/maskrcnn_acmix_swin.py
-DEMO_CHECKPOINT := $(DEMO)/epoch_6.pth
+DEMO_CHECKPOINT := $(DEMO)/epoch_10.pth
 
 # This checkout, not another one that the environment may have installed.
 export PYTHONPATH := $(CURDIR)

@@ -1,17 +1,22 @@
 """ACmixConv2d and ACmix-ResNet against the published code and against what they replace."""
 
 import inspect
+import os
+import subprocess
+import sys
 
 import mmdet.models.backbones.resnet as mmdet_resnet
 import pytest
 import torch
-from conftest import relative_error
+from conftest import ROOT, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.model import kaiming_init
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from acmix_mm.backbones import ACmixResNet
 from acmix_mm.engine.config import load_config
@@ -328,3 +333,47 @@ def test_checkpoint_of_another_depth_is_refused(tmp_path):
 def test_backbone_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         ACmixResNet(**arguments)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any tensor had which an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 2)])
+def test_no_tensor_is_many_times_the_map(stride, dilation):
+    """The published form makes several of 49 times the map, forward and backward."""
+    layer = ACmixConv2d(64, 64, stride=stride, dilation=dilation)
+    x = torch.randn(1, 64, 96, 160, requires_grad=True)
+    with Largest() as largest:
+        layer(x).sum().backward()
+    assert x.numel() < largest.elements <= 10 * x.numel()
+
+
+def test_memory_at_detection_size():
+    """Forward and backward at 64 channels, 200×336, in a process of its own."""
+    done = subprocess.run([sys.executable, '-c', '''
+import resource
+import torch
+from acmix_mm.layers import ACmixConv2d
+torch.set_num_threads(2)
+layer = ACmixConv2d(64, 64)
+layer(torch.randn(1, 64, 16, 16, requires_grad=True)).sum().backward()
+x = torch.randn(1, 64, 200, 336, requires_grad=True)
+with open('/proc/self/statm') as statm:
+    idle = int(statm.read().split()[1]) * resource.getpagesize()
+layer(x).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - idle / 2**20)
+'''], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+                          check=True)
+    assert 50 < float(done.stdout) < 400

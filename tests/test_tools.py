@@ -149,6 +149,41 @@ def test_segmentation_tta(segmentor, shapes, run_tool, tmp_path):
     assert logged_metric(tmp_path, 'mIoU') >= 0
 
 
+DETECTION_SIZES = [
+    'train_dataloader.dataset.pipeline.2.scale=(96,96)',
+    'val_dataloader.dataset.pipeline.1.scale=(96,96)', *epochs(1)]
+SEGMENTATION_SIZES = [
+    'model.data_preprocessor.size=(96,96)', 'train_dataloader.batch_size=2',
+    'train_dataloader.dataset.pipeline.2.scale=(96,96)',
+    'train_dataloader.dataset.pipeline.3.crop_size=(96,96)',
+    'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+    'train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+
+
+@pytest.mark.parametrize(('config', 'options', 'metric'), [
+    ('maskrcnn_acmix_r50', DETECTION_SIZES, 'coco/segm_mAP'),
+    ('retinanet_acmix_r50', DETECTION_SIZES, 'coco/bbox_mAP'),
+    ('maskrcnn_r50_acmix_fpn_mask', DETECTION_SIZES, 'coco/segm_mAP'),
+    ('upernet_acmix_r50', SEGMENTATION_SIZES, 'mIoU'),
+    ('upernet_acmix_r50_d8', SEGMENTATION_SIZES, 'mIoU'),
+    ('shapes/maskrcnn_acmix_r50', [*SMALL_IMAGES, *epochs(1)], 'coco/segm_mAP'),
+    ('shapes/upernet_acmix_r50', ['model.data_preprocessor.size=(96,96)',
+                                  'train_cfg.max_iters=2', 'train_cfg.val_interval=2'], 'mIoU'),
+])
+def test_resnet_config_trains_and_evaluates(config, options, metric, shapes, run_tool, tmp_path):
+    classes = ['circle', 'square', 'triangle']
+    if 'upernet' in config:
+        classes = ['background', *classes]
+    done = run_tool('tools/train.py', f'configs/{config}.py', '--data-root', shapes,
+                    '--classes', *classes, '--work-dir', tmp_path, '--cfg-options', *FAST, *options,
+                    'model.backbone.init_cfg=None')
+    assert done.returncode == 0, done.stderr
+    losses = logged(tmp_path, 'loss')
+    assert len(losses) >= 2
+    assert all(0 < loss < 100 for loss in losses)
+    assert 0 <= logged(tmp_path, metric)[-1] <= 100
+
+
 def test_two_processes_train_and_test_together(shapes, run_tool, tmp_path):
     port = str(20000 + os.getpid() % 20000)
     done = run_tool('tools/dist_train.sh', DETECTION, 2, '--data-root', shapes,

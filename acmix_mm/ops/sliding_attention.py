@@ -89,93 +89,96 @@ def sliding_window_attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: T
     not neighbours are masked. That is several times the arithmetic, all of it in matrix products,
     and no copy of the maps for every neighbour.
     """
-    height, width = q.shape[-2:]
-    q = (q[..., ::stride, ::stride] * scale).permute(0, 3, 4, 1, 2)
-    # A tile's surroundings grow with the dilation; larger tiles share them among more queries.
-    tile = 8 if dilation == 1 else 16
-    grid = tuple(-(-extent // tile) for extent in q.shape[1:3])
-    reach = dilation * (kernel_size // 2)
-    rows, columns = (
-        mirrored(-reach, (tiles * tile - 1) * stride + reach + 1, extent, q.device)
-        for tiles, extent in zip(grid, (height, width)))
-    keys, values = (maps.permute(0, 3, 4, 1, 2)[:, rows][:, :, columns]
-                    for maps in (k - positions, v))
-    bottom, right = (tiles * tile - extent for tiles, extent in zip(grid, q.shape[1:3]))
-    queries = F.pad(q, (0, 0, 0, 0, 0, right, 0, bottom))
-    out = _TiledAttention.apply(queries, keys, values, tile, kernel_size, stride, dilation)
-    return out[:, :q.shape[1], :q.shape[2]].permute(0, 3, 4, 1, 2)
+    maps = (each.permute(0, 3, 4, 1, 2) for each in (q, k, v))
+    geometry = kernel_size, stride, dilation, scale
+    out = _TiledAttention.apply(*maps, positions.permute(1, 2, 0), *geometry)
+    return out.permute(0, 3, 4, 1, 2)
 
 
 class _TiledAttention(torch.autograd.Function):
     """Attention from tiles of queries to their surroundings, one row of tiles at a time.
 
     Nothing is kept for the backward pass but the inputs: the weights are computed again.
-
-    queries: (batch, tile rows · tile, tile columns · tile, num_heads, head_dims), scaled.
-    keys, values: (batch, rows, columns, num_heads, head_dims), with the border in place.
+    q, k, v: (batch, height, width, num_heads, head_dims); positions: (height, width, head_dims).
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, tile: int,
-                kernel_size: int, stride: int, dilation: int) -> Tensor:
-        ctx.save_for_backward(queries, keys, values)
-        ctx.geometry = tile, kernel_size, stride, dilation
-        tiles = _Tiles(*ctx.geometry, queries)
-        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        for row in range(queries.shape[1] // tile):
-            weights = tiles.weights(tiles.own(queries, row), tiles.around(keys, row))
-            tiles.put(torch.bmm(weights, tiles.around(values, row)), out, row)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int,
+                stride: int, dilation: int, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, positions)
+        ctx.geometry = kernel_size, stride, dilation
+        ctx.scale = scale
+        tiles = _Tiles(q, *ctx.geometry)
+        out = q.new_empty(tiles.out_shape)
+        for row in range(tiles.rows):
+            own = tiles.own(q, row, stride).mul_(scale)
+            weights = tiles.weights(own, tiles.around(k, row, positions))
+            tiles.put(torch.bmm(weights, tiles.around(v, row)), out, row)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        queries, keys, values = ctx.saved_tensors
-        tiles = _Tiles(*ctx.geometry, queries)
-        grad_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for row in range(queries.shape[1] // ctx.geometry[0]):
-            own, around = tiles.own(queries, row), tiles.around(keys, row)
+        q, k, v, positions = ctx.saved_tensors
+        stride = ctx.geometry[1]
+        tiles = _Tiles(q, *ctx.geometry)
+        grad_q, grad_k, grad_v = (torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+                                  for _ in range(3))
+        for row in range(tiles.rows):
+            own = tiles.own(q, row, stride).mul_(ctx.scale)
+            around = tiles.around(k, row, positions)
             own_grad = tiles.own(grad_out, row)
             weights = tiles.weights(own, around)
-            tiles.add(torch.bmm(weights.transpose(1, 2), own_grad), grad_values, row)
-            grad = torch.bmm(own_grad, tiles.around(values, row).transpose(1, 2))
+            tiles.add(torch.bmm(weights.transpose(1, 2), own_grad), grad_v, row)
+            grad = torch.bmm(own_grad, tiles.around(v, row).transpose(1, 2))
             # The gradient of softmax: weights · (grad − its weighted mean).
             grad = grad.sub_((grad * weights).sum(2, keepdim=True)).mul_(weights)
-            tiles.put(torch.bmm(grad, around), grad_queries, row)
-            tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_keys, row)
-        return grad_queries, grad_keys, grad_values, None, None, None, None
+            tiles.put(torch.bmm(grad, around).mul_(ctx.scale), grad_q[:, ::stride, ::stride], row)
+            tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_k, row)
+        grad_positions = -grad_k.sum((0, 3)) if ctx.needs_input_grad[3] else None
+        return grad_q, grad_k, grad_v, grad_positions, None, None, None, None
 
 
 class _Tiles:
     """Moving one row of tiles between maps and stacks of small matrices.
 
-    Maps are (batch, rows, columns, num_heads, head_dims); matrices are (batch · tile columns ·
+    Maps are (batch, height, width, num_heads, head_dims); matrices are (batch · tile columns ·
     num_heads, positions, head_dims).
     """
 
-    def __init__(self, tile: int, kernel_size: int, stride: int, dilation: int,
-                 queries: Tensor) -> None:
-        self.tile = tile
-        self.step = tile * stride
-        self.span = (tile - 1) * stride + dilation * (kernel_size - 1) + 1
-        self.batch, self.columns, self.num_heads, self.head_dims = (
-            queries.shape[0], queries.shape[2] // tile, *queries.shape[3:])
-        offset = (torch.arange(self.span, device=queries.device) -
-                  stride * torch.arange(tile, device=queries.device)[:, None])
+    def __init__(self, q: Tensor, kernel_size: int, stride: int, dilation: int) -> None:
+        self.batch, self.height, self.width, self.num_heads, self.head_dims = q.shape
+        self.out_shape = (self.batch, -(-self.height // stride), -(-self.width // stride),
+                          self.num_heads, self.head_dims)
+        # A tile's surroundings grow with the dilation; larger tiles share them among more queries.
+        self.tile = 8 if dilation == 1 else 16
+        self.rows, self.columns = (-(-extent // self.tile) for extent in self.out_shape[1:3])
+        self.step = self.tile * stride
+        self.span = (self.tile - 1) * stride + dilation * (kernel_size - 1) + 1
+        self.reach = dilation * (kernel_size // 2)
+        self.padded_width = max((self.columns - 1) * self.step + self.span,
+                                self.reach + self.width)
+        self.borders = slice(0, self.reach), slice(self.reach + self.width, None)
+        self.row_index = mirrored(-self.reach, (self.rows - 1) * self.step + self.span - self.reach,
+                                  self.height, q.device)
+        self.column_index = mirrored(-self.reach, self.padded_width - self.reach, self.width,
+                                     q.device)
+        offset = (torch.arange(self.span, device=q.device) -
+                  stride * torch.arange(self.tile, device=q.device)[:, None])
         near = (offset % dilation == 0) & (offset >= 0) & (offset <= dilation * (kernel_size - 1))
         unseen = ~(near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
-        self.mask = torch.zeros(unseen.shape, dtype=queries.dtype, device=queries.device)
+        self.mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
         self.mask.masked_fill_(unseen, -torch.inf)
 
     def weights(self, own: Tensor, around: Tensor) -> Tensor:
         """Softmax weights from a tile's queries to its surroundings."""
-        logits = torch.baddbmm(self.mask, own, around.transpose(1, 2))
-        return logits.softmax(2)
+        return torch.baddbmm(self.mask, own, around.transpose(1, 2)).softmax(2)
 
-    def own(self, maps: Tensor, row: int) -> Tensor:
-        """The tiles themselves, as matrices."""
-        rows = maps[:, row * self.tile:(row + 1) * self.tile]
+    def own(self, maps: Tensor, row: int, stride: int = 1) -> Tensor:
+        """The tiles themselves, as a copy in matrices; zero where they reach over the edge."""
+        rows = maps[:, ::stride, ::stride][:, row * self.tile:(row + 1) * self.tile]
+        bottom, right = self.tile - rows.shape[1], self.columns * self.tile - rows.shape[2]
+        rows = F.pad(rows, (0, 0, 0, 0, 0, right, 0, bottom))
         tiles = rows.unflatten(2, (self.columns, self.tile)).permute(0, 2, 4, 1, 3, 5)
         return tiles.reshape(-1, self.tile**2, self.head_dims)
 
@@ -184,11 +187,24 @@ class _Tiles:
         tiles = matrices.view(self.batch, self.columns, self.num_heads, self.tile, self.tile,
                               self.head_dims)
         rows = maps[:, row * self.tile:(row + 1) * self.tile]
-        rows.unflatten(2, (self.columns, self.tile)).copy_(tiles.permute(0, 3, 1, 4, 2, 5))
+        whole = tiles.permute(0, 3, 1, 4, 2, 5).flatten(2, 3)
+        rows.copy_(whole[:, :rows.shape[1], :rows.shape[2]])
 
-    def around(self, maps: Tensor, row: int) -> Tensor:
-        """The surroundings of the tiles, as matrices; neighbouring tiles share positions."""
-        rows = maps[:, row * self.step:row * self.step + self.span]
+    def around(self, maps: Tensor, row: int, positions: Optional[Tensor] = None) -> Tensor:
+        """The surroundings of the tiles, as matrices; neighbouring tiles share positions.
+
+        ``positions`` are subtracted, if given.
+        """
+        top = row * self.step - self.reach
+        if top >= 0 and top + self.span <= self.height:
+            which = slice(top, top + self.span)
+        else:
+            which = self.row_index[row * self.step:row * self.step + self.span]
+        rows = maps[:, which]
+        if positions is not None:
+            rows = rows - positions[which].unsqueeze(2)
+        left, right = (rows[:, :, self.column_index[border]] for border in self.borders)
+        rows = torch.cat([left, rows, right], 2)
         spans = rows.unfold(2, self.span, self.step).permute(0, 2, 3, 1, 5, 4)
         return spans.reshape(-1, self.span**2, self.head_dims)
 
@@ -196,12 +212,19 @@ class _Tiles:
         """Add surroundings onto the map; the transpose of :meth:`around`."""
         spans = matrices.view(self.batch, self.columns, self.num_heads, self.span, self.span,
                               self.head_dims).permute(0, 3, 1, 2, 5, 4)
-        rows = maps[:, row * self.step:row * self.step + self.span]
+        rows = maps.new_zeros(self.batch, self.span, self.padded_width, self.num_heads,
+                              self.head_dims)
         # Tiles that are this far apart share no position, and can be added at once.
         apart = -(-self.span // self.step)
         for first in range(min(apart, self.columns)):
             disjoint = rows[:, :, first * self.step:].unfold(2, self.span, apart * self.step)
             disjoint.add_(spans[:, :, first::apart])
+        inner = slice(self.reach, self.reach + self.width)
+        folded = rows[:, :, inner].contiguous()
+        for border in self.borders:
+            folded.index_add_(2, self.column_index[border], rows[:, :, border])
+        index = self.row_index[row * self.step:row * self.step + self.span]
+        maps.index_add_(1, index, folded)
 
 
 def mirrored(start: int, stop: int, extent: int, device: torch.device) -> Tensor:
