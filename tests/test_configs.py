@@ -1,5 +1,8 @@
 """Every config builds, trains one step and predicts at a small size, as its plain twin would."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,9 +47,8 @@ def test_states_only_what_differs_from_its_twin(path, twin, tmp_path):
     assert ours == plain
 
 
-def image_sample(cfg):
+def image_sample(cfg, height=96, width=72):
     """A picture of two boxes and its ground truth, in the structure that the model takes."""
-    height, width = 96, 72
     meta = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width),
                 scale_factor=(1.0, 1.0), img_path='', img_id=0)
     image = torch.zeros(3, height, width, dtype=torch.uint8)
@@ -151,3 +153,38 @@ def test_classes_reach_every_head_and_dataset():
     assert (dataset.type, dataset.reduce_zero_label, dataset.img_suffix) == (
         'BaseSegDataset', True, '.jpg')
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 2
+
+
+def test_acmix_r50_trains_at_detection_size():
+    """The batch of the config, two pictures of 800×1344, in a process of its own."""
+    done = subprocess.run([sys.executable, '-c', '''
+import re
+import torch
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from test_configs import image_sample
+from acmix_mm.engine.config import load_config
+
+cfg = load_config('configs/maskrcnn_acmix_r50.py')
+init_default_scope('mmdet')
+cfg.model.backbone.init_cfg = None
+model = revert_sync_batchnorm(MODELS.build(cfg.model))
+model.init_weights()
+model.train()
+before = model.backbone.layer1[0].conv2.fc.weight.clone()
+optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+image, sample = image_sample(cfg, 800, 1344)
+for _ in range(2):
+    loss = model.train_step(dict(inputs=[image, image.flip(2)],
+                                 data_samples=[sample, sample.clone()]), optimizer)['loss']
+moved = not torch.equal(before, model.backbone.layer1[0].conv2.fc.weight)
+with open('/proc/self/status') as status:
+    peak = int(re.search(r'VmHWM:\\s+(\\d+) kB', status.read()).group(1)) / 2**20
+print('measured', loss.isfinite().item(), moved, peak)
+'''], cwd=ROOT, env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')])},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    finite, moved, peak = done.stdout.splitlines()[-1].split()[1:]
+    assert (finite, moved) == ('True', 'True')
+    assert 2 < float(peak) < 12

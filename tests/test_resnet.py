@@ -363,17 +363,57 @@ def test_no_tensor_is_many_times_the_map(stride, dilation):
 def test_memory_at_detection_size():
     """Forward and backward at 64 channels, 200×336, in a process of its own."""
     done = subprocess.run([sys.executable, '-c', '''
-import resource
+import re
 import torch
 from acmix_mm.layers import ACmixConv2d
+
+def mebibytes(entry):
+    with open('/proc/self/status') as status:
+        return int(re.search(entry + r':\\s+(\\d+) kB', status.read()).group(1)) / 1024
+
 torch.set_num_threads(2)
 layer = ACmixConv2d(64, 64)
 layer(torch.randn(1, 64, 16, 16, requires_grad=True)).sum().backward()
 x = torch.randn(1, 64, 200, 336, requires_grad=True)
-with open('/proc/self/statm') as statm:
-    idle = int(statm.read().split()[1]) * resource.getpagesize()
+with open('/proc/self/clear_refs', 'w') as peak:
+    peak.write('5')
+idle = mebibytes('VmRSS')
 layer(x).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - idle / 2**20)
+print(mebibytes('VmHWM') - idle)
 '''], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
                           check=True)
     assert 50 < float(done.stdout) < 400
+
+
+ACMIX = dict(type='ACmix', num_heads=2, attn_kernel_size=5)
+
+
+@pytest.mark.parametrize(('cfg', 'inputs', 'layers'), [
+    (dict(type='mmdet.ResNet', depth=50, base_channels=8), (1, 3, 40, 56), 17),
+    (dict(type='mmdet.ResNet', depth=18, base_channels=8), (1, 3, 33, 47), 17),
+    (dict(type='mmdet.FPN', in_channels=[8, 16], out_channels=8, num_outs=3),
+     [(1, 8, 20, 13), (1, 16, 10, 7)], 2),
+    (dict(type='mmdet.RetinaHead', num_classes=3, in_channels=8, feat_channels=8),
+     [(1, 8, size, size) for size in (16, 8, 4, 2, 1)], 8),
+    (dict(type='mmdet.FCNMaskHead', in_channels=8, conv_out_channels=8, num_classes=3),
+     (5, 8, 14, 14), 4),
+    (dict(type='mmdet.Shared4Conv1FCBBoxHead', in_channels=8, conv_out_channels=8,
+          fc_out_channels=16, num_classes=3), (5, 8, 7, 7), 4),
+    (dict(type='mmseg.UPerHead', in_channels=[8, 16], in_index=[0, 1], channels=8, num_classes=3,
+          norm_cfg=dict(type='BN')), [(2, 8, 20, 13), (2, 16, 10, 7)], 3),
+    (dict(type='mmseg.FCNHead', in_channels=8, channels=8, num_classes=3, in_index=0,
+          dilation=2), [(2, 8, 9, 13)], 3),
+], ids=lambda value: value['type'] if isinstance(value, dict) else None)
+def test_serves_as_conv_cfg_across_openmmlab(cfg, inputs, layers):
+    """Each module builds with ACmix, computes what its plain twin's shapes say, and trains."""
+    x = ([torch.randn(size) for size in inputs] if isinstance(inputs, list) else
+         torch.randn(inputs))
+    plain, ours = MODELS.build(dict(cfg)), MODELS.build(dict(cfg, conv_cfg=ACMIX))
+    assert len([module for module in ours.modules() if isinstance(module, ACmixConv2d)]) == layers
+    ours.init_weights()
+    expected, actual = (tree_leaves(module(x)) for module in (plain, ours))
+    assert [each.shape for each in actual] == [each.shape for each in expected]
+    sum(each.square().sum() for each in actual).backward()
+    for module in ours.modules():
+        if isinstance(module, ACmixConv2d):
+            assert module.rate1.grad is not None
