@@ -172,7 +172,9 @@ class _Tiles:
 
     def weights(self, own: Tensor, around: Tensor) -> Tensor:
         """Softmax weights from a tile's queries to its surroundings."""
-        return torch.baddbmm(self.mask, own, around.transpose(1, 2)).softmax(2)
+        logits = torch.baddbmm(self.mask, own, around.transpose(1, 2))
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        return logits.softmax(2, dtype=precise).to(own.dtype)
 
     def own(self, maps: Tensor, row: int, stride: int = 1) -> Tensor:
         """The tiles themselves, as a copy in matrices; zero where they reach over the edge."""
