@@ -121,12 +121,13 @@ def window_tensors(batch, grid, window_size, heads, head_dims):
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('form', ['sdpa', 'row_by_row'])
 @pytest.mark.parametrize(('batch', 'grid', 'window_size', 'shift_size', 'heads', 'head_dims'),
                          WINDOWS)
-def test_window_attention_equals_reference(dtype, batch, grid, window_size, shift_size, heads,
+def test_window_attention_equals_reference(dtype, form, batch, grid, window_size, shift_size, heads,
                                            head_dims):
     tensors = window_tensors(batch, grid, window_size, heads, head_dims)
-    compare(attend(window_size, shift_size), tensors, 'sdpa', dtype)
+    compare(attend(window_size, shift_size), tensors, form, dtype)
 
 
 def test_window_attention_without_gradients_equals_reference():
@@ -134,13 +135,22 @@ def test_window_attention_without_gradients_equals_reference():
     qkv, bias = window_tensors(2, (2, 3), (7, 7), 3, 8)
     for shift_size in (0, 3):
         run = attend((7, 7), shift_size)
-        torch.testing.assert_close(run(qkv, bias, 'sdpa'), run(qkv, bias, 'reference'))
+        for form in ('sdpa', 'row_by_row'):
+            torch.testing.assert_close(run(qkv, bias, form), run(qkv, bias, 'reference'))
+
+
+def test_window_attention_gradcheck():
+    tensors = [tensor.double().requires_grad_() for tensor in
+               window_tensors(2, (2, 2), (2, 3), 2, 2)]
+    for shift_size in (0, 1):
+        run = attend((2, 3), shift_size)
+        assert torch.autograd.gradcheck(lambda *t, run=run: run(*t, form='row_by_row'), tensors)
 
 
 def test_window_attention_drops_weights_at_its_rate():
     qkv, bias = window_tensors(1, (4, 4), (7, 7), 4, 8)
     qkv[:, :, :, 2] = 1.0
-    for form in ('sdpa', 'reference'):
+    for form in (None, 'sdpa', 'reference'):
         out = window_attention(qkv, torch.zeros_like(bias), (7, 7), dropout_p=0.25, form=form)
         assert out.std() > 0.01
         assert out.mean().item() == pytest.approx(1.0, abs=0.02)
@@ -232,7 +242,8 @@ def test_shift_conv_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='flash'), 'has no form .flash.; it has reference, sdpa'),
+    (dict(form='flash'), 'has no form .flash.; it has reference, row_by_row, sdpa'),
+    (dict(form='row_by_row', dropout_p=0.1), 'drops no weights; take .sdpa.'),
     (dict(qkv=torch.zeros(1, 7, 7, 12)), 'takes qkv of shape'),
     (dict(window_size=(5, 7)), 'does not divide into windows'),
     (dict(bias=torch.zeros(2, 49, 48)), 'takes a bias of shape'),

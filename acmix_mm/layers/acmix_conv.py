@@ -108,7 +108,7 @@ class ACmixConv2d(nn.Module):
         if self.mix != 'attn':
             out = convolution = self.convolve(maps)
         if self.mix == 'acmix':
-            out = self.rate1.to(out.dtype) * attention + self.rate2.to(out.dtype) * convolution
+            out = self.rate1.to(out.dtype) * attention + convolution
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,8 +120,14 @@ class ACmixConv2d(nn.Module):
         return out.flatten(1, 2)
 
     def convolve(self, maps: Tensor) -> Tensor:
-        """The convolution path: (3, batch, num_heads, head_dims, height, width) to channels."""
-        return shift_conv(maps.transpose(0, 1).flatten(1, 2), self.fc.matrix, self.dep_conv.weight,
+        """The convolution path, times its rate: (3, batch, num_heads, head_dims, height, width) to
+        channels.
+        """
+        kernels = self.dep_conv.weight
+        if self.mix == 'acmix':
+            # The rate scales the small weight in place of the map.
+            kernels = self.rate2 * kernels
+        return shift_conv(maps.transpose(0, 1).flatten(1, 2), self.fc.matrix, kernels,
                           stride=self.stride[0], dilation=self.dilation[0])
 
     def extra_repr(self) -> str:

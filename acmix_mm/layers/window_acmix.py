@@ -107,23 +107,33 @@ class WindowACmix(nn.Module):
         if self.mix != 'attn':
             out = convolution = self.convolve(drop_padding(qkv, size, shift_size))
         if self.mix == 'acmix':
-            out = self.rate1.to(out.dtype) * attention + self.rate2.to(out.dtype) * convolution
+            out = attention + convolution
 
         if shift_size:
             out = out.roll((shift_size, shift_size), (1, 2))
         return self.proj_drop(out)
 
     def attend(self, qkv: Tensor, window_size: tuple[int, int], shift_size: int) -> Tensor:
-        """The attention path: (batch, height, width, 3, num_heads, head_dims) to channels."""
+        """The attention path, times its rate: (batch, height, width, 3, num_heads, head_dims) to
+        channels.
+        """
         out = window_attention(qkv, self.position_bias(window_size), window_size,
                                shift_size=shift_size, scale=self.scale,
                                dropout_p=self.attn_drop.p if self.training else 0.0)
-        return self.proj(out)
+        if self.mix == 'attn':
+            return self.proj(out)
+        # The rate scales the small weight in place of the map.
+        return F.linear(out, self.rate1 * self.proj.weight, self.rate1 * self.proj.bias)
 
     def convolve(self, qkv: Tensor) -> Tensor:
-        """The convolution path: (batch, height, width, 3, num_heads, head_dims) to channels."""
+        """The convolution path, times its rate: (batch, height, width, 3, num_heads, head_dims) to
+        channels.
+        """
         maps = qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)
-        out = shift_conv(maps, self.fc.matrix, self.dep_conv.weight, self.fc.bias)
+        kernels = self.dep_conv.weight
+        if self.mix == 'acmix':
+            kernels = self.rate2 * kernels
+        out = shift_conv(maps, self.fc.matrix, kernels, self.fc.bias)
         return out.permute(0, 2, 3, 1)
 
     def position_bias(self, window_size: tuple[int, int]) -> Tensor:

@@ -4,11 +4,13 @@ Paper: arXiv 2111.14556, section 4.1 (stage II of the convolution path) and sect
 the fixed shifts become a grouped convolution whose kernels start as shifts and are learned.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .forms import named_form
 
@@ -89,25 +91,51 @@ def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     mixed = torch.matmul(fc_weight, maps.permute(0, 3, 4, 1, 2))
     if fc_bias is not None:
         mixed = mixed + fc_bias[:, None].to(mixed.dtype)
-    return _grouped_conv(mixed.transpose(3, 4), shift_weight, stride, dilation)
+    return _GroupedConv.apply(mixed.transpose(3, 4), shift_weight.to(mixed.dtype), stride, dilation)
 
 
 def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
                       fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     """Fold the two linear steps into one grouped convolution from the 3 · num_heads maps."""
     kernels = torch.einsum('cjyx,jm->cmyx', shift_weight, fc_weight)
-    out = _grouped_conv(maps.permute(0, 3, 4, 2, 1), kernels, stride, dilation)
+    out = _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), kernels, stride, dilation)
     if fc_bias is not None:
         out = out + _bias_map(fc_bias, shift_weight, maps.shape[-2:], stride, dilation)
     return out
 
 
-def _grouped_conv(groups: Tensor, kernels: Tensor, stride: int, dilation: int) -> Tensor:
-    """Convolve (batch, height, width, groups, channels) group by group, padded with zeros."""
-    # Channels last is what oneDNN's grouped convolution is fast in: twice its time otherwise.
-    images = groups.flatten(3).permute(0, 3, 1, 2)
-    return F.conv2d(images, kernels, stride=stride, padding=dilation * (kernels.shape[-1] // 2),
-                    dilation=dilation, groups=groups.shape[3])
+class _GroupedConv(torch.autograd.Function):
+    """Convolve (batch, height, width, groups, channels) group by group, padded with zeros.
+
+    Channels last is what oneDNN's grouped convolution is fast in: it takes twice its time
+    otherwise. The copy in that layout is made again in the backward pass, not kept: what comes in
+    is a view of the projections, which are kept anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor, kernels: Tensor, stride: int, dilation: int) -> Tensor:
+        ctx.save_for_backward(groups, kernels)
+        ctx.geometry = dict(stride=stride, padding=dilation * (kernels.shape[-1] // 2),
+                            dilation=dilation, groups=groups.shape[3])
+        return F.conv2d(as_images(groups), kernels, **ctx.geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        groups, kernels = ctx.saved_tensors
+        images = as_images(groups)
+        grad_groups = grad_kernels = None
+        if ctx.needs_input_grad[0]:
+            grad_images = conv2d_input(images.shape, kernels, grad_out, **ctx.geometry)
+            grad_groups = grad_images.permute(0, 2, 3, 1).reshape(groups.shape)
+        if ctx.needs_input_grad[1]:
+            grad_kernels = conv2d_weight(images, kernels.shape, grad_out, **ctx.geometry)
+        return grad_groups, grad_kernels, None, None
+
+
+def as_images(groups: Tensor) -> Tensor:
+    """(batch, height, width, groups, channels) as (batch, channels, height, width)."""
+    return groups.flatten(3).permute(0, 3, 1, 2)
 
 
 def _bias_map(fc_bias: Tensor, shift_weight: Tensor, size: tuple[int, int], stride: int,

@@ -4,11 +4,13 @@ Paper: arXiv 2111.14556, section 4.1 (stage II of the attention path); the windo
 shift are Swin's, arXiv 2103.14030, section 3.2.
 """
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .forms import named_form
 
@@ -32,7 +34,8 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
             opposite edges of the map do not see each other.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
-        form: ``'reference'`` or ``'sdpa'``; the latter if None.
+        form: ``'reference'``, ``'sdpa'`` or ``'row_by_row'``; if None the last, or ``'sdpa'``
+            where weights are dropped.
 
     Returns:
         (batch, height, width, num_heads · head_dims), in the dtype of ``qkv``.
@@ -55,7 +58,7 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         raise ValueError(f'shift_size must lie in [0, {min(window_size)}), got {shift_size}.')
     if scale is None:
         scale = head_dims**-0.5
-    run = named_form('window_attention', FORMS, form, 'sdpa')
+    run = named_form('window_attention', FORMS, form, 'sdpa' if dropout_p else 'row_by_row')
     return run(qkv, bias.to(qkv.dtype), window_size, shift_size, scale, dropout_p)
 
 
@@ -104,6 +107,107 @@ def window_attention_sdpa(qkv: Tensor, bias: Tensor, window_size: tuple[int, int
     return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, num_heads * head_dims)
 
 
+def window_attention_row_by_row(qkv: Tensor, bias: Tensor, window_size: tuple[int, int],
+                                shift_size: int, scale: float, dropout_p: float) -> Tensor:
+    """Work on one row of windows at a time, and keep nothing but the inputs.
+
+    The weights of a row of windows stay in the processor's cache; those of a map do not, and would
+    be the largest thing that training keeps. The backward pass computes them again.
+    """
+    if dropout_p:
+        raise ValueError("window_attention's form 'row_by_row' drops no weights; take 'sdpa'.")
+    return _RowByRow.apply(qkv, bias, window_size, shift_size, scale)
+
+
+class _RowByRow(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, window_size: tuple[int, int], shift_size: int,
+                scale: float) -> Tensor:
+        ctx.save_for_backward(qkv, bias)
+        ctx.geometry = window_size, shift_size
+        ctx.scale = scale
+        rows = _WindowRows(qkv, bias, *ctx.geometry)
+        out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
+        for row in range(rows.count):
+            q, k, v = rows.matrices(qkv, row)
+            rows.put(torch.bmm(rows.weights(q, k, row, scale), v), out, row)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        qkv, bias = ctx.saved_tensors
+        rows = _WindowRows(qkv, bias, *ctx.geometry)
+        grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+        for row in range(rows.count):
+            q, k, v = rows.matrices(qkv, row)
+            weights = rows.weights(q, k, row, ctx.scale)
+            grad, = rows.matrices(grad_out.unflatten(3, (1, *qkv.shape[4:])), row)
+            grad_v = torch.bmm(weights.transpose(1, 2), grad)
+            grad = torch.bmm(grad, v.transpose(1, 2))
+            # The gradient of softmax: weights · (grad − its weighted mean).
+            grad = grad.sub_((grad * weights).sum(2, keepdim=True)).mul_(weights)
+            grad_bias += grad.view(-1, *bias.shape).sum(0)
+            grad_q, grad_k = torch.bmm(grad, k), torch.bmm(grad.transpose(1, 2), q)
+            rows.put_all((grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v), grad_qkv, row)
+        return grad_qkv, grad_bias, None, None, None
+
+
+class _WindowRows:
+    """Moving one row of windows between a map and stacks of small matrices.
+
+    Maps are (batch, height, width, kinds, num_heads, head_dims); matrices are (batch · windows ·
+    num_heads, area, head_dims), one stack for each kind.
+    """
+
+    def __init__(self, qkv: Tensor, bias: Tensor, window_size: tuple[int, int],
+                 shift_size: int) -> None:
+        self.batch, height, width = qkv.shape[:3]
+        self.window_size = window_size
+        self.count, self.columns = height // window_size[0], width // window_size[1]
+        biases = bias.expand(self.columns, *bias.shape)
+        self.inner = self.last = self.stacked(biases)
+        if shift_size:
+            # Rows of windows differ only in whether they hold both edges of the map.
+            grid = (min(self.count, 2), self.columns)
+            masks = shift_mask(grid, window_size, shift_size, bias).unflatten(0, grid)
+            self.inner, self.last = (self.stacked(biases + masks[row][:, None]) for row in (0, -1))
+
+    def stacked(self, biases: Tensor) -> Tensor:
+        """Biases of a row, (windows, num_heads, area, area), for every picture of the batch."""
+        return biases.expand(self.batch, *biases.shape).flatten(0, 2)
+
+    def weights(self, q: Tensor, k: Tensor, row: int, scale: float) -> Tensor:
+        bias = self.last if row == self.count - 1 else self.inner
+        logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        return logits.softmax(2, dtype=precise).to(q.dtype)
+
+    def windows(self, maps: Tensor, row: int) -> Tensor:
+        """A view of one row: (kinds, batch, windows, num_heads, window h, window w, head_dims)."""
+        win_h, win_w = self.window_size
+        rows = maps[:, row * win_h:(row + 1) * win_h]
+        return rows.unflatten(2, (self.columns, win_w)).permute(4, 0, 2, 5, 1, 3, 6)
+
+    def matrices(self, maps: Tensor, row: int) -> Tensor:
+        windows = self.windows(maps, row)
+        kinds, head_dims = windows.shape[0], windows.shape[-1]
+        return windows.reshape(kinds, -1, self.window_size[0] * self.window_size[1], head_dims)
+
+    def put(self, matrices: Tensor, maps: Tensor, row: int) -> None:
+        """Write matrices of one kind into a map of channels, (batch, height, width, channels)."""
+        heads = maps.unflatten(3, (1, -1, matrices.shape[2]))
+        self.put_all((matrices,), heads, row)
+
+    def put_all(self, matrices: Sequence[Tensor], maps: Tensor, row: int) -> None:
+        """Write matrices into a map, one stack for each kind."""
+        windows = self.windows(maps, row)
+        for kind, each in zip(windows, matrices):
+            kind.copy_(each.view(kind.shape))
+
+
 def shift_mask(grid: tuple[int, int], window_size: tuple[int, int], shift_size: int,
                like: Tensor) -> Tensor:
     """Logits that keep apart what the shift brought together.
@@ -124,4 +228,8 @@ def shift_mask(grid: tuple[int, int], window_size: tuple[int, int], shift_size: 
     return (side[:, :, None] != side[:, None]).to(like.dtype) * MASKED_LOGIT
 
 
-FORMS = {'reference': window_attention_reference, 'sdpa': window_attention_sdpa}
+FORMS = {
+    'reference': window_attention_reference,
+    'sdpa': window_attention_sdpa,
+    'row_by_row': window_attention_row_by_row,
+}
