@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 
+# What torch raises on files that are missing, unreachable, damaged, or more than data.
+LOAD_ERRORS = (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError)
 # Where checkpoints of PyTorch projects keep their weights beside other things.
 NESTS = ('state_dict', 'model')
 
@@ -50,7 +52,7 @@ def read_checkpoint(source: str) -> Mapping:
     try:
         with weights_only():
             return CheckpointLoader.load_checkpoint(source, map_location='cpu')
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(explain_load_error(source, error)) from error
 
 

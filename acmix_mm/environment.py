@@ -52,3 +52,4 @@ if __name__ == '__main__':
         check_mmcv()
     except UsageError as error:
         sys.exit(f'error: {error}')
+    print(f'mmcv and torch in {sys.prefix} fit together.')

@@ -22,8 +22,8 @@ FAST = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=F
         'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
         'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False',
         'default_hooks.logger.interval=1']
-SMALL_IMAGES = [f'{split}_dataloader.dataset.pipeline.2.scale=(96,96)'
-                for split in ('train', 'val', 'test')]
+SMALL_IMAGES = [f'{split}_dataloader.dataset.pipeline.{index}.scale=(64,64)'
+                for split, index in (('train', 2), ('val', 1), ('test', 1))]
 
 
 def epochs(count):
@@ -256,7 +256,11 @@ SCRATCH = ['--cfg-options', 'model.backbone.init_cfg=None', *FAST]
     ([*COCO, *DATA, '--classes', 'circle', *SCRATCH, f'load_from={REMOTE}'],
      [f'{REMOTE} could not be downloaded']),
     ([*COCO, *DATA, *SCRATCH], ['A dataset is empty', '--classes NAME']),
-    (['tools/train.py', DETECTION, *DATA, '--amp'], ['needs a GPU']),
+    (['tools/train.py', DETECTION, *DATA, '--amp'], ['needs a GPU', 'leave out --amp']),
+    (['tools/train.py', DETECTION, *DATA, '--classes', 'circle', 'sqare', 'triangle'],
+     ['names sqare, which', 'has circle square triangle']),
+    (['tools/train.py', DETECTION, *DATA, '--classes', 'triangle', 'circle'],
+     ['Labels follow the order of', 'pass --classes circle triangle']),
     (['tools/train.py', DETECTION, *DATA, '--auto-scale-lr', '--cfg-options',
       'auto_scale_lr=None'], ['auto_scale_lr.base_batch_size=16']),
     (['tools/train.py', DETECTION, *DATA, '--launcher', 'mpi'],
@@ -271,6 +275,27 @@ def test_messages(arguments, parts, shapes, run_tool, tmp_path):
     message = plain_message(done)
     for part in parts:
         assert part.format(**places) in message
+
+
+@pytest.mark.parametrize('other', [
+    ['configs/shapes/maskrcnn_acmix_r50.py'],
+    ['configs/shapes/upernet_acmix_swin.py'],
+    [DETECTION, '--classes', 'circle', 'square'],
+])
+def test_checkpoint_of_another_network_is_refused(other, detector, shapes, run_tool, tmp_path):
+    folder, _ = detector
+    done = run_tool('tools/test.py', other[0], folder / 'epoch_3.pth', *other[1:],
+                    '--data-root', shapes, '--work-dir', tmp_path, '--cfg-options', *FAST)
+    message = plain_message(done)
+    assert f'{folder}/epoch_3.pth is of another network' in message
+    assert 'missing or of another shape: ' in message
+
+
+def test_options_without_a_value_are_refused(run_tool):
+    done = run_tool('tools/train.py', DETECTION, '--cfg-options', 'nonsense')
+    assert done.returncode == 2
+    assert "--cfg-options takes KEY=VALUE pairs, got 'nonsense'" in done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 def test_make_shapes_overwrites_nothing(shapes, run_tool):

@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     write_shapes(**vars(args))
+    print(f'Wrote {args.train_images} training and {args.val_images} validation pictures to '
+          f'{args.root}.')
 
 
 if __name__ == '__main__':

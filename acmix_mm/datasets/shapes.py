@@ -43,15 +43,23 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
         seed: of the generator.
 
     Raises:
-        UsageError: ``root`` exists and is not empty, or the pictures are too small.
+        UsageError: ``root`` exists and is not empty, or cannot be written, or the pictures are too
+            small or too few.
     """
     if image_size < 64:
         raise UsageError(f'Shapes need pictures of at least 64 pixels, got {image_size}.')
+    if min(train_images, val_images) < 1:
+        raise UsageError('Training and validation need a picture each, got '
+                         f'{train_images} and {val_images}.')
     target = Path(root)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f'{root} exists and is not empty; remove it, or name another folder.')
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=target.name + '.', dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=target.name + '.', dir=target.parent))
+    except OSError as error:
+        reason = error.strerror
+        raise UsageError(f'{root} cannot be written ({reason}); name another folder.') from error
     try:
         rng = np.random.default_rng(seed)
         for count, coco_split, ade_split in ((train_images, 'train2017', 'training'),

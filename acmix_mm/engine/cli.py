@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from typing import Callable
+from collections.abc import Sequence
+from typing import Callable, Optional
 
 from mmengine.config import Config, DictAction
 
@@ -11,6 +12,17 @@ from acmix_mm.environment import check_mmcv
 from acmix_mm.errors import UsageError
 
 from .config import load_config, set_classes, set_data_root
+
+
+class KeyValue(DictAction):
+    """MMEngine's KEY=VALUE pairs, refused in words where there is no pair."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
+                 values: Sequence[str], option_string: Optional[str] = None) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(f'{option_string} takes KEY=VALUE pairs, got {value!r}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +33,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
                         help="read all data from below DIR, laid out as the config's own")
     parser.add_argument('--classes', nargs='+', metavar='NAME',
                         help='names of the classes, in the order of their labels')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE',
                         help='override settings of the config, e.g. train_dataloader.batch_size=4; '
                         'lists as "[1,2]", tuples as "(1,2)", without spaces')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',

@@ -1,6 +1,7 @@
 """Loading a config, and pointing it at one's own data and classes."""
 
 import inspect
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,11 +82,17 @@ def set_data_root(cfg: Config, data_root: str) -> None:
 
 
 def set_classes(cfg: Config, classes: Sequence[str]) -> None:
-    """Name the classes of every dataset, and size every head of the model for them."""
+    """Name the classes of every dataset, and size every head of the model for them.
+
+    Raises:
+        UsageError: an annotation file has other classes, or has them in another order.
+    """
     for dataset in datasets(cfg):
-        dataset.metainfo = dict(classes=tuple(classes))
         if cfg.get('default_scope') == 'mmseg':
             make_open_to_classes(dataset)
+        elif dataset.type == 'CocoDataset':
+            check_categories(dataset, classes)
+        dataset.metainfo = dict(classes=tuple(classes))
 
     def resize_heads(node: Any) -> None:
         if isinstance(node, dict):
@@ -97,6 +104,24 @@ def set_classes(cfg: Config, classes: Sequence[str]) -> None:
                 resize_heads(child)
 
     resize_heads(cfg.model)
+
+
+def check_categories(dataset: ConfigDict, classes: Sequence[str]) -> None:
+    """Raise UsageError unless ``classes`` are categories of COCO annotations, in their order.
+
+    MMDetection leaves out what it does not find, and numbers labels by the order in the file.
+    """
+    path = Path(dataset.get('data_root') or '', dataset.ann_file)
+    if not path.is_file():
+        return  # check_data says so
+    names = [category['name'] for category in json.loads(path.read_text())['categories']]
+    strange = [name for name in classes if name not in names]
+    if strange:
+        raise UsageError(f'--classes names {", ".join(strange)}, which {path} does not have; it '
+                         f'has {" ".join(names)}.')
+    in_order = [name for name in names if name in classes]
+    if list(classes) != in_order:
+        raise UsageError(f'Labels follow the order of {path}: pass --classes {" ".join(in_order)}.')
 
 
 def make_open_to_classes(dataset: ConfigDict) -> None:

@@ -16,7 +16,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from acmix_mm.checkpoint import explain_load_error, weights_only
+from acmix_mm.checkpoint import LOAD_ERRORS, explain_load_error, summary, weights_only
 from acmix_mm.errors import CheckpointError, UsageError
 
 from .config import check_data
@@ -29,23 +29,29 @@ class DataOnlyRunner(Runner):
     """MMEngine's runner, which takes checkpoints as data and says plainly what is wrong with one.
     """
 
+    # Whether a checkpoint must have all of the model's weights, as for a test.
+    takes_whole_checkpoints_only = False
+
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load into the model, as :meth:`Runner.load_checkpoint`.
 
         Raises:
-            CheckpointError: the file is missing, unreachable, damaged, holds code, or shares no
-                key with the model.
+            CheckpointError: the file is missing, unreachable, damaged, holds code, or is of another
+                network.
         """
         try:
             with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
         weights = checkpoint.get('state_dict', checkpoint)
         # What wraps a model, for several processes or for augmented tests, calls it "module".
-        if not set(weights) & {key.removeprefix('module.') for key in self.model.state_dict()}:
-            raise CheckpointError(f'The checkpoint {filename} is of another network: it shares no '
-                                  f'key with this model; its first are {list(weights)[:4]}.')
+        own = {key.removeprefix('module.'): value for key, value in self.model.state_dict().items()}
+        unfit = [key for key, value in own.items()
+                 if key not in weights or weights[key].shape != value.shape]
+        if len(unfit) == len(own) or (self.takes_whole_checkpoints_only and unfit):
+            raise CheckpointError(f'The checkpoint {filename} is of another network than the '
+                                  f"config's: missing or of another shape: {summary(unfit)}.")
         return checkpoint
 
 
@@ -57,9 +63,9 @@ def train(cfg: Config) -> None:
     """
     check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
     if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
-        raise UsageError('Mixed precision (--amp, or AmpOptimWrapper in the config) needs a GPU, '
-                         'and torch sees none; on the CPU pass '
-                         '--cfg-options optim_wrapper.type=OptimWrapper instead.')
+        raise UsageError('Mixed precision needs a GPU, and torch sees none: leave out --amp or, '
+                         'where the config asks for it, pass --cfg-options '
+                         'optim_wrapper.type=OptimWrapper.')
     with prepared(cfg, checkpoint_sources(cfg)):
         build_runner(cfg).train()
 
@@ -72,7 +78,9 @@ def test(cfg: Config) -> dict[str, float]:
     """
     check_data(cfg, ('test',))
     with prepared(cfg, [cfg.load_from]):
-        return build_runner(cfg).test()
+        runner = build_runner(cfg)
+        runner.takes_whole_checkpoints_only = True
+        return runner.test()
 
 
 @contextlib.contextmanager
@@ -95,6 +103,9 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
             raise
         raise UsageError("A dataset is empty: none of its pictures holds one of the config's "
                          'classes; name those of your data with --classes NAME ….') from error
+    # Threads of the process group that outlive the interpreter can abort the process.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -25,13 +25,14 @@ data_root = 'data/shapes/'
 metainfo = dict(
     classes=('circle', 'square', 'triangle'),
     palette=[(220, 20, 60), (0, 160, 60), (30, 90, 255)])
-load = [
+image, truth, resize, pack = (
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='Resize', scale=(192, 192), keep_ratio=True),
-]
-train_pipeline = [*load, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
-test_pipeline = [*load, dict(type='PackDetInputs')]
+    dict(type='PackDetInputs'))
+train_pipeline = [image, truth, resize, dict(type='RandomFlip', prob=0.5), pack]
+# Pictures are drawn at their own size: so is the ground truth.
+test_pipeline = [image, resize, truth, pack]
 train_dataloader = dict(
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
 val_dataloader = dict(
