@@ -111,7 +111,7 @@ class _TiledAttention(torch.autograd.Function):
         tiles = _Tiles(q, *ctx.geometry)
         out = q.new_empty(tiles.out_shape)
         for row in range(tiles.rows):
-            own = tiles.own(q, row, stride).mul_(scale)
+            own = tiles.own(q, row, stride) * scale
             weights = tiles.weights(own, tiles.around(k, row, positions))
             tiles.put(torch.bmm(weights, tiles.around(v, row)), out, row)
         return out
@@ -125,7 +125,7 @@ class _TiledAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (torch.zeros(q.shape, dtype=q.dtype, device=q.device)
                                   for _ in range(3))
         for row in range(tiles.rows):
-            own = tiles.own(q, row, stride).mul_(ctx.scale)
+            own = tiles.own(q, row, stride) * ctx.scale
             around = tiles.around(k, row, positions)
             own_grad = tiles.own(grad_out, row)
             weights = tiles.weights(own, around)
@@ -177,7 +177,7 @@ class _Tiles:
         return logits.softmax(2, dtype=precise).to(own.dtype)
 
     def own(self, maps: Tensor, row: int, stride: int = 1) -> Tensor:
-        """The tiles themselves, as a copy in matrices; zero where they reach over the edge."""
+        """The tiles themselves, as matrices; zero where they reach over the edge."""
         rows = maps[:, ::stride, ::stride][:, row * self.tile:(row + 1) * self.tile]
         bottom, right = self.tile - rows.shape[1], self.columns * self.tile - rows.shape[2]
         rows = F.pad(rows, (0, 0, 0, 0, 0, right, 0, bottom))

@@ -140,7 +140,8 @@ class _RowByRow(torch.autograd.Function):
         qkv, bias = ctx.saved_tensors
         rows = _WindowRows(qkv, bias, *ctx.geometry)
         grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+        precise = torch.promote_types(bias.dtype, torch.float32)
+        grad_bias = torch.zeros(bias.shape, dtype=precise, device=bias.device)
         for row in range(rows.count):
             q, k, v = rows.matrices(qkv, row)
             weights = rows.weights(q, k, row, ctx.scale)
@@ -149,10 +150,10 @@ class _RowByRow(torch.autograd.Function):
             grad = torch.bmm(grad, v.transpose(1, 2))
             # The gradient of softmax: weights · (grad − its weighted mean).
             grad = grad.sub_((grad * weights).sum(2, keepdim=True)).mul_(weights)
-            grad_bias += grad.view(-1, *bias.shape).sum(0)
+            grad_bias += grad.view(-1, *bias.shape).sum(0, dtype=precise)
             grad_q, grad_k = torch.bmm(grad, k), torch.bmm(grad.transpose(1, 2), q)
             rows.put_all((grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v), grad_qkv, row)
-        return grad_qkv, grad_bias, None, None, None
+        return grad_qkv, grad_bias.to(bias.dtype), None, None, None
 
 
 class _WindowRows:
