@@ -1,12 +1,14 @@
 """What the command-line tools share: options, and errors as plain messages."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import Callable, Optional
 
 from mmengine.config import Config, DictAction
+from torch import distributed
 
 from acmix_mm.environment import check_mmcv
 from acmix_mm.errors import UsageError
@@ -71,3 +73,18 @@ def run_tool(main: Callable[[], None]) -> None:
     except UsageError as error:
         # One process of a node speaks for all.
         sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
+    leave_gloo()
+
+
+def leave_gloo() -> None:
+    """End a finished process of a distributed CPU run at once.
+
+    Gloo's threads now and then outlive the interpreter, and abort a process that has done its
+    work ("terminate called without an active exception"); torchrun then reports a failure.
+    """
+    if distributed.is_initialized() and distributed.get_backend() == 'gloo':
+        distributed.barrier()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

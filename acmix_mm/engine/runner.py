@@ -103,9 +103,6 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
             raise
         raise UsageError("A dataset is empty: none of its pictures holds one of the config's "
                          'classes; name those of your data with --classes NAME ….') from error
-    # Threads of the process group that outlive the interpreter can abort the process.
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def build_runner(cfg: Config) -> Runner:
