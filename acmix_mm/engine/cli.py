@@ -82,7 +82,8 @@ def leave_gloo() -> None:
     Gloo's threads now and then outlive the interpreter, and abort a process that has done its
     work ("terminate called without an active exception"); torchrun then reports a failure.
     """
-    if distributed.is_initialized() and distributed.get_backend() == 'gloo':
+    running = distributed.is_available() and distributed.is_initialized()
+    if running and distributed.get_backend() == 'gloo':
         distributed.barrier()
         logging.shutdown()
         sys.stdout.flush()

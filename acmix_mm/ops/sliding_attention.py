@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forms import named_form
+from .softmax import attention_weights, logits_gradient
 
 
 def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
@@ -112,7 +113,7 @@ class _TiledAttention(torch.autograd.Function):
         out = q.new_empty(tiles.out_shape)
         for row in range(tiles.rows):
             own = tiles.own(q, row, stride) * scale
-            weights = tiles.weights(own, tiles.around(k, row, positions))
+            weights = attention_weights(own, tiles.around(k, row, positions), tiles.mask)
             tiles.put(torch.bmm(weights, tiles.around(v, row)), out, row)
         return out
 
@@ -128,11 +129,10 @@ class _TiledAttention(torch.autograd.Function):
             own = tiles.own(q, row, stride) * ctx.scale
             around = tiles.around(k, row, positions)
             own_grad = tiles.own(grad_out, row)
-            weights = tiles.weights(own, around)
+            weights = attention_weights(own, around, tiles.mask)
             tiles.add(torch.bmm(weights.transpose(1, 2), own_grad), grad_v, row)
             grad = torch.bmm(own_grad, tiles.around(v, row).transpose(1, 2))
-            # The gradient of softmax: weights · (grad − its weighted mean).
-            grad = grad.sub_((grad * weights).sum(2, keepdim=True)).mul_(weights)
+            grad = logits_gradient(grad, weights)
             tiles.put(torch.bmm(grad, around).mul_(ctx.scale), grad_q[:, ::stride, ::stride], row)
             tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_k, row)
         grad_positions = -grad_k.sum((0, 3)) if ctx.needs_input_grad[3] else None
@@ -169,12 +169,6 @@ class _Tiles:
         unseen = ~(near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
         self.mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
         self.mask.masked_fill_(unseen, -torch.inf)
-
-    def weights(self, own: Tensor, around: Tensor) -> Tensor:
-        """Softmax weights from a tile's queries to its surroundings."""
-        logits = torch.baddbmm(self.mask, own, around.transpose(1, 2))
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        return logits.softmax(2, dtype=precise).to(own.dtype)
 
     def own(self, maps: Tensor, row: int, stride: int = 1) -> Tensor:
         """The tiles themselves, as matrices; zero where they reach over the edge."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forms import named_form
+from .softmax import attention_weights, logits_gradient
 
 # Swin adds this to the logits of pairs that the shift brought together from opposite edges.
 MASKED_LOGIT = -100.0
@@ -148,8 +149,7 @@ class _RowByRow(torch.autograd.Function):
             grad, = rows.matrices(grad_out.unflatten(3, (1, *qkv.shape[4:])), row)
             grad_v = torch.bmm(weights.transpose(1, 2), grad)
             grad = torch.bmm(grad, v.transpose(1, 2))
-            # The gradient of softmax: weights · (grad − its weighted mean).
-            grad = grad.sub_((grad * weights).sum(2, keepdim=True)).mul_(weights)
+            grad = logits_gradient(grad, weights)
             grad_bias += grad.view(-1, *bias.shape).sum(0, dtype=precise)
             grad_q, grad_k = torch.bmm(grad, k), torch.bmm(grad.transpose(1, 2), q)
             rows.put_all((grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v), grad_qkv, row)
@@ -182,9 +182,7 @@ class _WindowRows:
 
     def weights(self, q: Tensor, k: Tensor, row: int, scale: float) -> Tensor:
         bias = self.last if row == self.count - 1 else self.inner
-        logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        return logits.softmax(2, dtype=precise).to(q.dtype)
+        return attention_weights(q, k, bias, scale)
 
     def windows(self, maps: Tensor, row: int) -> Tensor:
         """A view of one row: (kinds, batch, windows, num_heads, window h, window w, head_dims)."""
