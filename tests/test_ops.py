@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from acmix_mm.ops import shift_conv, sliding_window_attention, window_attention
-from acmix_mm.ops.sliding_attention import mirrored
+from acmix_mm.ops.mirror import mirrored
 
 # A dtype's relative error: rounding of inputs and of intermediate sums.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -215,7 +215,7 @@ def test_mirrored_border_repeats_as_often_as_it_takes():
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fused'), 'has no form .fused.; it has reference, tiled'),
+    (dict(form='fused'), 'has no form .fused.; it has reference, tiled, triton'),
     (dict(k=torch.zeros(1, 2, 4, 5, 5)), 'takes q, k and v of one shape'),
     (dict(positions=torch.zeros(4, 5, 5)), 'positions must be of shape'),
     (dict(kernel_size=4), 'takes odd kernels, got one of 4'),
@@ -228,7 +228,7 @@ def test_sliding_attention_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fastest'), 'has no form .fastest.; it has folded, reference, two_step'),
+    (dict(form='fastest'), 'has no form .fastest.; it has folded, reference, triton, two_step'),
     (dict(maps=torch.zeros(1, 9, 4, 5)), 'takes maps of shape'),
     (dict(shift_weight=torch.zeros(8, 9, 3, 3)), 'need a shift_weight of shape'),
     (dict(shift_weight=torch.zeros(12, 4, 2, 2), fc_weight=torch.zeros(4, 9)), 'odd kernels'),

@@ -1,6 +1,5 @@
 """ACmix in the place of a convolution: local attention beside shift-and-sum."""
 
-from functools import lru_cache
 from typing import Any, Optional, Union
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.ops import shift_conv, sliding_window_attention
+from acmix_mm.ops.tables import per_size
 
 from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
 
@@ -162,11 +162,8 @@ def one_side(name: str, size: Size) -> int:
     return sides.pop()
 
 
-@lru_cache(maxsize=128)
+@per_size
 def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """x and y of every position, (height, width, 2), from -1 to 1 over each axis."""
-    # A tensor that is made under inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        x, y = (torch.linspace(-1, 1, extent, device=device) for extent in (width, height))
-        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)
-        return grid.to(dtype)
+    x, y = (torch.linspace(-1, 1, extent, device=device) for extent in (width, height))
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).to(dtype)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .forms import named_form
+from .forms import named_form, require_triton, runs_triton
+from .opaque import opaque
 
 
 def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
@@ -29,8 +30,8 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         fc_bias: (k²,), or None.
         stride: distance of the positions that give an output; the others are left out.
         dilation: distance of one tap of the kernel from the next.
-        form: ``'reference'``, ``'two_step'`` or ``'folded'``; the cheaper of the last two if
-            None.
+        form: ``'reference'``, ``'two_step'``, ``'folded'`` or ``'triton'``; if None the last on a
+            GPU that can run it, and else the cheaper of the other two.
 
     Returns:
         (batch, head_dims · num_heads, ⌈height / stride⌉, ⌈width / stride⌉), in the dtype of
@@ -57,6 +58,8 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     # form 27 · num_heads. They meet at four heads; the folded form moves less data, and on a CPU
     # is the faster one up to six.
     default = 'folded' if num_heads <= 6 else 'two_step'
+    if maps.is_cuda and runs_triton(maps):
+        default = 'triton'
     run = named_form('shift_conv', FORMS, form, default)
     return run(maps, fc_weight, shift_weight, fc_bias, stride, dilation)
 
@@ -97,11 +100,32 @@ def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
 def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
                       fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     """Fold the two linear steps into one grouped convolution from the 3 · num_heads maps."""
-    kernels = torch.einsum('cjyx,jm->cmyx', shift_weight, fc_weight)
-    out = _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), kernels, stride, dilation)
-    if fc_bias is not None:
-        out = out + _bias_map(fc_bias, shift_weight, maps.shape[-2:], stride, dilation)
-    return out
+    out = _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), folded_kernels(fc_weight, shift_weight),
+                             stride, dilation)
+    return add_bias_map(out, fc_bias, shift_weight, maps.shape[-2:], stride, dilation)
+
+
+def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                      fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
+    """Do as the folded form does, or as the two-step one, in kernels for NVIDIA GPUs."""
+    require_triton('shift_conv', maps)
+    groups = maps.permute(0, 3, 4, 2, 1)
+    num_heads = maps.shape[1] // 3
+    if num_heads <= 4:
+        # The kernels multiply four output heads at once; up to there, folding costs less.
+        kernels = folded_kernels(fc_weight, shift_weight)
+    else:
+        mixing = fc_weight.repeat(maps.shape[2], 1)[:, :, None, None]
+        groups = _TritonGroupedConv.apply(groups, mixing, 1, 1, True)
+        kernels = shift_weight
+    out = _TritonGroupedConv.apply(groups, kernels, stride, dilation, False)
+    out = out.flatten(3).permute(0, 3, 1, 2)
+    return add_bias_map(out, fc_bias, shift_weight, maps.shape[-2:], stride, dilation)
+
+
+def folded_kernels(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
+    """The product of the two linear steps, (head_dims · num_heads, 3 · num_heads, k, k)."""
+    return torch.einsum('cjyx,jm->cmyx', shift_weight, fc_weight)
 
 
 class _GroupedConv(torch.autograd.Function):
@@ -133,24 +157,86 @@ class _GroupedConv(torch.autograd.Function):
         return grad_groups, grad_kernels, None, None
 
 
+class _TritonGroupedConv(torch.autograd.Function):
+    """The same in kernels that take the projections as they lie in memory.
+
+    The output is (batch, out height, out width, groups, channels). The last argument says whether
+    its groups are to be neighbours in memory, as the next convolution wants them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor, kernels: Tensor, stride: int, dilation: int,
+                groups_last: bool) -> Tensor:
+        ctx.save_for_backward(groups, kernels)
+        ctx.geometry = stride, dilation
+        return convolve_triton(groups, kernels, stride, dilation, groups_last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        grads = convolve_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        return *grads, None, None, None
+
+
+def _empty_convolved(groups: Tensor, kernels: Tensor, stride: int, dilation: int,
+                     groups_last: bool) -> Tensor:
+    batch, height, width = groups[:, ::stride, ::stride].shape[:3]
+    num_groups, channels = groups.shape[3], kernels.shape[0] // groups.shape[3]
+    if groups_last:
+        return groups.new_empty(batch, height, width, channels, num_groups).transpose(3, 4)
+    return groups.new_empty(batch, height, width, num_groups, channels)
+
+
+def _empty_gradients(grad_out: Tensor, groups: Tensor, kernels: Tensor,
+                     *geometry: Any) -> tuple[Tensor, Tensor]:
+    """The gradient of the groups in the strides that the projections' has."""
+    as_projected = groups.transpose(3, 4)
+    return (as_projected.new_empty(as_projected.shape).transpose(3, 4),
+            kernels.new_empty(kernels.shape))
+
+
+@opaque(_empty_convolved)
+def convolve_triton(groups: Tensor, kernels: Tensor, stride: int, dilation: int,
+                    groups_last: bool) -> Tensor:
+    from .kernels.grouped_conv import convolve
+    out = _empty_convolved(groups, kernels, stride, dilation, groups_last)
+    with torch.cuda.device_of(groups):
+        convolve(groups, kernels, out, stride, dilation)
+    return out
+
+
+@opaque(_empty_gradients)
+def convolve_triton_backward(grad_out: Tensor, groups: Tensor, kernels: Tensor, stride: int,
+                             dilation: int) -> tuple[Tensor, Tensor]:
+    from .kernels.grouped_conv import convolve_kernels_backward, convolve_maps_backward
+    grad_groups, grad_kernels = _empty_gradients(grad_out, groups, kernels)
+    with torch.cuda.device_of(groups):
+        convolve_maps_backward(grad_out, kernels, grad_groups, stride, dilation)
+        grad_kernels.copy_(convolve_kernels_backward(grad_out, groups, kernels.shape[-1], stride,
+                                                     dilation))
+    return grad_groups, grad_kernels
+
+
 def as_images(groups: Tensor) -> Tensor:
     """(batch, height, width, groups, channels) as (batch, channels, height, width)."""
     return groups.flatten(3).permute(0, 3, 1, 2)
 
 
-def _bias_map(fc_bias: Tensor, shift_weight: Tensor, size: tuple[int, int], stride: int,
-              dilation: int) -> Tensor:
-    """What the fc bias adds to the output, (channels, height, width).
+def add_bias_map(out: Tensor, fc_bias: Optional[Tensor], shift_weight: Tensor,
+                 size: tuple[int, int], stride: int, dilation: int) -> Tensor:
+    """Add to the output what comes of the fc bias, for a map of ``size`` (height, width).
 
     The bias is convolved too, and the border, where some taps fall outside, gets less of it. All
     inner positions are alike: a small map has one of each kind, as wide a border as the large one.
     """
+    if fc_bias is None:
+        return out
     taps = torch.einsum('cjyx,j->cyx', shift_weight, fc_bias)[:, None]
     reach = dilation * (shift_weight.shape[-1] // 2)
     ones = taps.new_ones(1, 1, *(min(extent, 2 * reach + 1) for extent in size))
-    kinds = F.conv2d(ones, taps, padding=reach, dilation=dilation)[0]
+    kinds = F.conv2d(ones, taps, padding=reach, dilation=dilation)[0].to(out.dtype)
     rows, columns = (_kind_of_position(extent, reach, stride, taps.device) for extent in size)
-    return kinds[:, rows][:, :, columns]
+    return out + kinds[:, rows][:, :, columns]
 
 
 def _kind_of_position(extent: int, reach: int, stride: int, device: torch.device) -> Tensor:
@@ -164,4 +250,5 @@ FORMS = {
     'reference': shift_conv_reference,
     'two_step': shift_conv_two_step,
     'folded': shift_conv_folded,
+    'triton': shift_conv_triton,
 }

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .forms import named_form
+from .forms import named_form, require_triton, runs_triton
+from .mirror import fold_border, mirrored
+from .opaque import opaque
 from .softmax import attention_weights, logits_gradient
+from .tables import per_size
 
 
 def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
@@ -32,7 +35,8 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
         stride: distance of the queries that give an output; the others are left out.
         dilation: distance of neighbours.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
-        form: ``'reference'`` or ``'tiled'``; the latter if None.
+        form: ``'reference'``, ``'tiled'`` or ``'triton'``; if None the last on a GPU that can
+            run it, and else ``'tiled'``.
 
     Returns:
         (batch, num_heads, head_dims, ⌈height / stride⌉, ⌈width / stride⌉), in the dtype of ``q``.
@@ -51,7 +55,8 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
         raise ValueError(f'sliding_window_attention takes odd kernels, got one of {kernel_size}.')
     if scale is None:
         scale = q.shape[2]**-0.5
-    run = named_form('sliding_window_attention', FORMS, form, 'tiled')
+    default = 'triton' if q.is_cuda and has_kernel(q, stride, dilation) else 'tiled'
+    run = named_form('sliding_window_attention', FORMS, form, default)
     return run(q, k, v, positions.to(q.dtype), kernel_size, stride, dilation, scale)
 
 
@@ -90,10 +95,37 @@ def sliding_window_attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: T
     not neighbours are masked. That is several times the arithmetic, all of it in matrix products,
     and no copy of the maps for every neighbour.
     """
-    maps = (each.permute(0, 3, 4, 1, 2) for each in (q, k, v))
-    geometry = kernel_size, stride, dilation, scale
-    out = _TiledAttention.apply(*maps, positions.permute(1, 2, 0), *geometry)
+    out = _TiledAttention.apply(*channels_last(q, k, v, positions), kernel_size, stride, dilation,
+                                scale)
     return out.permute(0, 3, 4, 1, 2)
+
+
+def sliding_window_attention_triton(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+                                    kernel_size: int, stride: int, dilation: int,
+                                    scale: float) -> Tensor:
+    """Do as the tiled form does, a tile and its softmax at a time, in kernels for NVIDIA GPUs."""
+    require_triton('sliding_window_attention', q)
+    if not has_kernel(q, stride, dilation):
+        raise ValueError("sliding_window_attention's form 'triton' takes stride or dilation, not "
+                         'both, and heads of 512 bytes at most; got '
+                         f'stride={stride}, dilation={dilation} and {q.shape[2]} channels of '
+                         f'{q.dtype}. Leave out form to have one chosen.')
+    out = _TritonAttention.apply(*channels_last(q, k, v, positions), kernel_size, stride, dilation,
+                                 scale)
+    return out.permute(0, 3, 4, 1, 2)
+
+
+def has_kernel(q: Tensor, stride: int, dilation: int) -> bool:
+    """Whether Triton's kernels are written for this case, on a machine that runs them."""
+    if not runs_triton(q) or (stride > 1 and dilation > 1):
+        return False
+    from .kernels.sliding_attention import fits
+    return fits(q.shape[2], q.dtype)
+
+
+def channels_last(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    """Views as (batch, height, width, num_heads, head_dims) and (height, width, head_dims)."""
+    return (*(maps.permute(0, 3, 4, 1, 2) for maps in (q, k, v)), positions.permute(1, 2, 0))
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -104,39 +136,104 @@ class _TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int,
-                stride: int, dilation: int, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+                *geometry: Any) -> Tensor:
         ctx.save_for_backward(q, k, v, positions)
-        ctx.geometry = kernel_size, stride, dilation
-        ctx.scale = scale
-        tiles = _Tiles(q, *ctx.geometry)
-        out = q.new_empty(tiles.out_shape)
-        for row in range(tiles.rows):
-            own = tiles.own(q, row, stride) * scale
-            weights = attention_weights(own, tiles.around(k, row, positions), tiles.mask)
-            tiles.put(torch.bmm(weights, tiles.around(v, row)), out, row)
+        ctx.geometry = geometry
+        return attend_tiled(q, k, v, positions, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        grads = attend_tiled_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        return *grads, minus_sum(ctx, grads[1]), None, None, None, None
+
+
+def minus_sum(ctx: Any, grad_k: Tensor) -> Optional[Tensor]:
+    """The gradient of the positions, which were subtracted from the keys of all heads alike."""
+    return -grad_k.sum((0, 3)) if ctx.needs_input_grad[3] else None
+
+
+def _empty_attended(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int,
+                    stride: int, dilation: int, scale: float) -> Tensor:
+    return q.new_empty(q[:, ::stride, ::stride].shape)
+
+
+def _empty_gradients(grad_out: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+@opaque(_empty_attended)
+def attend_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int, stride: int,
+                 dilation: int, scale: float) -> Tensor:
+    tiles = _Tiles(q, kernel_size, stride, dilation)
+    out = q.new_empty(tiles.out_shape)
+    for row in range(tiles.rows):
+        own = tiles.own(q, row, stride) * scale
+        weights = attention_weights(own, tiles.around(k, row, positions), tiles.mask)
+        tiles.put(torch.bmm(weights, tiles.around(v, row)), out, row)
+    return out
+
+
+@opaque(_empty_gradients)
+def attend_tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+                          kernel_size: int, stride: int, dilation: int,
+                          scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    tiles = _Tiles(q, kernel_size, stride, dilation)
+    grad_q, grad_k, grad_v = (q.new_zeros(q.shape) for _ in range(3))
+    for row in range(tiles.rows):
+        own = tiles.own(q, row, stride) * scale
+        around = tiles.around(k, row, positions)
+        own_grad = tiles.own(grad_out, row)
+        weights = attention_weights(own, around, tiles.mask)
+        tiles.add(torch.bmm(weights.transpose(1, 2), own_grad), grad_v, row)
+        grad = torch.bmm(own_grad, tiles.around(v, row).transpose(1, 2))
+        grad = logits_gradient(grad, weights)
+        tiles.put(torch.bmm(grad, around).mul_(scale), grad_q[:, ::stride, ::stride], row)
+        tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_k, row)
+    return grad_q, grad_k, grad_v
+
+
+class _TritonAttention(torch.autograd.Function):
+    """The same in kernels; the softmax's sums are kept, (batch, height, width, num_heads)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+                *geometry: Any) -> Tensor:
+        out, log_sum = attend_triton(q, k, v, positions, *geometry)
+        ctx.save_for_backward(q, k, v, positions, out, log_sum)
+        ctx.geometry = geometry
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        q, k, v, positions = ctx.saved_tensors
-        stride = ctx.geometry[1]
-        tiles = _Tiles(q, *ctx.geometry)
-        grad_q, grad_k, grad_v = (torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-                                  for _ in range(3))
-        for row in range(tiles.rows):
-            own = tiles.own(q, row, stride) * ctx.scale
-            around = tiles.around(k, row, positions)
-            own_grad = tiles.own(grad_out, row)
-            weights = attention_weights(own, around, tiles.mask)
-            tiles.add(torch.bmm(weights.transpose(1, 2), own_grad), grad_v, row)
-            grad = torch.bmm(own_grad, tiles.around(v, row).transpose(1, 2))
-            grad = logits_gradient(grad, weights)
-            tiles.put(torch.bmm(grad, around).mul_(ctx.scale), grad_q[:, ::stride, ::stride], row)
-            tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_k, row)
-        grad_positions = -grad_k.sum((0, 3)) if ctx.needs_input_grad[3] else None
-        return grad_q, grad_k, grad_v, grad_positions, None, None, None, None
+        grads = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        return *grads, minus_sum(ctx, grads[1]), None, None, None, None
+
+
+def _empty_attended_and_sums(*inputs: Any) -> tuple[Tensor, Tensor]:
+    out = _empty_attended(*inputs)
+    return out, out.new_empty(out.shape[:4], dtype=torch.float32)
+
+
+@opaque(_empty_attended_and_sums)
+def attend_triton(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int, stride: int,
+                  dilation: int, scale: float) -> tuple[Tensor, Tensor]:
+    from .kernels.sliding_attention import attend
+    with torch.cuda.device_of(q):
+        return attend(q, k, v, positions, kernel_size, stride, dilation, scale)
+
+
+@opaque(_empty_gradients)
+def attend_triton_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+                           out: Tensor, log_sum: Tensor, kernel_size: int, stride: int,
+                           dilation: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    from .kernels.sliding_attention import attend_backward
+    with torch.cuda.device_of(q):
+        return attend_backward(grad_out, q, k, v, positions, out, log_sum, kernel_size, stride,
+                               dilation, scale)
 
 
 class _Tiles:
@@ -163,12 +260,8 @@ class _Tiles:
                                   self.height, q.device)
         self.column_index = mirrored(-self.reach, self.padded_width - self.reach, self.width,
                                      q.device)
-        offset = (torch.arange(self.span, device=q.device) -
-                  stride * torch.arange(self.tile, device=q.device)[:, None])
-        near = (offset % dilation == 0) & (offset >= 0) & (offset <= dilation * (kernel_size - 1))
-        unseen = ~(near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
-        self.mask = torch.zeros(unseen.shape, dtype=q.dtype, device=q.device)
-        self.mask.masked_fill_(unseen, -torch.inf)
+        self.mask = tile_mask(self.tile, self.span, kernel_size, stride, dilation, q.dtype,
+                              q.device)
 
     def own(self, maps: Tensor, row: int, stride: int = 1) -> Tensor:
         """The tiles themselves, as matrices; zero where they reach over the edge."""
@@ -215,25 +308,25 @@ class _Tiles:
         for first in range(min(apart, self.columns)):
             disjoint = rows[:, :, first * self.step:].unfold(2, self.span, apart * self.step)
             disjoint.add_(spans[:, :, first::apart])
-        inner = slice(self.reach, self.reach + self.width)
-        folded = rows[:, :, inner].contiguous()
-        for border in self.borders:
-            folded.index_add_(2, self.column_index[border], rows[:, :, border])
+        folded = fold_border(rows, 2, self.width, self.reach)
         index = self.row_index[row * self.step:row * self.step + self.span]
         maps.index_add_(1, index, folded)
 
 
-def mirrored(start: int, stop: int, extent: int, device: torch.device) -> Tensor:
-    """Positions start … stop − 1 folded back into an axis of ``extent``, as often as it takes.
-
-    As reflection padding does, the edge itself is not repeated; an axis of one has only that.
-    """
-    period = max(2 * (extent - 1), 1)
-    position = torch.arange(start, stop, device=device) % period
-    return torch.minimum(position, period - position) if extent > 1 else position
+@per_size
+def tile_mask(tile: int, span: int, kernel_size: int, stride: int, dilation: int,
+              dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(tile², span²): zero where a position around a tile is a query's neighbour, else -inf."""
+    offset = (torch.arange(span, device=device) -
+              stride * torch.arange(tile, device=device)[:, None])
+    near = (offset % dilation == 0) & (offset >= 0) & (offset <= dilation * (kernel_size - 1))
+    unseen = ~(near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(unseen, -torch.inf)
 
 
 FORMS = {
     'reference': sliding_window_attention_reference,
     'tiled': sliding_window_attention_tiled,
+    'triton': sliding_window_attention_triton,
 }

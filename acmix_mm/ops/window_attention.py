@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forms import named_form
+from .opaque import opaque
 from .softmax import attention_weights, logits_gradient
+from .tables import per_size
 
 # Swin adds this to the logits of pairs that the shift brought together from opposite edges.
 MASKED_LOGIT = -100.0
@@ -35,8 +37,8 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
             opposite edges of the map do not see each other.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
-        form: ``'reference'``, ``'sdpa'`` or ``'row_by_row'``; if None the last, or ``'sdpa'``
-            where weights are dropped.
+        form: ``'reference'``, ``'sdpa'`` or ``'row_by_row'``; if None the last on a CPU, and
+            ``'sdpa'`` elsewhere and where weights are dropped.
 
     Returns:
         (batch, height, width, num_heads · head_dims), in the dtype of ``qkv``.
@@ -59,7 +61,8 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         raise ValueError(f'shift_size must lie in [0, {min(window_size)}), got {shift_size}.')
     if scale is None:
         scale = head_dims**-0.5
-    run = named_form('window_attention', FORMS, form, 'sdpa' if dropout_p else 'row_by_row')
+    default = 'row_by_row' if qkv.device.type == 'cpu' and not dropout_p else 'sdpa'
+    run = named_form('window_attention', FORMS, form, default)
     return run(qkv, bias.to(qkv.dtype), window_size, shift_size, scale, dropout_p)
 
 
@@ -99,7 +102,9 @@ def window_attention_sdpa(qkv: Tensor, bias: Tensor, window_size: tuple[int, int
                                         head_dims)
     if shift_size:
         # Each window has its own mask: windows go beside the heads, so that a batch shares it.
-        mask = bias + shift_mask(grid, window_size, shift_size, bias)[:, None]
+        masks = edge_masks(*window_size, shift_size, bias.dtype, bias.device)
+        at_end = (is_last(extent, bias.device) for extent in grid)
+        mask = bias + masks[torch.meshgrid(*at_end, indexing='ij')].flatten(0, 1)[:, None]
         q, k, v, mask = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask.flatten(0, 1)
     else:
         q, k, v, mask = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias
@@ -117,43 +122,55 @@ def window_attention_row_by_row(qkv: Tensor, bias: Tensor, window_size: tuple[in
     """
     if dropout_p:
         raise ValueError("window_attention's form 'row_by_row' drops no weights; take 'sdpa'.")
-    return _RowByRow.apply(qkv, bias, window_size, shift_size, scale)
+    return _RowByRow.apply(qkv, bias, list(window_size), shift_size, scale)
 
 
 class _RowByRow(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, window_size: tuple[int, int], shift_size: int,
-                scale: float) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, *geometry: Any) -> Tensor:
         ctx.save_for_backward(qkv, bias)
-        ctx.geometry = window_size, shift_size
-        ctx.scale = scale
-        rows = _WindowRows(qkv, bias, *ctx.geometry)
-        out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
-        for row in range(rows.count):
-            q, k, v = rows.matrices(qkv, row)
-            rows.put(torch.bmm(rows.weights(q, k, row, scale), v), out, row)
-        return out
+        ctx.geometry = geometry
+        return attend_row_by_row(qkv, bias, *geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        qkv, bias = ctx.saved_tensors
-        rows = _WindowRows(qkv, bias, *ctx.geometry)
-        grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        precise = torch.promote_types(bias.dtype, torch.float32)
-        grad_bias = torch.zeros(bias.shape, dtype=precise, device=bias.device)
-        for row in range(rows.count):
-            q, k, v = rows.matrices(qkv, row)
-            weights = rows.weights(q, k, row, ctx.scale)
-            grad, = rows.matrices(grad_out.unflatten(3, (1, *qkv.shape[4:])), row)
-            grad_v = torch.bmm(weights.transpose(1, 2), grad)
-            grad = torch.bmm(grad, v.transpose(1, 2))
-            grad = logits_gradient(grad, weights)
-            grad_bias += grad.view(-1, *bias.shape).sum(0, dtype=precise)
-            grad_q, grad_k = torch.bmm(grad, k), torch.bmm(grad.transpose(1, 2), q)
-            rows.put_all((grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale), grad_v), grad_qkv, row)
-        return grad_qkv, grad_bias.to(bias.dtype), None, None, None
+        grads = attend_row_by_row_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        return *grads, None, None, None
+
+
+@opaque(lambda qkv, bias, *geometry: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]))
+def attend_row_by_row(qkv: Tensor, bias: Tensor, window_size: list[int], shift_size: int,
+                      scale: float) -> Tensor:
+    rows = _WindowRows(qkv, bias, window_size, shift_size)
+    out = qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5])
+    for row in range(rows.count):
+        q, k, v = rows.matrices(qkv, row)
+        rows.put(torch.bmm(rows.weights(q, k, row, scale), v), out, row)
+    return out
+
+
+@opaque(lambda grad_out, qkv, bias, *geometry: (qkv.new_empty(qkv.shape), torch.empty_like(bias)))
+def attend_row_by_row_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor,
+                               window_size: list[int], shift_size: int,
+                               scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of ``qkv`` and ``bias``; the weights are computed again."""
+    rows = _WindowRows(qkv, bias, window_size, shift_size)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    precise = torch.promote_types(bias.dtype, torch.float32)
+    grad_bias = torch.zeros(bias.shape, dtype=precise, device=bias.device)
+    for row in range(rows.count):
+        q, k, v = rows.matrices(qkv, row)
+        weights = rows.weights(q, k, row, scale)
+        grad, = rows.matrices(grad_out.unflatten(3, (1, *qkv.shape[4:])), row)
+        grad_v = torch.bmm(weights.transpose(1, 2), grad)
+        grad = torch.bmm(grad, v.transpose(1, 2))
+        grad = logits_gradient(grad, weights)
+        grad_bias += grad.view(-1, *bias.shape).sum(0, dtype=precise)
+        grad_q, grad_k = torch.bmm(grad, k), torch.bmm(grad.transpose(1, 2), q)
+        rows.put_all((grad_q.mul_(scale), grad_k.mul_(scale), grad_v), grad_qkv, row)
+    return grad_qkv, grad_bias.to(bias.dtype)
 
 
 class _WindowRows:
@@ -172,9 +189,9 @@ class _WindowRows:
         self.inner = self.last = self.stacked(biases)
         if shift_size:
             # Rows of windows differ only in whether they hold both edges of the map.
-            grid = (min(self.count, 2), self.columns)
-            masks = shift_mask(grid, window_size, shift_size, bias).unflatten(0, grid)
-            self.inner, self.last = (self.stacked(biases + masks[row][:, None]) for row in (0, -1))
+            masks = edge_masks(*window_size, shift_size, bias.dtype, bias.device)
+            masks = masks[:, is_last(self.columns, bias.device), None]
+            self.inner, self.last = (self.stacked(biases + row) for row in masks)
 
     def stacked(self, biases: Tensor) -> Tensor:
         """Biases of a row, (windows, num_heads, area, area), for every picture of the batch."""
@@ -207,24 +224,27 @@ class _WindowRows:
             kind.copy_(each.view(kind.shape))
 
 
-def shift_mask(grid: tuple[int, int], window_size: tuple[int, int], shift_size: int,
-               like: Tensor) -> Tensor:
-    """Logits that keep apart what the shift brought together.
+def is_last(extent: int, device: torch.device) -> Tensor:
+    """0 for all but the last of ``extent`` windows, and 1 for that, int64."""
+    return (torch.arange(extent, device=device) == extent - 1).long()
 
-    Args:
-        grid: number of windows down and across.
-        like: gives dtype and device.
+
+@per_size
+def edge_masks(window_height: int, window_width: int, shift_size: int, dtype: torch.dtype,
+               device: torch.device) -> Tensor:
+    """Logits that keep apart what the shift brought together in the last row and column of windows.
 
     Returns:
-        (windows, area, area): zero, or ``MASKED_LOGIT`` between positions of opposite edges.
+        (2, 2, area, area), by whether a window is in the last row, and in the last column: zero, or
+        ``MASKED_LOGIT`` between positions from opposite edges of the map.
     """
-    rows = torch.arange(grid[0] * window_size[0], device=like.device)
-    columns = torch.arange(grid[1] * window_size[1], device=like.device)
-    side = (2 * (rows >= rows.numel() - shift_size)[:, None] +
-            (columns >= columns.numel() - shift_size))
-    side = side.view(grid[0], window_size[0], grid[1], window_size[1]).transpose(1, 2)
-    side = side.reshape(grid[0] * grid[1], -1)
-    return (side[:, :, None] != side[:, None]).to(like.dtype) * MASKED_LOGIT
+    down, across = (torch.arange(extent, device=device) >= extent - shift_size
+                    for extent in (window_height, window_width))
+    side = torch.zeros(2, 2, window_height, window_width, dtype=torch.int64, device=device)
+    side[1] += 2 * down[:, None]
+    side[:, 1] += across
+    side = side.flatten(2)
+    return (side[..., :, None] != side[..., None, :]).to(dtype) * MASKED_LOGIT
 
 
 FORMS = {

@@ -1,0 +1,226 @@
+"""Triton kernels of a grouped convolution whose groups are many and narrow, forward and backward.
+
+All groups of a position lie side by side in memory, and a program treats a block of them as one
+vector, for a block of positions: every tap and every input channel is one multiplication by a
+vector of weights, added to four output channels at once. Sums are in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Output channels of a program, written out in the kernels.
+OUTPUTS = 4
+# Groups and positions of a program are as many numbers together.
+BLOCK = 1024
+MAX_GROUPS = 32
+# Blocks of positions that one program sums in the gradient of the kernels, at most.
+MAX_ROUNDS = 32
+
+
+def convolve(maps: Tensor, kernels: Tensor, out: Tensor, stride: int, dilation: int) -> None:
+    """Convolve group by group, padded with zeros to keep the size at stride 1.
+
+    Args:
+        maps: (batch, height, width, groups, in channels), float16, bfloat16 or float32, any
+            strides; fast where neighbouring groups are neighbours in memory.
+        kernels: (groups · out channels, in channels, k, k), k odd.
+        out: is filled; (batch, ⌈height / stride⌉, ⌈width / stride⌉, groups, out channels), any
+            strides.
+        stride: distance of the positions that give an output.
+        dilation: distance of one tap of the kernel from the next.
+    """
+    weights = kernels.unflatten(0, (maps.shape[3], -1)).flatten(3).permute(3, 2, 1, 0)
+    run(maps, weights, out, kernels.shape[-1], stride, dilation, transposed=False)
+
+
+def convolve_maps_backward(grads: Tensor, kernels: Tensor, grad_maps: Tensor, stride: int,
+                           dilation: int) -> None:
+    """Fill ``grad_maps``, in the shape of the maps, from the output's gradient, any strides."""
+    weights = kernels.unflatten(0, (grads.shape[3], -1)).flatten(3).permute(3, 1, 2, 0)
+    run(grads, weights, grad_maps, kernels.shape[-1], stride, dilation, transposed=True)
+
+
+def convolve_kernels_backward(grads: Tensor, maps: Tensor, kernel_size: int, stride: int,
+                              dilation: int) -> Tensor:
+    """The gradient of the kernels, (groups · out channels, in channels, k, k), float32."""
+    groups = maps.shape[3]
+    taps, in_channels, out_channels = kernel_size**2, maps.shape[4], grads.shape[4]
+    blocks = tiling(groups, out_channels)
+    positions = grads.shape[0] * grads.shape[1] * grads.shape[2]
+    rounds = min(triton.next_power_of_2(triton.cdiv(positions, blocks['POSITIONS'])), MAX_ROUNDS)
+    shares = triton.cdiv(positions, rounds * blocks['POSITIONS'])
+    partial = maps.new_empty(shares, taps, in_channels, out_channels, groups, dtype=torch.float32)
+    grid = (shares * taps * in_channels * blocks['OUTPUT_BLOCKS'] * blocks['GROUP_BLOCKS'],)
+    grad_kernels_kernel[grid](
+        maps, grads, partial, *maps.stride(), *grads.stride(), *maps.shape[:3], *grads.shape[1:3],
+        groups, out_channels, IN_CHANNELS=in_channels, KERNEL_SIZE=kernel_size, STRIDE=stride,
+        DILATION=dilation, ROUNDS=rounds, **blocks)
+    kernels = partial.sum(0).permute(3, 2, 1, 0)
+    return kernels.reshape(groups * out_channels, in_channels, kernel_size, kernel_size)
+
+
+def run(maps: Tensor, weights: Tensor, out: Tensor, kernel_size: int, stride: int, dilation: int,
+        transposed: bool) -> None:
+    """Fill ``out`` with the convolution, or the transposed one, of ``maps``.
+
+    Args:
+        maps: (batch, height, width, groups, in channels).
+        weights: (k², in channels, out channels, groups).
+        out: (batch, out height, out width, groups, out channels).
+    """
+    groups, in_channels, out_channels = *maps.shape[3:], out.shape[4]
+    blocks = tiling(groups, out_channels)
+    positions = out.shape[0] * out.shape[1] * out.shape[2]
+    grid = (blocks['OUTPUT_BLOCKS'] * blocks['GROUP_BLOCKS'] *
+            triton.cdiv(positions, blocks['POSITIONS']),)
+    convolve_kernel[grid](
+        maps, weights.float().contiguous(), out, *maps.stride(), *out.stride(), *maps.shape[:3],
+        *out.shape[1:3], groups, out_channels, IN_CHANNELS=in_channels, KERNEL_SIZE=kernel_size,
+        STRIDE=stride, DILATION=dilation, TRANSPOSED=transposed, **blocks)
+
+
+def tiling(groups: int, out_channels: int) -> dict:
+    """How many groups, positions and output channels one program has, and how many programs."""
+    group_block = min(triton.next_power_of_2(groups), MAX_GROUPS)
+    return dict(GROUPS=group_block, POSITIONS=BLOCK // group_block,
+                GROUP_BLOCKS=triton.cdiv(groups, group_block),
+                OUTPUT_BLOCKS=triton.cdiv(out_channels, OUTPUTS))
+
+
+@triton.jit
+def split(positions, height, width):
+    """Picture, row and column of positions counted through a batch of maps."""
+    row = positions // width
+    return (row // height).to(tl.int64), row % height, positions % width
+
+
+@triton.jit
+def load_inputs(maps, picture, row, column, is_inside, groups, is_group, height, width, stride_b,
+                stride_y, stride_x, stride_g):
+    """(positions, groups) in float32; zero outside of the map."""
+    is_inside = is_inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    place = picture * stride_b + row * stride_y + column * stride_x
+    return tl.load(maps + place[:, None] + groups[None, :] * stride_g,
+                   mask=is_inside[:, None] & is_group[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_weights(place, mask):
+    """(1, groups)."""
+    return tl.load(place, mask=mask, other=0.0)[None, :]
+
+
+@triton.jit
+def convolve_kernel(maps, weights, out, map_stride_b, map_stride_y, map_stride_x, map_stride_g,
+                    map_stride_c, out_stride_b, out_stride_y, out_stride_x, out_stride_g,
+                    out_stride_c, batch, height, width, out_height, out_width, num_groups,
+                    out_channels, IN_CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr,
+                    STRIDE: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr,
+                    GROUPS: tl.constexpr, POSITIONS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
+                    OUTPUT_BLOCKS: tl.constexpr):
+    """Programs that read the same positions run together."""
+    rest = tl.program_id(0)
+    output, rest = rest % OUTPUT_BLOCKS * 4, rest // OUTPUT_BLOCKS
+    groups = rest % GROUP_BLOCKS * GROUPS + tl.arange(0, GROUPS)
+    is_group = groups < num_groups
+    positions = rest // GROUP_BLOCKS * POSITIONS + tl.arange(0, POSITIONS)
+    is_inside = positions < batch * out_height * out_width
+    picture, out_row, out_column = split(positions, out_height, out_width)
+
+    sum0 = tl.zeros((POSITIONS, GROUPS), tl.float32)
+    sum1, sum2, sum3 = sum0, sum0, sum0
+    rest_outputs = out_channels - output
+    has1, has2, has3 = rest_outputs > 1, rest_outputs > 2, rest_outputs > 3
+    reach: tl.constexpr = DILATION * (KERNEL_SIZE // 2)
+    for tap in range(KERNEL_SIZE * KERNEL_SIZE):
+        down = tap // KERNEL_SIZE * DILATION - reach
+        across = tap % KERNEL_SIZE * DILATION - reach
+        if TRANSPOSED:
+            row, column = out_row - down, out_column - across
+            is_read = is_inside & (row >= 0) & (row % STRIDE == 0)
+            is_read = is_read & (column >= 0) & (column % STRIDE == 0)
+            row, column = row // STRIDE, column // STRIDE
+        else:
+            row, column = out_row * STRIDE + down, out_column * STRIDE + across
+            is_read = is_inside
+        for channel in range(IN_CHANNELS):
+            inputs = load_inputs(maps + channel * map_stride_c, picture, row, column, is_read,
+                                 groups, is_group, height, width, map_stride_b, map_stride_y,
+                                 map_stride_x, map_stride_g)
+            place = weights + ((tap * IN_CHANNELS + channel) * out_channels + output) * num_groups
+            place += groups
+            sum0 += inputs * load_weights(place, is_group)
+            sum1 += inputs * load_weights(place + num_groups, is_group & has1)
+            sum2 += inputs * load_weights(place + 2 * num_groups, is_group & has2)
+            sum3 += inputs * load_weights(place + 3 * num_groups, is_group & has3)
+
+    # Side by side, as they lie in memory where channels do.
+    sums = tl.interleave(tl.interleave(sum0, sum2), tl.interleave(sum1, sum3))
+    index = tl.arange(0, GROUPS * 4)
+    group, channel = rest % GROUP_BLOCKS * GROUPS + index // 4, output + index % 4
+    place = picture * out_stride_b + out_row * out_stride_y + out_column * out_stride_x
+    place = place[:, None] + (group * out_stride_g + channel * out_stride_c)[None, :]
+    mask = is_inside[:, None] & ((group < num_groups) & (channel < out_channels))[None, :]
+    tl.store(out + place, sums.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_stride_x,
+                        map_stride_g, map_stride_c, grad_stride_b, grad_stride_y, grad_stride_x,
+                        grad_stride_g, grad_stride_c, batch, height, width, out_height, out_width,
+                        num_groups, out_channels, IN_CHANNELS: tl.constexpr,
+                        KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+                        ROUNDS: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr,
+                        GROUP_BLOCKS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr):
+    """Sums input · gradient over a share of the positions, for one tap and one input channel.
+
+    ``partial`` is (shares, k², in channels, out channels, groups).
+    """
+    rest = tl.program_id(0)
+    channel, rest = rest % IN_CHANNELS, rest // IN_CHANNELS
+    output, rest = rest % OUTPUT_BLOCKS * 4, rest // OUTPUT_BLOCKS
+    tap, rest = rest % (KERNEL_SIZE * KERNEL_SIZE), rest // (KERNEL_SIZE * KERNEL_SIZE)
+    groups = rest % GROUP_BLOCKS * GROUPS + tl.arange(0, GROUPS)
+    is_group = groups < num_groups
+    share = rest // GROUP_BLOCKS
+
+    sum0 = tl.zeros((POSITIONS, GROUPS), tl.float32)
+    sum1, sum2, sum3 = sum0, sum0, sum0
+    rest_outputs = out_channels - output
+    has1, has2, has3 = rest_outputs > 1, rest_outputs > 2, rest_outputs > 3
+    reach: tl.constexpr = DILATION * (KERNEL_SIZE // 2)
+    down = tap // KERNEL_SIZE * DILATION - reach
+    across = tap % KERNEL_SIZE * DILATION - reach
+    total = batch * out_height * out_width
+    for block in range(ROUNDS):
+        positions = (share * ROUNDS + block) * POSITIONS + tl.arange(0, POSITIONS)
+        is_inside = positions < total
+        picture, out_row, out_column = split(positions, out_height, out_width)
+        inputs = load_inputs(maps + channel * map_stride_c, picture, out_row * STRIDE + down,
+                             out_column * STRIDE + across, is_inside, groups, is_group, height,
+                             width, map_stride_b, map_stride_y, map_stride_x, map_stride_g)
+        place = grads + output * grad_stride_c
+        sum0 += inputs * load_inputs(place, picture, out_row, out_column, is_inside, groups,
+                                     is_group, out_height, out_width, grad_stride_b, grad_stride_y,
+                                     grad_stride_x, grad_stride_g)
+        sum1 += inputs * load_inputs(place + grad_stride_c, picture, out_row, out_column,
+                                     is_inside & has1, groups, is_group,
+                                     out_height, out_width, grad_stride_b, grad_stride_y,
+                                     grad_stride_x, grad_stride_g)
+        sum2 += inputs * load_inputs(place + 2 * grad_stride_c, picture, out_row, out_column,
+                                     is_inside & has2, groups, is_group,
+                                     out_height, out_width, grad_stride_b, grad_stride_y,
+                                     grad_stride_x, grad_stride_g)
+        sum3 += inputs * load_inputs(place + 3 * grad_stride_c, picture, out_row, out_column,
+                                     is_inside & has3, groups, is_group,
+                                     out_height, out_width, grad_stride_b, grad_stride_y,
+                                     grad_stride_x, grad_stride_g)
+
+    place = ((share * KERNEL_SIZE * KERNEL_SIZE + tap) * IN_CHANNELS + channel) * out_channels
+    place = partial + (place + output) * num_groups + groups
+    tl.store(place, tl.sum(sum0, 0), mask=is_group)
+    tl.store(place + num_groups, tl.sum(sum1, 0), mask=is_group & has1)
+    tl.store(place + 2 * num_groups, tl.sum(sum2, 0), mask=is_group & has2)
+    tl.store(place + 3 * num_groups, tl.sum(sum3, 0), mask=is_group & has3)
