@@ -4,13 +4,13 @@ Paper: arXiv 2111.14556, section 4.1 (stage II of the convolution path) and sect
 the fixed shifts become a grouped convolution whose kernels start as shifts and are learned.
 """
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .forms import named_form, require_triton, runs_triton
 from .opaque import opaque
@@ -91,18 +91,17 @@ def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
 def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
                         fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     """Mix by a matrix product at every pixel, then run one grouped convolution, channels last."""
-    mixed = torch.matmul(fc_weight, maps.permute(0, 3, 4, 1, 2))
-    if fc_bias is not None:
-        mixed = mixed + fc_bias[:, None].to(mixed.dtype)
-    return _GroupedConv.apply(mixed.transpose(3, 4), shift_weight.to(mixed.dtype), stride, dilation)
+    mixed = torch.matmul(fc_weight, maps.permute(0, 3, 4, 1, 2)).transpose(3, 4)
+    bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
+    return _GroupedConv.apply(mixed, shift_weight.to(mixed.dtype), bias, stride, dilation)
 
 
 def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
                       fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     """Fold the two linear steps into one grouped convolution from the 3 · num_heads maps."""
-    out = _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), folded_kernels(fc_weight, shift_weight),
-                             stride, dilation)
-    return add_bias_map(out, fc_bias, shift_weight, maps.shape[-2:], stride, dilation)
+    kernels = folded_kernels(fc_weight, shift_weight)
+    bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
+    return _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), kernels, bias, stride, dilation)
 
 
 def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
@@ -116,11 +115,11 @@ def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         kernels = folded_kernels(fc_weight, shift_weight)
     else:
         mixing = fc_weight.repeat(maps.shape[2], 1)[:, :, None, None]
-        groups = _TritonGroupedConv.apply(groups, mixing, 1, 1, True)
+        groups = _TritonGroupedConv.apply(groups, mixing, None, 1, 1, True)
         kernels = shift_weight
-    out = _TritonGroupedConv.apply(groups, kernels, stride, dilation, False)
-    out = out.flatten(3).permute(0, 3, 1, 2)
-    return add_bias_map(out, fc_bias, shift_weight, maps.shape[-2:], stride, dilation)
+    bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
+    out = _TritonGroupedConv.apply(groups, kernels, bias, stride, dilation, False)
+    return out.flatten(3).permute(0, 3, 1, 2)
 
 
 def folded_kernels(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
@@ -134,27 +133,38 @@ class _GroupedConv(torch.autograd.Function):
     Channels last is what oneDNN's grouped convolution is fast in: it takes twice its time
     otherwise. The copy in that layout is made again in the backward pass, not kept: what comes in
     is a view of the projections, which are kept anyway.
+
+    ``bias`` is what :func:`convolved_bias` returns.
     """
 
     @staticmethod
-    def forward(ctx: Any, groups: Tensor, kernels: Tensor, stride: int, dilation: int) -> Tensor:
+    def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                dilation: int) -> Tensor:
         ctx.save_for_backward(groups, kernels)
         ctx.geometry = dict(stride=stride, padding=dilation * (kernels.shape[-1] // 2),
                             dilation=dilation, groups=groups.shape[3])
-        return F.conv2d(as_images(groups), kernels, **ctx.geometry)
+        ctx.border = None
+        if bias is None:
+            return F.conv2d(as_images(groups), kernels, **ctx.geometry)
+        ctx.border = Border(bias.shape, groups.shape[1:3], stride)
+        inner, rest = ctx.border.split(bias)
+        return ctx.border.add(F.conv2d(as_images(groups), kernels, inner, **ctx.geometry), rest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
         groups, kernels = ctx.saved_tensors
         images = as_images(groups)
-        grad_groups = grad_kernels = None
-        if ctx.needs_input_grad[0]:
-            grad_images = conv2d_input(images.shape, kernels, grad_out, **ctx.geometry)
-            grad_groups = grad_images.permute(0, 2, 3, 1).reshape(groups.shape)
-        if ctx.needs_input_grad[1]:
-            grad_kernels = conv2d_weight(images, kernels.shape, grad_out, **ctx.geometry)
-        return grad_groups, grad_kernels, None, None
+        stride, padding, dilation = (2 * [ctx.geometry[key]]
+                                     for key in ('stride', 'padding', 'dilation'))
+        grad_images, grad_kernels, grad_bias = torch.ops.aten.convolution_backward(
+            grad_out, images, kernels, [kernels.shape[0]], stride, padding, dilation, False, [0, 0],
+            ctx.geometry['groups'], ctx.needs_input_grad[:3])
+        if grad_images is not None:
+            grad_images = grad_images.permute(0, 2, 3, 1).reshape(groups.shape)
+        if grad_bias is not None:
+            grad_bias = ctx.border.gradient(grad_out, grad_bias)
+        return grad_images, grad_kernels, grad_bias, None, None
 
 
 class _TritonGroupedConv(torch.autograd.Function):
@@ -165,17 +175,26 @@ class _TritonGroupedConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, groups: Tensor, kernels: Tensor, stride: int, dilation: int,
-                groups_last: bool) -> Tensor:
+    def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                dilation: int, groups_last: bool) -> Tensor:
         ctx.save_for_backward(groups, kernels)
         ctx.geometry = stride, dilation
-        return convolve_triton(groups, kernels, stride, dilation, groups_last)
+        out = convolve_triton(groups, kernels, stride, dilation, groups_last)
+        if bias is not None:
+            ctx.border = Border(bias.shape, groups.shape[1:3], stride)
+            inner, rest = ctx.border.split(bias)
+            ctx.border.add(as_images(out).add_(inner[:, None, None]), rest)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
         grads = convolve_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
-        return *grads, None, None, None
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            images = as_images(grad_out)
+            grad_bias = ctx.border.gradient(images, images.sum((0, 2, 3)))
+        return *grads, grad_bias, None, None, None
 
 
 def _empty_convolved(groups: Tensor, kernels: Tensor, stride: int, dilation: int,
@@ -222,28 +241,66 @@ def as_images(groups: Tensor) -> Tensor:
     return groups.flatten(3).permute(0, 3, 1, 2)
 
 
-def add_bias_map(out: Tensor, fc_bias: Optional[Tensor], shift_weight: Tensor,
-                 size: tuple[int, int], stride: int, dilation: int) -> Tensor:
-    """Add to the output what comes of the fc bias, for a map of ``size`` (height, width).
+def convolved_bias(fc_bias: Optional[Tensor], shift_weight: Tensor, size: tuple[int, int],
+                   dilation: int) -> Optional[Tensor]:
+    """What comes of the fc bias in the output, (channels, kinds of row, kinds of column).
 
     The bias is convolved too, and the border, where some taps fall outside, gets less of it. All
-    inner positions are alike: a small map has one of each kind, as wide a border as the large one.
+    inner positions are alike: a small map, no wider than the kernel, has one of each kind.
     """
     if fc_bias is None:
-        return out
+        return None
     taps = torch.einsum('cjyx,j->cyx', shift_weight, fc_bias)[:, None]
     reach = dilation * (shift_weight.shape[-1] // 2)
     ones = taps.new_ones(1, 1, *(min(extent, 2 * reach + 1) for extent in size))
-    kinds = F.conv2d(ones, taps, padding=reach, dilation=dilation)[0].to(out.dtype)
-    rows, columns = (_kind_of_position(extent, reach, stride, taps.device) for extent in size)
-    return out + kinds[:, rows][:, :, columns]
+    return F.conv2d(ones, taps, padding=reach, dilation=dilation)[0]
 
 
-def _kind_of_position(extent: int, reach: int, stride: int, device: torch.device) -> Tensor:
-    """Where in an axis shortened to 2 · reach + 1 each stride-th of ``extent`` positions is."""
-    positions = torch.arange(0, extent, stride, device=device)
-    from_end = positions - extent + min(extent, 2 * reach + 1)
-    return torch.maximum(torch.minimum(positions, torch.full_like(positions, reach)), from_end)
+class Border:
+    """Where on a map the convolved bias differs from what it is inside.
+
+    Args:
+        shape: (channels, kinds of row, kinds of column), of :func:`convolved_bias`.
+        size: (height, width) of the map.
+        stride: distance of the positions that give an output.
+    """
+
+    def __init__(self, shape: Sequence[int], size: Sequence[int], stride: int) -> None:
+        self.shape = shape
+        self.row, self.column = (kinds // 2 for kinds in shape[1:])
+        rows, columns = (runs_of_kinds(extent, kinds, stride)
+                         for extent, kinds in zip(size, shape[1:]))
+        self.strips = [(row, column, rows[row], columns[column]) for row in rows
+                       for column in columns if (row, column) != (self.row, self.column)]
+
+    def split(self, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The bias inside, (channels,), and by how much that of each kind differs."""
+        inner = bias[:, self.row, self.column]
+        return inner, bias - inner[:, None, None]
+
+    def add(self, images: Tensor, bias: Tensor) -> Tensor:
+        """Add to the border of (batch, channels, height, width), in place, what is due to it."""
+        for row, column, rows, columns in self.strips:
+            images[:, :, rows, columns] += bias[:, row, column, None, None].to(images.dtype)
+        return images
+
+    def gradient(self, grad_images: Tensor, total: Tensor) -> Tensor:
+        """The gradient of the bias, from the images' and its sum over all positions."""
+        grad_bias = total.new_zeros(self.shape)
+        for row, column, rows, columns in self.strips:
+            grad_bias[:, row, column] = grad_images[:, :, rows, columns].sum((0, 2, 3))
+        grad_bias[:, self.row, self.column] = total - grad_bias.sum((1, 2))
+        return grad_bias
+
+
+def runs_of_kinds(extent: int, kinds: int, stride: int) -> dict[int, slice]:
+    """The outputs along an axis that are of each kind; the middle kind is all but the border."""
+    middle = kinds // 2
+    runs: dict[int, slice] = {}
+    for index, position in enumerate(range(0, extent, stride)):
+        kind = max(min(position, middle), position - extent + kinds)
+        runs[kind] = slice(runs[kind].start if kind in runs else index, index + 1)
+    return runs
 
 
 FORMS = {

@@ -151,7 +151,7 @@ def attend_row_by_row(qkv: Tensor, bias: Tensor, window_size: list[int], shift_s
     return out
 
 
-@opaque(lambda grad_out, qkv, bias, *geometry: (qkv.new_empty(qkv.shape), torch.empty_like(bias)))
+@opaque(lambda grad, qkv, bias, *geometry: (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)))
 def attend_row_by_row_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor,
                                window_size: list[int], shift_size: int,
                                scale: float) -> tuple[Tensor, Tensor]:
