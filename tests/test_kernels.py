@@ -36,8 +36,8 @@ def compare_on_device(run, tensors, dtype):
         (1, 128, 3, 4, 3, 1, 2),
     ])
 def test_sliding_attention(dtype, heads, head_dims, height, width, kernel_size, stride, dilation):
-    for channels_last in (True, False):
-        tensors = sliding_tensors(2, heads, head_dims, height, width, channels_last)
+    for heads_last in (True, False):
+        tensors = sliding_tensors(2, heads, head_dims, height, width, heads_last)
         compare_on_device(slide(kernel_size, stride, dilation), tensors, dtype)
 
 

@@ -156,17 +156,16 @@ def test_window_attention_drops_weights_at_its_rate():
         assert out.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
-def sliding_tensors(batch, heads, head_dims, height, width, channels_last=False):
-    shape = (batch, heads, head_dims, height, width)
-    maps = [torch.randn(shape) for _ in range(3)]
-    if channels_last:
-        maps = [each.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) for each in maps]
-    return [*maps, torch.randn(head_dims, height, width)]
+def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
+    qkv = torch.randn(batch, height, width, 3, heads, head_dims)
+    if heads_last:
+        qkv = qkv.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
+    return [qkv, torch.randn(height, width, head_dims)]
 
 
 def slide(kernel_size, stride=1, dilation=1):
-    def run(q, k, v, positions, form):
-        return sliding_window_attention(q, k, v, positions, kernel_size, stride=stride,
+    def run(qkv, positions, form):
+        return sliding_window_attention(qkv, positions, kernel_size, stride=stride,
                                         dilation=dilation, form=form)
     return run
 
@@ -181,8 +180,8 @@ def slide(kernel_size, stride=1, dilation=1):
     (2, 8, 65, 97, 7),
 ])
 def test_sliding_attention_equals_reference(dtype, heads, head_dims, height, width, kernel_size):
-    for channels_last in (True, False):
-        tensors = sliding_tensors(2, heads, head_dims, height, width, channels_last)
+    for heads_last in (True, False):
+        tensors = sliding_tensors(2, heads, head_dims, height, width, heads_last)
         compare(slide(kernel_size), tensors, 'tiled', dtype)
 
 
@@ -201,11 +200,13 @@ def test_sliding_attention_gradcheck():
 
 
 def test_sliding_attention_averages_the_neighbourhood_when_queries_are_zero():
-    q, k, v, positions = sliding_tensors(1, 1, 2, 6, 7)
-    out = sliding_window_attention(torch.zeros_like(q), k, v, positions, 3)
-    padded = torch.nn.functional.pad(v[0], (1, 1, 1, 1), mode='reflect')
+    qkv, positions = sliding_tensors(1, 1, 2, 6, 7)
+    qkv[:, :, :, 0] = 0
+    out = sliding_window_attention(qkv, positions, 3)
+    values = qkv[:, :, :, 2, 0].permute(0, 3, 1, 2)
+    padded = torch.nn.functional.pad(values, (1, 1, 1, 1), mode='reflect')
     expected = torch.nn.functional.avg_pool2d(padded, 3, stride=1)
-    torch.testing.assert_close(out[0], expected)
+    torch.testing.assert_close(out.permute(0, 3, 1, 2), expected)
 
 
 def test_mirrored_border_repeats_as_often_as_it_takes():
@@ -216,13 +217,13 @@ def test_mirrored_border_repeats_as_often_as_it_takes():
 
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(form='fused'), 'has no form .fused.; it has reference, tiled, triton'),
-    (dict(k=torch.zeros(1, 2, 4, 5, 5)), 'takes q, k and v of one shape'),
+    (dict(qkv=torch.zeros(1, 5, 6, 24)), 'takes qkv of shape'),
     (dict(positions=torch.zeros(4, 5, 5)), 'positions must be of shape'),
     (dict(kernel_size=4), 'takes odd kernels, got one of 4'),
 ])
 def test_sliding_attention_refuses(change, message):
-    q, k, v, positions = sliding_tensors(1, 2, 4, 5, 6)
-    given = dict(q=q, k=k, v=v, positions=positions, kernel_size=3)
+    qkv, positions = sliding_tensors(1, 2, 4, 5, 6)
+    given = dict(qkv=qkv, positions=positions, kernel_size=3)
     with pytest.raises(ValueError, match=message):
         sliding_window_attention(**{**given, **change})
 

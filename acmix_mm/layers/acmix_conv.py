@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_mm.ops import shift_conv, sliding_window_attention
+from acmix_mm.ops import project, shift_conv, sliding_window_attention
 from acmix_mm.ops.tables import per_size
 
 from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
@@ -100,34 +100,34 @@ class ACmixConv2d(nn.Module):
         projections = (self.conv1, self.conv2, self.conv3)
         weight = torch.cat([conv.weight for conv in projections]).flatten(1)
         bias = None if self.conv1.bias is None else torch.cat([conv.bias for conv in projections])
-        qkv = F.linear(x.permute(0, 2, 3, 1), weight, bias)
-        maps = qkv.unflatten(3, (3, self.num_heads, -1)).permute(3, 0, 4, 5, 1, 2)
+        qkv = project(x.permute(0, 2, 3, 1), weight, bias, self.num_heads,
+                      for_convolution=self.mix != 'attn')
 
         if self.mix != 'conv':
-            out = attention = self.attend(*maps)
+            out = attention = self.attend(qkv)
         if self.mix != 'attn':
-            out = convolution = self.convolve(maps)
+            out = convolution = self.convolve(qkv)
         if self.mix == 'acmix':
-            out = self.rate1.to(out.dtype) * attention + convolution
+            out = convolution.addcmul_(attention, self.rate1.to(attention.dtype))
         return out
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention path: (batch, num_heads, head_dims, height, width) to channels."""
-        grid = coordinates(*q.shape[-2:], q.dtype, q.device)
+    def attend(self, qkv: Tensor) -> Tensor:
+        """The attention path: (batch, height, width, 3, num_heads, head_dims) to channels."""
+        grid = coordinates(*qkv.shape[1:3], qkv.dtype, qkv.device)
         positions = F.linear(grid, self.conv_p.weight.flatten(1), self.conv_p.bias)
-        out = sliding_window_attention(q, k, v, positions.permute(2, 0, 1), self.attn_kernel_size,
+        out = sliding_window_attention(qkv, positions, self.attn_kernel_size,
                                        stride=self.stride[0], dilation=self.dilation[0])
-        return out.flatten(1, 2)
+        return out.permute(0, 3, 1, 2)
 
-    def convolve(self, maps: Tensor) -> Tensor:
-        """The convolution path, times its rate: (3, batch, num_heads, head_dims, height, width) to
+    def convolve(self, qkv: Tensor) -> Tensor:
+        """The convolution path, times its rate: (batch, height, width, 3, num_heads, head_dims) to
         channels.
         """
         kernels = self.dep_conv.weight
         if self.mix == 'acmix':
             # The rate scales the small weight in place of the map.
             kernels = self.rate2 * kernels
-        return shift_conv(maps.transpose(0, 1).flatten(1, 2), self.fc.matrix, kernels,
+        return shift_conv(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2), self.fc.matrix, kernels,
                           stride=self.stride[0], dilation=self.dilation[0])
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_mm.ops import shift_conv, window_attention
+from acmix_mm.ops import project, shift_conv, window_attention
 
 from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
 
@@ -99,7 +99,8 @@ class WindowACmix(nn.Module):
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         if shift_size:
             x = x.roll((-shift_size, -shift_size), (1, 2))
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dims))
+        qkv = project(x, self.qkv.weight, self.qkv.bias, self.num_heads,
+                      for_convolution=self.mix != 'attn')
 
         if self.mix != 'conv':
             attention = self.attend(qkv, window_size, shift_size)

@@ -3,8 +3,9 @@
 They need torch alone.
 """
 
+from .projections import project
 from .shift_conv import shift_conv
 from .sliding_attention import sliding_window_attention
 from .window_attention import window_attention
 
-__all__ = ['shift_conv', 'sliding_window_attention', 'window_attention']
+__all__ = ['project', 'shift_conv', 'sliding_window_attention', 'window_attention']

@@ -90,8 +90,8 @@ def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
 
 def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
                         fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
-    """Mix by a matrix product at every pixel, then run one grouped convolution, channels last."""
-    mixed = torch.matmul(fc_weight, maps.permute(0, 3, 4, 1, 2)).transpose(3, 4)
+    """Mix by one matrix product, then run one grouped convolution, channels last."""
+    mixed = F.linear(maps.permute(0, 3, 4, 2, 1), fc_weight)
     bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
     return _GroupedConv.apply(mixed, shift_weight.to(mixed.dtype), bias, stride, dilation)
 

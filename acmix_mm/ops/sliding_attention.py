@@ -4,7 +4,8 @@ Paper: arXiv 2111.14556, section 4.1 (stage II of the attention path, local atte
 k_a × k_a window); the position encoding and the mirrored border are the authors' code's.
 """
 
-from typing import Any, Optional
+from collections.abc import Iterator
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -12,25 +13,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forms import named_form, require_triton, runs_triton
-from .mirror import fold_border, mirrored
+from .mirror import mirrored
 from .opaque import opaque
 from .softmax import attention_weights, logits_gradient
 from .tables import per_size
 
+# 2 MiB in float32.
+LOGITS_AT_ONCE = 2**19
 
-def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                             kernel_size: int, *, stride: int = 1, dilation: int = 1,
-                             scale: Optional[float] = None, form: Optional[str] = None) -> Tensor:
+
+def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *, stride: int = 1,
+                             dilation: int = 1, scale: Optional[float] = None,
+                             form: Optional[str] = None) -> Tensor:
     """Attend from every stride-th position to the kernel_size² positions around it.
 
     out_i = Σ_j softmax_j(scale · q_i · (k_j + p_i − p_j)) · v_j, j over the neighbourhood of i,
     whose positions lie ``dilation`` apart and are mirrored at the edges of the map.
 
     Args:
-        q: queries, (batch, num_heads, head_dims, height, width), any floating dtype.
-        k: keys, of the same shape.
-        v: values, of the same shape.
-        positions: position encoding p, (head_dims, height, width), shared by all heads.
+        qkv: queries, keys and values, (batch, height, width, 3, num_heads, head_dims), any
+            floating dtype and strides.
+        positions: position encoding p, (height, width, head_dims), shared by all heads.
         kernel_size: side of the neighbourhood, odd.
         stride: distance of the queries that give an output; the others are left out.
         dilation: distance of neighbours.
@@ -39,35 +42,39 @@ def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
             run it, and else ``'tiled'``.
 
     Returns:
-        (batch, num_heads, head_dims, ⌈height / stride⌉, ⌈width / stride⌉), in the dtype of ``q``.
+        (batch, ⌈height / stride⌉, ⌈width / stride⌉, num_heads · head_dims), in the dtype of
+        ``qkv``.
 
     Raises:
         ValueError: the shapes do not fit together, the kernel is even, or there is no such form.
     """
-    if q.dim() != 5 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError('sliding_window_attention takes q, k and v of one shape (batch, num_heads,'
-                         f' head_dims, height, width), got {tuple(q.shape)}, {tuple(k.shape)} and '
-                         f'{tuple(v.shape)}.')
-    if positions.shape != q.shape[2:]:
-        raise ValueError(f'positions must be of shape {tuple(q.shape[2:])} for these maps, got '
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError('sliding_window_attention takes qkv of shape (batch, height, width, 3, '
+                         f'num_heads, head_dims), got {tuple(qkv.shape)}.')
+    encoding_shape = (*qkv.shape[1:3], qkv.shape[5])
+    if positions.shape != encoding_shape:
+        raise ValueError(f'positions must be of shape {encoding_shape} for this map, got '
                          f'{tuple(positions.shape)}.')
     if kernel_size % 2 == 0:
         raise ValueError(f'sliding_window_attention takes odd kernels, got one of {kernel_size}.')
     if scale is None:
-        scale = q.shape[2]**-0.5
-    default = 'triton' if q.is_cuda and has_kernel(q, stride, dilation) else 'tiled'
+        scale = qkv.shape[5]**-0.5
+    default = 'triton' if qkv.is_cuda and has_kernel(qkv, stride, dilation) else 'tiled'
     run = named_form('sliding_window_attention', FORMS, form, default)
-    return run(q, k, v, positions.to(q.dtype), kernel_size, stride, dilation, scale)
+    out = run(qkv, positions.to(qkv.dtype), kernel_size, stride, dilation, scale)
+    return out.flatten(3)
 
 
-def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                                       kernel_size: int, stride: int, dilation: int,
-                                       scale: float) -> Tensor:
+def sliding_window_attention_reference(qkv: Tensor, positions: Tensor, kernel_size: int,
+                                       stride: int, dilation: int, scale: float) -> Tensor:
     """Copy every neighbourhood and follow the equation; see :func:`sliding_window_attention`.
 
-    This is the form of the authors' code: it holds kernel_size² times the maps.
+    This is the form of the authors' code: it holds kernel_size² times the maps. The output is
+    (batch, out height, out width, num_heads, head_dims), of every form.
     """
-    head_dims, height, width = q.shape[2:]
+    q, k, v = qkv.permute(3, 0, 4, 5, 1, 2)
+    positions = positions.permute(2, 0, 1)
+    head_dims, height, width = positions.shape
 
     def neighbourhoods(maps: Tensor) -> Tensor:
         reach = dilation * (kernel_size // 2)
@@ -75,19 +82,19 @@ def sliding_window_attention_reference(q: Tensor, k: Tensor, v: Tensor, position
         columns = mirrored(-reach, width + reach, width, maps.device)
         padded = maps.reshape(-1, head_dims, height, width)[..., rows, :][..., columns]
         copies = F.unfold(padded, kernel_size, dilation=dilation, stride=stride)
-        return copies.view(*maps.shape[:-2], kernel_size**2, *out.shape[-2:])
+        return copies.view(*maps.shape[:-2], kernel_size**2, *own.shape[-2:])
 
-    out = q[..., ::stride, ::stride]
+    own = q[..., ::stride, ::stride]
     own_positions = positions[:, ::stride, ::stride]
     keys = neighbourhoods(k) + own_positions[:, None] - neighbourhoods(positions)
-    logits = ((scale * out).unsqueeze(3) * keys).sum(2)
+    logits = ((scale * own).unsqueeze(3) * keys).sum(2)
     weights = logits.softmax(2)
-    return (weights.unsqueeze(2) * neighbourhoods(v)).sum(3)
+    out = (weights.unsqueeze(2) * neighbourhoods(v)).sum(3)
+    return out.permute(0, 3, 4, 1, 2)
 
 
-def sliding_window_attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                                   kernel_size: int, stride: int, dilation: int,
-                                   scale: float) -> Tensor:
+def sliding_window_attention_tiled(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
+                                   dilation: int, scale: float) -> Tensor:
     """Cut the queries into tiles, and attend from each densely to all keys that it can see.
 
     q_i · p_i is the same for all neighbours of i, and softmax cancels it: what is left is plain
@@ -95,122 +102,109 @@ def sliding_window_attention_tiled(q: Tensor, k: Tensor, v: Tensor, positions: T
     not neighbours are masked. That is several times the arithmetic, all of it in matrix products,
     and no copy of the maps for every neighbour.
     """
-    out = _TiledAttention.apply(*channels_last(q, k, v, positions), kernel_size, stride, dilation,
-                                scale)
-    return out.permute(0, 3, 4, 1, 2)
+    return _TiledAttention.apply(qkv, positions, kernel_size, stride, dilation, scale)
 
 
-def sliding_window_attention_triton(q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                                    kernel_size: int, stride: int, dilation: int,
-                                    scale: float) -> Tensor:
+def sliding_window_attention_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
+                                    dilation: int, scale: float) -> Tensor:
     """Do as the tiled form does, a tile and its softmax at a time, in kernels for NVIDIA GPUs."""
-    require_triton('sliding_window_attention', q)
-    if not has_kernel(q, stride, dilation):
+    require_triton('sliding_window_attention', qkv)
+    if not has_kernel(qkv, stride, dilation):
         raise ValueError("sliding_window_attention's form 'triton' takes stride or dilation, not "
                          'both, and heads of 512 bytes at most; got '
-                         f'stride={stride}, dilation={dilation} and {q.shape[2]} channels of '
-                         f'{q.dtype}. Leave out form to have one chosen.')
-    out = _TritonAttention.apply(*channels_last(q, k, v, positions), kernel_size, stride, dilation,
-                                 scale)
-    return out.permute(0, 3, 4, 1, 2)
+                         f'stride={stride}, dilation={dilation} and {qkv.shape[5]} channels of '
+                         f'{qkv.dtype}. Leave out form to have one chosen.')
+    return _TritonAttention.apply(qkv, positions, kernel_size, stride, dilation, scale)
 
 
-def has_kernel(q: Tensor, stride: int, dilation: int) -> bool:
+def has_kernel(qkv: Tensor, stride: int, dilation: int) -> bool:
     """Whether Triton's kernels are written for this case, on a machine that runs them."""
-    if not runs_triton(q) or (stride > 1 and dilation > 1):
+    if not runs_triton(qkv) or (stride > 1 and dilation > 1):
         return False
     from .kernels.sliding_attention import fits
-    return fits(q.shape[2], q.dtype)
-
-
-def channels_last(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-    """Views as (batch, height, width, num_heads, head_dims) and (height, width, head_dims)."""
-    return (*(maps.permute(0, 3, 4, 1, 2) for maps in (q, k, v)), positions.permute(1, 2, 0))
+    return fits(qkv.shape[5], qkv.dtype)
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Attention from tiles of queries to their surroundings, one row of tiles at a time.
+    """Attention from tiles of queries to their surroundings, a block of tiles at a time.
 
     Nothing is kept for the backward pass but the inputs: the weights are computed again.
-    q, k, v: (batch, height, width, num_heads, head_dims); positions: (height, width, head_dims).
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                *geometry: Any) -> Tensor:
-        ctx.save_for_backward(q, k, v, positions)
+    def forward(ctx: Any, qkv: Tensor, positions: Tensor, *geometry: Any) -> Tensor:
+        ctx.save_for_backward(qkv, positions)
         ctx.geometry = geometry
-        return attend_tiled(q, k, v, positions, *geometry)
+        return attend_tiled(qkv, positions, *geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        grads = attend_tiled_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
-        return *grads, minus_sum(ctx, grads[1]), None, None, None, None
+        grad_qkv = attend_tiled_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        return grad_qkv, positions_gradient(ctx, grad_qkv), None, None, None, None
 
 
-def minus_sum(ctx: Any, grad_k: Tensor) -> Optional[Tensor]:
-    """The gradient of the positions, which were subtracted from the keys of all heads alike."""
-    return -grad_k.sum((0, 3)) if ctx.needs_input_grad[3] else None
+def positions_gradient(ctx: Any, grad_qkv: Tensor) -> Optional[Tensor]:
+    """The positions were subtracted from the keys of all heads alike."""
+    return -grad_qkv[:, :, :, 1].sum((0, 3)) if ctx.needs_input_grad[1] else None
 
 
-def _empty_attended(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int,
-                    stride: int, dilation: int, scale: float) -> Tensor:
-    return q.new_empty(q[:, ::stride, ::stride].shape)
+def _empty_attended(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
+                    scale: float) -> Tensor:
+    return qkv.new_empty(qkv[:, ::stride, ::stride, 0].shape)
 
 
-def _empty_gradients(grad_out: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _empty_gradient(grad_out: Tensor, qkv: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(qkv)
 
 
 @opaque(_empty_attended)
-def attend_tiled(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int, stride: int,
-                 dilation: int, scale: float) -> Tensor:
-    tiles = _Tiles(q, kernel_size, stride, dilation)
-    out = q.new_empty(tiles.out_shape)
-    for row in range(tiles.rows):
-        own = tiles.own(q, row, stride) * scale
-        weights = attention_weights(own, tiles.around(k, row, positions), tiles.mask)
-        tiles.put(torch.bmm(weights, tiles.around(v, row)), out, row)
+def attend_tiled(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
+                 scale: float) -> Tensor:
+    q, k, v = qkv.unbind(3)
+    out = q.new_empty(q[:, ::stride, ::stride].shape)
+    for tiles in blocks_of_tiles(q, kernel_size, stride, dilation):
+        own = tiles.own(q[:, ::stride, ::stride]) * scale
+        weights = attention_weights(own, tiles.around(k, positions), tiles.mask)
+        tiles.put(torch.bmm(weights, tiles.around(v)), out)
     return out
 
 
-@opaque(_empty_gradients)
-def attend_tiled_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                          kernel_size: int, stride: int, dilation: int,
-                          scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
-    tiles = _Tiles(q, kernel_size, stride, dilation)
-    grad_q, grad_k, grad_v = (q.new_zeros(q.shape) for _ in range(3))
-    for row in range(tiles.rows):
-        own = tiles.own(q, row, stride) * scale
-        around = tiles.around(k, row, positions)
-        own_grad = tiles.own(grad_out, row)
+@opaque(_empty_gradient)
+def attend_tiled_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, kernel_size: int,
+                          stride: int, dilation: int, scale: float) -> Tensor:
+    q, k, v = qkv.unbind(3)
+    # Tiles share keys, and the border shows some again and again: half precision would not do.
+    grad_qkv = torch.zeros_like(qkv, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    grad_q, grad_k, grad_v = grad_qkv.unbind(3)
+    for tiles in blocks_of_tiles(q, kernel_size, stride, dilation):
+        own = tiles.own(q[:, ::stride, ::stride]) * scale
+        around = tiles.around(k, positions)
+        own_grad = tiles.own(grad_out)
         weights = attention_weights(own, around, tiles.mask)
-        tiles.add(torch.bmm(weights.transpose(1, 2), own_grad), grad_v, row)
-        grad = torch.bmm(own_grad, tiles.around(v, row).transpose(1, 2))
+        tiles.add(torch.bmm(weights.transpose(1, 2), own_grad), grad_v)
+        grad = torch.bmm(own_grad, tiles.around(v).transpose(1, 2))
         grad = logits_gradient(grad, weights)
-        tiles.put(torch.bmm(grad, around).mul_(scale), grad_q[:, ::stride, ::stride], row)
-        tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_k, row)
-    return grad_q, grad_k, grad_v
+        tiles.put(torch.bmm(grad, around).mul_(scale), grad_q[:, ::stride, ::stride])
+        tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_k)
+    return grad_qkv.to(qkv.dtype)
 
 
 class _TritonAttention(torch.autograd.Function):
     """The same in kernels; the softmax's sums are kept, (batch, height, width, num_heads)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                *geometry: Any) -> Tensor:
-        out, log_sum = attend_triton(q, k, v, positions, *geometry)
-        ctx.save_for_backward(q, k, v, positions, out, log_sum)
+    def forward(ctx: Any, qkv: Tensor, positions: Tensor, *geometry: Any) -> Tensor:
+        out, log_sum = attend_triton(qkv, positions, *geometry)
+        ctx.save_for_backward(qkv, positions, out, log_sum)
         ctx.geometry = geometry
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        grads = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
-        return *grads, minus_sum(ctx, grads[1]), None, None, None, None
+        grad_qkv = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        return grad_qkv, positions_gradient(ctx, grad_qkv), None, None, None, None
 
 
 def _empty_attended_and_sums(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -219,98 +213,124 @@ def _empty_attended_and_sums(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 @opaque(_empty_attended_and_sums)
-def attend_triton(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int, stride: int,
-                  dilation: int, scale: float) -> tuple[Tensor, Tensor]:
+def attend_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
+                  scale: float) -> tuple[Tensor, Tensor]:
     from .kernels.sliding_attention import attend
-    with torch.cuda.device_of(q):
-        return attend(q, k, v, positions, kernel_size, stride, dilation, scale)
+    out, log_sum = _empty_attended_and_sums(qkv, positions, kernel_size, stride, dilation, scale)
+    with torch.cuda.device_of(qkv):
+        attend(qkv, positions, out, log_sum, kernel_size, stride, dilation, scale)
+    return out, log_sum
 
 
-@opaque(_empty_gradients)
-def attend_triton_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                           out: Tensor, log_sum: Tensor, kernel_size: int, stride: int,
-                           dilation: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+@opaque(_empty_gradient)
+def attend_triton_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tensor,
+                           log_sum: Tensor, kernel_size: int, stride: int, dilation: int,
+                           scale: float) -> Tensor:
     from .kernels.sliding_attention import attend_backward
-    with torch.cuda.device_of(q):
-        return attend_backward(grad_out, q, k, v, positions, out, log_sum, kernel_size, stride,
-                               dilation, scale)
+    grad_qkv = torch.zeros_like(qkv) if stride > 1 else torch.empty_like(qkv)
+    with torch.cuda.device_of(qkv):
+        attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, kernel_size, stride,
+                        dilation, scale)
+    return grad_qkv
+
+
+def blocks_of_tiles(q: Tensor, kernel_size: int, stride: int, dilation: int) -> Iterator['_Tiles']:
+    """All tiles of a map, as many of a row at a time as a processor's cache holds logits of."""
+    batch, height, width, num_heads, _ = q.shape
+    # A tile's surroundings grow with the dilation; larger tiles share them among more queries.
+    tile = 8 if dilation == 1 else 16
+    span = (tile - 1) * stride + dilation * (kernel_size - 1) + 1
+    rows, columns = (-(-extent // (tile * stride)) for extent in (height, width))
+    at_once = max(LOGITS_AT_ONCE // (batch * num_heads * tile**2 * span**2), 1)
+    mask = tile_mask(tile, span, kernel_size, stride, dilation, q.dtype, q.device)
+    for row in range(rows):
+        for column in range(0, columns, at_once):
+            yield _Tiles(q, row, column, min(at_once, columns - column), tile, span, stride,
+                         dilation * (kernel_size // 2), mask)
 
 
 class _Tiles:
-    """Moving one row of tiles between maps and stacks of small matrices.
+    """Moving some neighbouring tiles of one row between maps and stacks of small matrices.
 
-    Maps are (batch, height, width, num_heads, head_dims); matrices are (batch · tile columns ·
+    Maps are (batch, height, width, num_heads, head_dims); matrices are (batch · columns ·
     num_heads, positions, head_dims).
     """
 
-    def __init__(self, q: Tensor, kernel_size: int, stride: int, dilation: int) -> None:
-        self.batch, self.height, self.width, self.num_heads, self.head_dims = q.shape
-        self.out_shape = (self.batch, -(-self.height // stride), -(-self.width // stride),
-                          self.num_heads, self.head_dims)
-        # A tile's surroundings grow with the dilation; larger tiles share them among more queries.
-        self.tile = 8 if dilation == 1 else 16
-        self.rows, self.columns = (-(-extent // self.tile) for extent in self.out_shape[1:3])
-        self.step = self.tile * stride
-        self.span = (self.tile - 1) * stride + dilation * (kernel_size - 1) + 1
-        self.reach = dilation * (kernel_size // 2)
-        self.padded_width = max((self.columns - 1) * self.step + self.span,
-                                self.reach + self.width)
-        self.borders = slice(0, self.reach), slice(self.reach + self.width, None)
-        self.row_index = mirrored(-self.reach, (self.rows - 1) * self.step + self.span - self.reach,
-                                  self.height, q.device)
-        self.column_index = mirrored(-self.reach, self.padded_width - self.reach, self.width,
-                                     q.device)
-        self.mask = tile_mask(self.tile, self.span, kernel_size, stride, dilation, q.dtype,
-                              q.device)
+    def __init__(self, q: Tensor, row: int, column: int, columns: int, tile: int, span: int,
+                 stride: int, reach: int, mask: Tensor) -> None:
+        self.batch, height, width, self.num_heads, self.head_dims = q.shape
+        self.columns, self.tile, self.span, self.step = columns, tile, span, tile * stride
+        self.mask = mask
+        self.queries = (slice(row * tile, (row + 1) * tile),
+                        slice(column * tile, (column + columns) * tile))
+        self.rows = Stretch(row * self.step - reach, span, height, reach, q.device)
+        self.width = (columns - 1) * self.step + span
+        self.across = Stretch(column * self.step - reach, self.width, width, reach, q.device)
 
-    def own(self, maps: Tensor, row: int, stride: int = 1) -> Tensor:
+    def own(self, maps: Tensor) -> Tensor:
         """The tiles themselves, as matrices; zero where they reach over the edge."""
-        rows = maps[:, ::stride, ::stride][:, row * self.tile:(row + 1) * self.tile]
+        rows = maps[:, self.queries[0], self.queries[1]]
         bottom, right = self.tile - rows.shape[1], self.columns * self.tile - rows.shape[2]
         rows = F.pad(rows, (0, 0, 0, 0, 0, right, 0, bottom))
         tiles = rows.unflatten(2, (self.columns, self.tile)).permute(0, 2, 4, 1, 3, 5)
         return tiles.reshape(-1, self.tile**2, self.head_dims)
 
-    def put(self, matrices: Tensor, maps: Tensor, row: int) -> None:
+    def put(self, matrices: Tensor, maps: Tensor) -> None:
         """Write the tiles back; the inverse of :meth:`own`."""
         tiles = matrices.view(self.batch, self.columns, self.num_heads, self.tile, self.tile,
                               self.head_dims)
-        rows = maps[:, row * self.tile:(row + 1) * self.tile]
+        rows = maps[:, self.queries[0], self.queries[1]]
         whole = tiles.permute(0, 3, 1, 4, 2, 5).flatten(2, 3)
         rows.copy_(whole[:, :rows.shape[1], :rows.shape[2]])
 
-    def around(self, maps: Tensor, row: int, positions: Optional[Tensor] = None) -> Tensor:
+    def around(self, maps: Tensor, positions: Optional[Tensor] = None) -> Tensor:
         """The surroundings of the tiles, as matrices; neighbouring tiles share positions.
 
         ``positions`` are subtracted, if given.
         """
-        top = row * self.step - self.reach
-        if top >= 0 and top + self.span <= self.height:
-            which = slice(top, top + self.span)
-        else:
-            which = self.row_index[row * self.step:row * self.step + self.span]
-        rows = maps[:, which]
+        rows = maps[:, self.rows.where][:, :, self.across.where]
         if positions is not None:
-            rows = rows - positions[which].unsqueeze(2)
-        left, right = (rows[:, :, self.column_index[border]] for border in self.borders)
-        rows = torch.cat([left, rows, right], 2)
+            rows = rows - positions[self.rows.where][:, self.across.where].unsqueeze(2)
         spans = rows.unfold(2, self.span, self.step).permute(0, 2, 3, 1, 5, 4)
         return spans.reshape(-1, self.span**2, self.head_dims)
 
-    def add(self, matrices: Tensor, maps: Tensor, row: int) -> None:
+    def add(self, matrices: Tensor, maps: Tensor) -> None:
         """Add surroundings onto the map; the transpose of :meth:`around`."""
         spans = matrices.view(self.batch, self.columns, self.num_heads, self.span, self.span,
                               self.head_dims).permute(0, 3, 1, 2, 5, 4)
-        rows = maps.new_zeros(self.batch, self.span, self.padded_width, self.num_heads,
-                              self.head_dims)
+        rows = maps.new_zeros(self.batch, self.span, self.width, self.num_heads, self.head_dims)
         # Tiles that are this far apart share no position, and can be added at once.
         apart = -(-self.span // self.step)
         for first in range(min(apart, self.columns)):
             disjoint = rows[:, :, first * self.step:].unfold(2, self.span, apart * self.step)
             disjoint.add_(spans[:, :, first::apart])
-        folded = fold_border(rows, 2, self.width, self.reach)
-        index = self.row_index[row * self.step:row * self.step + self.span]
-        maps.index_add_(1, index, folded)
+        for from_row, to_row in self.rows.parts:
+            for from_column, to_column in self.across.parts:
+                maps[:, to_row, to_column] += rows[:, from_row, from_column]
+
+
+class Stretch:
+    """Positions start … start + length − 1 of an axis of ``extent`` that is mirrored at its ends.
+
+    ``where`` picks them from the axis: a slice, or int64 positions where some are mirrored.
+    ``parts`` are pairs of slices, of the stretch and of the axis, that no two positions share: what
+    lies on the axis, and then each position that is mirrored, up to ``reach`` beyond the ends;
+    farther ones belong to no query.
+    """
+
+    def __init__(self, start: int, length: int, extent: int, reach: int,
+                 device: torch.device) -> None:
+        stop = start + length
+        first, last = max(start, 0), min(stop, extent)
+        self.parts = [(slice(first - start, last - start), slice(first, last))]
+        self.where: Union[slice, Tensor] = self.parts[0][1]
+        if first == start and last == stop:
+            return
+        self.where = mirrored(start, stop, extent, device)
+        for position, image in zip(range(start, min(stop, extent + reach)), self.where.tolist()):
+            if not 0 <= position < extent:
+                self.parts.append((slice(position - start, position - start + 1),
+                                   slice(image, image + 1)))
 
 
 @per_size

@@ -151,13 +151,13 @@ def attend_row_by_row(qkv: Tensor, bias: Tensor, window_size: list[int], shift_s
     return out
 
 
-@opaque(lambda grad, qkv, bias, *geometry: (qkv.new_empty(qkv.shape), bias.new_empty(bias.shape)))
+@opaque(lambda grad, qkv, bias, *geometry: (torch.empty_like(qkv), bias.new_empty(bias.shape)))
 def attend_row_by_row_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor,
                                window_size: list[int], shift_size: int,
                                scale: float) -> tuple[Tensor, Tensor]:
     """The gradients of ``qkv`` and ``bias``; the weights are computed again."""
     rows = _WindowRows(qkv, bias, window_size, shift_size)
-    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_qkv = torch.empty_like(qkv)
     precise = torch.promote_types(bias.dtype, torch.float32)
     grad_bias = torch.zeros(bias.shape, dtype=precise, device=bias.device)
     for row in range(rows.count):

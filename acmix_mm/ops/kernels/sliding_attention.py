@@ -27,72 +27,54 @@ def fits(head_dims: int, dtype: torch.dtype) -> bool:
     return row_bytes(head_dims, dtype) <= TILINGS[-1][0]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kernel_size: int, stride: int,
-           dilation: int, scale: float) -> tuple[Tensor, Tensor]:
+def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_size: int,
+           stride: int, dilation: int, scale: float) -> None:
     """Attend from every stride-th position to its neighbourhood.
 
     Args:
-        q: queries, (batch, height, width, num_heads, head_dims), float16, bfloat16 or float32.
-        k: keys, of the same shape.
-        v: values, of the same shape.
+        qkv: (batch, height, width, 3, num_heads, head_dims), float16, bfloat16 or float32, any
+            strides; fast where neighbouring channels of a head are neighbours in memory.
         positions: what is subtracted from the keys, (height, width, head_dims).
+        out: is filled; (batch, out height, out width, num_heads, head_dims), contiguous.
+        log_sum: is filled with the logarithm to base 2 of the sum of each softmax, (batch, out
+            height, out width, num_heads), float32, contiguous.
         kernel_size: side of the neighbourhood, odd.
         stride: distance of the queries; 1 if ``dilation`` is not.
         dilation: distance of neighbours.
         scale: factor of the logits.
-
-    Returns:
-        The output, (batch, out height, out width, num_heads, head_dims), and the logarithm to base
-        2 of the sum of each softmax, (batch, out height, out width, num_heads), float32.
     """
-    q, k, v = alike(q, k, v)
-    batch, height, width, num_heads, head_dims = q.shape
-    out_height, out_width = -(-height // stride), -(-width // stride)
-    out = q.new_empty(batch, out_height, out_width, num_heads, head_dims)
-    log_sum = out.new_empty(out.shape[:4], dtype=torch.float32)
+    q, k, v = qkv.unbind(3)
     tiling = Tiling(q, kernel_size, stride, dilation)
-    tiles = tiling.tiles(out_height, out_width)
+    tiles = tiling.tiles(*out.shape[1:3])
     attend_kernel[tiling.programs(tiles)](
-        q, k, v, positions.contiguous(), out, log_sum, *q.stride()[:4], height, width, out_height,
-        out_width, num_heads, *tiles, scale, **tiling.constants(tiling.keys_across))
-    return out, log_sum
+        q, k, v, positions.contiguous(), out, log_sum, *q.stride(), *q.shape[1:3], *out.shape[1:4],
+        *tiles, scale, **tiling.constants(tiling.keys_across))
 
 
-def attend_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-                    out: Tensor, log_sum: Tensor, kernel_size: int, stride: int, dilation: int,
-                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; see :func:`attend`. That of the positions is minus k's, summed.
-    """
-    q, k, v = alike(q, k, v)
+def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tensor,
+                    log_sum: Tensor, grad_qkv: Tensor, kernel_size: int, stride: int,
+                    dilation: int, scale: float) -> None:
+    """Fill ``grad_qkv``, in the strides of ``qkv``, but for queries that were left out."""
+    q, k, v = qkv.unbind(3)
+    grad_q, grad_k, grad_v = grad_qkv.unbind(3)
     positions, grad_out = positions.contiguous(), grad_out.contiguous()
     batch, height, width, num_heads, head_dims = q.shape
-    out_height, out_width = out.shape[1:3]
-    # With a stride, some positions ask nothing.
-    grad_q = (q.new_empty if stride == 1 else q.new_zeros)(q.shape)
     mean = torch.empty_like(log_sum)
     tiling = Tiling(q, kernel_size, stride, dilation)
-    tiles = tiling.tiles(out_height, out_width)
+    tiles = tiling.tiles(*out.shape[1:3])
     grad_queries_kernel[tiling.programs(tiles)](
-        q, k, v, positions, out, grad_out, log_sum, mean, grad_q, *q.stride()[:4], height, width,
-        out_height, out_width, num_heads, *tiles, scale, **tiling.constants(tiling.keys_across))
+        q, k, v, positions, out, grad_out, log_sum, mean, grad_q, *q.stride(), height, width,
+        *out.shape[1:4], *tiles, scale, **tiling.constants(tiling.keys_across))
 
     reach = dilation * (kernel_size // 2)
     padded = (batch, height + 2 * reach, width + 2 * reach, num_heads, head_dims)
-    grad_k, grad_v = q.new_empty(padded), q.new_empty(padded)
+    padded_k, padded_v = q.new_empty(padded), q.new_empty(padded)
     tiles = tiling.tiles(*padded[1:3])
     grad_keys_kernel[tiling.programs(tiles)](
-        q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v, *q.stride()[:4], height, width,
-        out_height, out_width, num_heads, *tiles, scale, **tiling.constants(tiling.queries_across))
-    for axis, extent in ((1, height), (2, width)):
-        grad_k, grad_v = (fold_border(each, axis, extent, reach) for each in (grad_k, grad_v))
-    return grad_q, grad_k, grad_v
-
-
-def alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same tensors in the same strides, the last of them 1, as they are in one projection."""
-    if q.stride() == k.stride() == v.stride() and q.stride(4) == 1:
-        return q, k, v
-    return q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v, positions, grad_out, log_sum, mean, padded_k, padded_v, *q.stride(), height, width,
+        *out.shape[1:4], *tiles, scale, **tiling.constants(tiling.queries_across))
+    for grad, each in ((grad_k, padded_k), (grad_v, padded_v)):
+        grad.copy_(fold_border(fold_border(each, 1, height, reach), 2, width, reach))
 
 
 def row_bytes(head_dims: int, dtype: torch.dtype) -> int:
@@ -170,10 +152,10 @@ def load_rows(maps, offsets, dims, mask):
 
 
 @triton.jit
-def load_keys(k, positions, key_y, key_x, stride_y, stride_x, width, dims, mask,
+def load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, dims, mask,
               HEAD_DIMS: tl.constexpr):
     """Keys minus their positions, (positions, BLOCK_DIMS), subtracted in float32."""
-    keys = load_rows(k, key_y * stride_y + key_x * stride_x, dims, mask).to(tl.float32)
+    keys = load_rows(k, key_y * stride_y + key_x * stride_x, map_dims, mask).to(tl.float32)
     encoding = load_rows(positions, (key_y * width + key_x) * HEAD_DIMS, dims, mask)
     return (keys - encoding.to(tl.float32)).to(k.dtype.element_ty)
 
@@ -210,24 +192,24 @@ def are_near(down, across, KERNEL_SIZE: tl.constexpr):
 
 
 @triton.jit
-def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x, stride_n, height,
-                  width, out_height, out_width, num_heads, tiles_down, tiles_across, scale,
-                  HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr,
-                  STRIDE: tl.constexpr, DILATION: tl.constexpr, TILE_SIDE: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x, stride_n,
+                  stride_d, height, width, out_height, out_width, num_heads, tiles_down,
+                  tiles_across, scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+                  KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+                  TILE_SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
     head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
                                                             DILATION)
     dims = tl.arange(0, BLOCK_DIMS)
     is_dim = (dims < HEAD_DIMS)[None, :]
-    map_base = picture * stride_b + head * stride_n
+    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
 
     own_y, own_x, out_y, out_x = queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION,
                                                  TILE_SIDE)
     is_own = (out_y < out_height) & (out_x < out_width)
     own_mask = is_own[:, None] & is_dim
-    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x, dims,
-                        own_mask)
+    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
+                        map_dims, own_mask)
 
     highest = tl.full((TILE_SIDE * TILE_SIDE,), -1e30, tl.float32)
     total = tl.zeros((TILE_SIDE * TILE_SIDE,), tl.float32)
@@ -236,9 +218,9 @@ def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x
         row, column, key_y, key_x = keys_of_chunk(
             chunk, phase_y, phase_x, tile_y, tile_x, height, width, KERNEL_SIZE, STRIDE, DILATION,
             TILE_SIDE, ROWS, COLUMNS)
-        keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, width, dims,
-                         is_dim, HEAD_DIMS)
-        values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, dims, is_dim)
+        keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, map_dims,
+                         width, dims, is_dim, HEAD_DIMS)
+        values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, map_dims, is_dim)
         near = are_near(row[None, :] - own_y[:, None] * STRIDE,
                         column[None, :] - own_x[:, None] * STRIDE, KERNEL_SIZE)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
@@ -259,24 +241,25 @@ def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x
 
 @triton.jit
 def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q, stride_b,
-                        stride_y, stride_x, stride_n, height, width, out_height, out_width,
-                        num_heads, tiles_down, tiles_across, scale, HEAD_DIMS: tl.constexpr,
-                        BLOCK_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
-                        DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
-                        COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+                        stride_y, stride_x, stride_n, stride_d, height, width, out_height,
+                        out_width, num_heads, tiles_down, tiles_across, scale,
+                        HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+                        KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+                        TILE_SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                        CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
     """Also stores output · its gradient, the weighted mean that softmax's gradient subtracts."""
     head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
                                                             DILATION)
     dims = tl.arange(0, BLOCK_DIMS)
     is_dim = (dims < HEAD_DIMS)[None, :]
-    map_base = picture * stride_b + head * stride_n
+    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
 
     own_y, own_x, out_y, out_x = queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION,
                                                  TILE_SIDE)
     is_own = (out_y < out_height) & (out_x < out_width)
     own_mask = is_own[:, None] & is_dim
-    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x, dims,
-                        own_mask)
+    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
+                        map_dims, own_mask)
     place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
     grads = load_rows(grad_out, place_out * HEAD_DIMS, dims, own_mask)
     outs = load_rows(out, place_out * HEAD_DIMS, dims, own_mask)
@@ -289,9 +272,9 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
         row, column, key_y, key_x = keys_of_chunk(
             chunk, phase_y, phase_x, tile_y, tile_x, height, width, KERNEL_SIZE, STRIDE, DILATION,
             TILE_SIDE, ROWS, COLUMNS)
-        keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, width, dims,
-                         is_dim, HEAD_DIMS)
-        values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, dims, is_dim)
+        keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, map_dims,
+                         width, dims, is_dim, HEAD_DIMS)
+        values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, map_dims, is_dim)
         near = are_near(row[None, :] - own_y[:, None] * STRIDE,
                         column[None, :] - own_x[:, None] * STRIDE, KERNEL_SIZE)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
@@ -300,16 +283,15 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
         grad_logits = weights * (grad_logits - own_mean[:, None])
         grad += tl.dot(grad_logits.to(keys.dtype), keys, input_precision=PRECISION)
 
-    place_q = (picture * height + out_y * STRIDE) * width + out_x * STRIDE
-    place_q = (place_q * num_heads + head) * HEAD_DIMS
-    tl.store(grad_q + place_q[:, None] + dims[None, :],
+    place_q = map_base + out_y * STRIDE * stride_y + out_x * STRIDE * stride_x
+    tl.store(grad_q + place_q[:, None] + map_dims[None, :],
              (grad * scale).to(grad_q.dtype.element_ty), mask=own_mask)
 
 
 @triton.jit
 def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v, stride_b,
-                     stride_y, stride_x, stride_n, height, width, out_height, out_width, num_heads,
-                     tiles_down, tiles_across, scale, HEAD_DIMS: tl.constexpr,
+                     stride_y, stride_x, stride_n, stride_d, height, width, out_height, out_width,
+                     num_heads, tiles_down, tiles_across, scale, HEAD_DIMS: tl.constexpr,
                      BLOCK_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
                      DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
@@ -318,7 +300,7 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
                                                             DILATION)
     dims = tl.arange(0, BLOCK_DIMS)
     is_dim = (dims < HEAD_DIMS)[None, :]
-    map_base = picture * stride_b + head * stride_n
+    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
 
     own = tl.arange(0, TILE_SIDE * TILE_SIDE)
     own_y, own_x = tile_y * TILE_SIDE + own // TILE_SIDE, tile_x * TILE_SIDE + own % TILE_SIDE
@@ -327,9 +309,9 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
     is_own = (padded_y < height + 2 * reach) & (padded_x < width + 2 * reach)
     own_mask = is_own[:, None] & is_dim
     key_y, key_x = mirrored(padded_y - reach, height), mirrored(padded_x - reach, width)
-    keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, width, dims,
-                     own_mask, HEAD_DIMS)
-    values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, dims, own_mask)
+    keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, map_dims, width,
+                     dims, own_mask, HEAD_DIMS)
+    values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, map_dims, own_mask)
 
     # The first query that sees the first key, or one before it; the sum keeps the quotient's
     # numerator from being negative.
@@ -345,7 +327,7 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
         is_query = (row >= 0) & (out_y < out_height) & (column >= 0) & (out_x < out_width)
         query_mask = is_query[:, None] & is_dim
         queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
-                            dims, query_mask)
+                            map_dims, query_mask)
         place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
         grads = load_rows(grad_out, place_out * HEAD_DIMS, dims, query_mask)
         their_log_sum = tl.load(log_sum + place_out, mask=is_query, other=0.0)

@@ -1,0 +1,35 @@
+"""Stage I of ACmix: queries, keys and values of every head, which both paths read."""
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def project(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
+            for_convolution: bool) -> Tensor:
+    """Project a map to queries, keys and values.
+
+    Paper: arXiv 2111.14556, section 4.1, stage I.
+
+    On a CPU, the grouped convolution of the convolution path wants the maps of one channel of all
+    heads side by side. Permuting the small weight puts them there; permuting the map would cost
+    three copies of it, one forward and two backward. Triton's kernels want them as they come.
+
+    Args:
+        x: (…, in_channels), any floating dtype.
+        weight: (3 · num_heads · head_dims, in_channels), in the order of the output's axes.
+        bias: (3 · num_heads · head_dims,), or None.
+        num_heads: heads of each.
+        for_convolution: whether the convolution path reads the result, too.
+
+    Returns:
+        (…, 3, num_heads, head_dims), in the strides that suit the machine.
+    """
+    shape = (3, num_heads, weight.shape[0] // (3 * num_heads))
+    if not for_convolution or x.device.type != 'cpu':
+        return F.linear(x, weight, bias).unflatten(-1, shape)
+    weight = weight.unflatten(0, shape).permute(2, 0, 1, 3).flatten(0, 2)
+    if bias is not None:
+        bias = bias.view(shape).permute(2, 0, 1).flatten()
+    return F.linear(x, weight, bias).unflatten(-1, (-1, 3, num_heads)).movedim(-3, -1)
