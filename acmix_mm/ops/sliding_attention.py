@@ -4,6 +4,7 @@ Paper: arXiv 2111.14556, section 4.1 (stage II of the attention path, local atte
 k_a × k_a window); the position encoding and the mirrored border are the authors' code's.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Optional, Union
 
@@ -243,10 +244,13 @@ def blocks_of_tiles(q: Tensor, kernel_size: int, stride: int, dilation: int) -> 
     rows, columns = (-(-extent // (tile * stride)) for extent in (height, width))
     at_once = max(LOGITS_AT_ONCE // (batch * num_heads * tile**2 * span**2), 1)
     mask = tile_mask(tile, span, kernel_size, stride, dilation, q.dtype, q.device)
-    for row in range(rows):
-        for column in range(0, columns, at_once):
-            yield _Tiles(q, row, column, min(at_once, columns - column), tile, span, stride,
-                         dilation * (kernel_size // 2), mask)
+    down = [Stretch(row, 1, height, tile, stride, span, dilation * (kernel_size // 2), q.device)
+            for row in range(rows)]
+    across = [Stretch(column, min(at_once, columns - column), width, tile, stride, span,
+                      dilation * (kernel_size // 2), q.device)
+              for column in range(0, columns, at_once)]
+    for stretches in itertools.product(down, across):
+        yield _Tiles(q, *stretches, mask)
 
 
 class _Tiles:
@@ -256,22 +260,17 @@ class _Tiles:
     num_heads, positions, head_dims).
     """
 
-    def __init__(self, q: Tensor, row: int, column: int, columns: int, tile: int, span: int,
-                 stride: int, reach: int, mask: Tensor) -> None:
-        self.batch, height, width, self.num_heads, self.head_dims = q.shape
-        self.columns, self.tile, self.span, self.step = columns, tile, span, tile * stride
-        self.mask = mask
-        self.queries = (slice(row * tile, (row + 1) * tile),
-                        slice(column * tile, (column + columns) * tile))
-        self.rows = Stretch(row * self.step - reach, span, height, reach, q.device)
-        self.width = (columns - 1) * self.step + span
-        self.across = Stretch(column * self.step - reach, self.width, width, reach, q.device)
+    def __init__(self, q: Tensor, down: 'Stretch', across: 'Stretch', mask: Tensor) -> None:
+        self.batch, self.num_heads, self.head_dims = q.shape[0], *q.shape[3:]
+        self.down, self.across, self.mask = down, across, mask
+        self.tile, self.span, self.columns = down.tile, down.span, across.tiles
 
     def own(self, maps: Tensor) -> Tensor:
         """The tiles themselves, as matrices; zero where they reach over the edge."""
-        rows = maps[:, self.queries[0], self.queries[1]]
+        rows = maps[:, self.down.own, self.across.own]
         bottom, right = self.tile - rows.shape[1], self.columns * self.tile - rows.shape[2]
-        rows = F.pad(rows, (0, 0, 0, 0, 0, right, 0, bottom))
+        if bottom or right:
+            rows = F.pad(rows, (0, 0, 0, 0, 0, right, 0, bottom))
         tiles = rows.unflatten(2, (self.columns, self.tile)).permute(0, 2, 4, 1, 3, 5)
         return tiles.reshape(-1, self.tile**2, self.head_dims)
 
@@ -279,7 +278,7 @@ class _Tiles:
         """Write the tiles back; the inverse of :meth:`own`."""
         tiles = matrices.view(self.batch, self.columns, self.num_heads, self.tile, self.tile,
                               self.head_dims)
-        rows = maps[:, self.queries[0], self.queries[1]]
+        rows = maps[:, self.down.own, self.across.own]
         whole = tiles.permute(0, 3, 1, 4, 2, 5).flatten(2, 3)
         rows.copy_(whole[:, :rows.shape[1], :rows.shape[2]])
 
@@ -288,49 +287,65 @@ class _Tiles:
 
         ``positions`` are subtracted, if given.
         """
-        rows = maps[:, self.rows.where][:, :, self.across.where]
+        where_down, where_across = self.down.where, self.across.where
+        if isinstance(where_down, Tensor) and isinstance(where_across, Tensor):
+            where_down = where_down[:, None]
+        rows = maps[:, where_down, where_across]
         if positions is not None:
-            rows = rows - positions[self.rows.where][:, self.across.where].unsqueeze(2)
-        spans = rows.unfold(2, self.span, self.step).permute(0, 2, 3, 1, 5, 4)
+            rows = rows - positions[where_down, where_across].unsqueeze(2)
+        spans = rows.unfold(2, self.span, self.across.step).permute(0, 2, 3, 1, 5, 4)
         return spans.reshape(-1, self.span**2, self.head_dims)
 
     def add(self, matrices: Tensor, maps: Tensor) -> None:
         """Add surroundings onto the map; the transpose of :meth:`around`."""
         spans = matrices.view(self.batch, self.columns, self.num_heads, self.span, self.span,
                               self.head_dims).permute(0, 3, 1, 2, 5, 4)
-        rows = maps.new_zeros(self.batch, self.span, self.width, self.num_heads, self.head_dims)
+        step, length = self.across.step, self.across.length
+        rows = maps.new_zeros(self.batch, self.span, length, self.num_heads, self.head_dims)
         # Tiles that are this far apart share no position, and can be added at once.
-        apart = -(-self.span // self.step)
+        apart = -(-self.span // step)
         for first in range(min(apart, self.columns)):
-            disjoint = rows[:, :, first * self.step:].unfold(2, self.span, apart * self.step)
+            disjoint = rows[:, :, first * step:].unfold(2, self.span, apart * step)
             disjoint.add_(spans[:, :, first::apart])
-        for from_row, to_row in self.rows.parts:
+        for from_row, to_row in self.down.parts:
             for from_column, to_column in self.across.parts:
                 maps[:, to_row, to_column] += rows[:, from_row, from_column]
 
 
 class Stretch:
-    """Positions start … start + length − 1 of an axis of ``extent`` that is mirrored at its ends.
+    """Some neighbouring tiles along one axis, and their surroundings.
 
-    ``where`` picks them from the axis: a slice, or int64 positions where some are mirrored.
-    ``parts`` are pairs of slices, of the stretch and of the axis, that no two positions share: what
-    lies on the axis, and then each position that is mirrored, up to ``reach`` beyond the ends;
-    farther ones belong to no query.
+    ``own`` is where the tiles are among the queries. ``where`` picks their surroundings from the
+    axis: a slice, or int64 positions where some lie beyond its ends and are mirrored. ``parts`` are
+    pairs of slices, of the surroundings and of the axis, for adding one onto the other: what lies
+    on the axis, and then each mirrored position that a query can see.
+
+    Args:
+        first: the first tile.
+        tiles: how many there are.
+        extent: positions of the axis.
+        tile: queries of a tile.
+        stride: distance of the queries.
+        span: positions around a tile.
+        reach: how far before its first query they begin.
     """
 
-    def __init__(self, start: int, length: int, extent: int, reach: int,
-                 device: torch.device) -> None:
-        stop = start + length
-        first, last = max(start, 0), min(stop, extent)
-        self.parts = [(slice(first - start, last - start), slice(first, last))]
-        self.where: Union[slice, Tensor] = self.parts[0][1]
-        if first == start and last == stop:
-            return
-        self.where = mirrored(start, stop, extent, device)
-        for position, image in zip(range(start, min(stop, extent + reach)), self.where.tolist()):
-            if not 0 <= position < extent:
-                self.parts.append((slice(position - start, position - start + 1),
-                                   slice(image, image + 1)))
+    def __init__(self, first: int, tiles: int, extent: int, tile: int, stride: int, span: int,
+                 reach: int, device: torch.device) -> None:
+        self.tiles, self.tile, self.span, self.step = tiles, tile, span, tile * stride
+        self.length = (tiles - 1) * self.step + span
+        self.own = slice(first * tile, (first + tiles) * tile)
+        start = first * self.step - reach
+        stop = start + self.length
+        inside = slice(max(start, 0), min(stop, extent))
+        self.where: Union[slice, Tensor] = inside
+        self.parts = [(slice(inside.start - start, inside.stop - start), inside)]
+        if inside != slice(start, stop):
+            self.where = mirrored(start, stop, extent, device)
+            for index, (position, image) in enumerate(zip(range(start, min(stop, extent + reach)),
+                                                          self.where.tolist())):
+                if not 0 <= position < extent:
+                    self.parts.append((slice(index, index + 1), slice(image, image + 1)))
 
 
 @per_size
