@@ -8,10 +8,14 @@ import torch
 
 def per_size(make: Callable) -> Callable:
     """Keep the tensors that a function of sizes, dtype and device has returned lately."""
-    @lru_cache(maxsize=128)
+    kept = lru_cache(maxsize=128)(make)
+
     @wraps(make)
-    def kept(*sizes: object) -> object:
+    def table(*sizes: object) -> object:
+        # torch.compile looks through a cache, warns of it, and puts the table into its graph.
+        if torch.compiler.is_compiling():
+            return make(*sizes)
         # A tensor that is made under inference mode could not be used in training later.
         with torch.inference_mode(False):
-            return make(*sizes)
-    return kept
+            return kept(*sizes)
+    return table
