@@ -1,7 +1,11 @@
-"""Time ACmix against its rivals on the CPU, and measure the memory of each.
+"""Time ACmix against its rivals, and measure the memory of each.
 
-Cases: ACmixConv2d against the paper-shaped reference form (torch alone), and Swin-T against
-MMDetection's plain one. Example: python tools/benchmark.py --cases conv-200x336
+Operators and layers (the first seven cases) need torch alone; blocks and backbones run against
+MMDetection's plain Swin, and mask-rcnn is a whole detector. On a GPU it times with events, and says
+how near each comes to a copy of as many bytes.
+
+Examples: python tools/benchmark.py --cases conv-200x336
+          python tools/benchmark.py --device cuda --dtype bfloat16 --batch 8 --cases swin-t-800x1344
 """
 
 import argparse
@@ -9,7 +13,7 @@ import json
 
 import torch
 
-from acmix_mm.benchmark import CASES, PASSES, compare, table
+from acmix_mm.benchmark import CASES, DTYPES, PASSES, Setting, compare, machine, table
 
 
 def main() -> None:
@@ -17,14 +21,23 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), metavar='CASE',
                         help=f'any of {", ".join(CASES)} (default: all)')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32')
+    parser.add_argument('--batch', type=int, default=1, help='pictures (default: 1)')
     parser.add_argument('--repeats', type=int, default=5, help='counted runs of each (default: 5)')
     parser.add_argument('--threads', type=int, default=2, help='torch threads (default: 2)')
     parser.add_argument('--json', metavar='FILE', help='also write the results to FILE')
     args = parser.parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda needs a GPU that torch can use; there is none.')
     torch.set_num_threads(args.threads)
-    results = [result for case in args.cases for passes in PASSES
-               for result in compare(case, passes, args.repeats)]
-    print(table(results))
+    setting = Setting(args.device, args.dtype, args.batch)
+    results = []
+    for case in args.cases:
+        for passes in PASSES:
+            print(f'{case}, {passes} …', flush=True)
+            results += compare(case, passes, setting, args.repeats)
+    print(f'\n{machine(setting)}, median of {args.repeats}\n\n{table(results)}')
     if args.json:
         with open(args.json, 'w') as file:
             json.dump([result._asdict() for result in results], file, indent=2)

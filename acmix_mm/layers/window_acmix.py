@@ -171,7 +171,10 @@ def drop_padding(x: Tensor, size: tuple[int, int], shift_size: int) -> Tensor:
     Returns:
         (batch, height, width, …): the map as if it had been rolled without padding.
     """
-    for axis, extent in zip((1, 2), size):
+    # torch.cat lays its result out in the order of the axes: that of memory is to stay.
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    x = x.permute(order)
+    for axis, extent in zip((order.index(1), order.index(2)), size):
         padded = x.shape[axis]
         if padded > extent:
             shift = shift_size % extent
@@ -179,4 +182,4 @@ def drop_padding(x: Tensor, size: tuple[int, int], shift_size: int) -> Tensor:
                 x.narrow(axis, (shift - shift_size) % padded, extent - shift),
                 x.narrow(axis, -shift_size % padded, shift),
             ], axis) if shift else x.narrow(axis, -shift_size % padded, extent)
-    return x
+    return x.permute([order.index(axis) for axis in range(x.dim())])
