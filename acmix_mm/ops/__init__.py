@@ -3,8 +3,10 @@
 They need torch alone.
 """
 
+from .patchwise_attention import patch_aggregation, patch_features
 from .shift_conv import shift_conv
 from .sliding_attention import sliding_window_attention
 from .window_attention import window_attention
 
-__all__ = ['shift_conv', 'sliding_window_attention', 'window_attention']
+__all__ = ['patch_aggregation', 'patch_features', 'shift_conv', 'sliding_window_attention',
+           'window_attention']
