@@ -2,6 +2,7 @@
 
 from .pvt import ACmixPyramidVisionTransformer
 from .resnet import ACmixResNet
+from .san import ACmixSAN
 from .swin import ACmixSwinTransformer
 
-__all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixSwinTransformer']
+__all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixSAN', 'ACmixSwinTransformer']
