@@ -2,11 +2,14 @@
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import ROOT, relative_error
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +19,6 @@ from acmix_mm.backbones import ACmixSAN
 from acmix_mm.backbones.san import ACmixSANBlock
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import PatchwiseACmix
-from acmix_mm.ops import shift_conv
 from acmix_mm.ops.patchwise_attention import pad_mirrored
 
 TINY = dict(depth=10, base_channels=32)
@@ -110,6 +112,45 @@ def test_statistics_hold_far_from_zero():
     expected = around.var((0, 2, 3), correction=0)
     scale, _ = patchwise_module.norm_of_neighbourhoods(norm, q, k, 7)
     assert relative_error(scale.double(), (expected + norm.eps).rsqrt()) < 1e-4
+
+
+def test_synchronised_statistics_are_those_of_all_processes(tmp_path):
+    """Two processes with pictures of different sizes, against one norm over what both copied."""
+    maps = [torch.randn(2, 2, 2, *size, dtype=torch.float64) for size in ((6, 5), (9, 8))]
+    torch.save(maps, tmp_path / 'maps.pt')
+    script = """
+import os, sys
+import torch
+import torch.distributed as dist
+from acmix_mm.layers.patchwise_acmix import norm_of_neighbourhoods
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+q, k = (each.clone().requires_grad_() for each in torch.load(f'{folder}/maps.pt')[rank])
+norm = torch.nn.SyncBatchNorm(2 * 10).double()
+scale, shift = norm_of_neighbourhoods(norm, q, k, 3)
+((rank + 1) * (scale.sin() + shift.square())).sum().backward()
+torch.save([scale.detach(), q.grad, k.grad, norm.running_var], f'{folder}/{rank}.pt')
+dist.barrier()
+os._exit(0)
+"""
+    running = [subprocess.Popen([sys.executable, '-c', script, str(tmp_path), str(rank)], env={
+        **os.environ, 'PYTHONPATH': str(ROOT)}) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+
+    leaves = [maps[rank][part].clone().requires_grad_() for rank in (0, 1) for part in (0, 1)]
+    around = [torch.cat([q.flatten(2), F.unfold(pad_mirrored(k, 1), 3)], 1)
+              for q, k in (leaves[:2], leaves[2:])]
+    positions = torch.cat([each.transpose(1, 2).flatten(0, 1) for each in around])
+    variance, mean = torch.var_mean(positions, 0, correction=0)
+    scale = (variance + 1e-5).rsqrt()
+    # Each process has a loss of its own.
+    (3 * (scale.sin() + (mean * scale).square())).sum().backward()
+    for rank in (0, 1):
+        results = torch.load(tmp_path / f'{rank}.pt')
+        running_var = 0.9 + 0.1 * positions.var(0)
+        gradients = [leaf.grad for leaf in leaves[2 * rank:2 * rank + 2]]
+        for actual, expected in zip(results, [scale, *gradients, running_var]):
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
@@ -349,10 +390,13 @@ def test_layer_refuses(arguments, message):
         PatchwiseACmix(*arguments)
 
 
-def test_layer_counts_its_maps_in_two_steps_alike():
-    """The folded form that SAN's six maps and four heads take equals the paper's two steps."""
-    layer = randomised(PatchwiseACmix(32, 2, 8, 7, mix='conv'))
-    maps = torch.randn(1, 6, 2, 5, 4)
-    weights = layer.fc.matrix, layer.dep_conv.weight
-    expected = shift_conv(maps, *weights, form='two_step')
-    torch.testing.assert_close(shift_conv(maps, *weights), expected)
+def test_layer_keeps_no_copies_for_the_backward_pass():
+    """Nothing that is saved exceeds the input; the copied keys alone are three times as large."""
+    layer = PatchwiseACmix(64, 4, 16, 7)
+    x = torch.randn(1, 64, 20, 30, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each.numel()) or each,
+                                                  lambda each: each):
+        layer(x)
+    assert len(saved) > 10
+    assert max(saved) <= x.numel()

@@ -1,10 +1,12 @@
 """ACmix in a SAN host: patch-wise attention and the convolution path on the same q, k, v."""
 
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from acmix_mm.ops import patch_aggregation, patch_features, shift_conv
@@ -40,9 +42,7 @@ class PatchwiseACmix(nn.Module):
         rel_channels: channels of queries and of keys; divides ``out_channels``.
         out_channels: channels of values and of the output, a multiple of ``SHARE_CHANNELS``.
         kernel_size: side of attention's neighbourhood, odd; it is mirrored at the edges.
-        norm: makes the batch norms on the way to the weights from their channels. The first one,
-            over the copies of the keys, is computed without them; in training it takes the
-            statistics of its own process, also where it is a ``SyncBatchNorm``.
+        norm: makes the batch norms on the way to the weights from their channels.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
 
@@ -126,7 +126,8 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
 
     In training this takes the statistics of the maps, and updates the running ones, as the norm
     would if it were given the copies. A neighbour's statistics are those of the map as far as that
-    neighbour sees it: means over windows of the padded map, each of the map's own size.
+    neighbour sees it: means over windows of the padded map, each of the map's own size. A
+    ``SyncBatchNorm`` takes those of all processes.
 
     Args:
         norm: over channels + key channels · kernel_size² channels.
@@ -140,9 +141,11 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
     if norm.training or norm.running_mean is None:
         means, variances = zip(*(statistics(pad_mirrored(maps, reach), q.shape[2:])
                                  for maps, reach in ((q, 0), (k, kernel_size // 2))))
-        mean, variance = torch.cat(means), torch.cat(variances)
+        mean, variance, count = torch.cat(means), torch.cat(variances), q[:, 0].numel()
+        if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized():
+            mean, variance, count = of_all_processes(mean, variance, count, norm.process_group)
         if norm.training and norm.running_mean is not None:
-            update_running_statistics(norm, mean, variance, q[:, 0].numel())
+            update_running_statistics(norm, mean, variance, count)
     else:
         mean, variance = norm.running_mean, norm.running_var
     scale = (variance + norm.eps).rsqrt()
@@ -170,6 +173,18 @@ def statistics(padded: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     mean = window_means(centred)
     variance = window_means(centred.square()) - mean.square()
     return (mean + centre).flatten(), variance.clamp(min=0).flatten()
+
+
+def of_all_processes(mean: Tensor, variance: Tensor, count: int,
+                     group: Optional[dist.ProcessGroup]) -> tuple[Tensor, Tensor, int]:
+    """Mean and variance over the positions of all processes of a group, and how many those are."""
+    group = group or dist.group.WORLD
+    total = torch.tensor(count, device=mean.device)
+    dist.all_reduce(total, group=group)
+    share = count / total.item()
+    joint_mean = all_reduce(share * mean, group=group)
+    deviation = variance + (mean - joint_mean).square()
+    return joint_mean, all_reduce(share * deviation, group=group), total.item()
 
 
 @torch.no_grad()
