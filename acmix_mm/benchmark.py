@@ -264,8 +264,8 @@ def with_bandwidth(result: Result, input_bytes: int, output_bytes: int) -> Resul
 
 def peak_memory(name: str, passes: str, rival: str, setting: Setting) -> float:
     """Measure one rival in a process of its own; see :func:`report_peak_memory`. Linux alone."""
-    code = (f'import acmix_mm.benchmark as b; b.report_peak_memory({name!r}, {passes!r}, {rival!r}, '
-            f'b.Setting{tuple(setting)!r})')
+    code = (f'import acmix_mm.benchmark as b; b.report_peak_memory({name!r}, {passes!r}, {rival!r},'
+            f' b.Setting{tuple(setting)!r})')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 

@@ -27,6 +27,18 @@ TWINS = {
         'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     'configs/upernet_acmix_swin_s.py':
         'mmseg::swin/swin-small-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+    'configs/retinanet_acmix_pvt_t.py': 'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py',
+    'configs/retinanet_acmix_pvt_s.py': 'mmdet::pvt/retinanet_pvt-s_fpn_1x_coco.py',
+}
+
+
+# What makes every parameter matter from the first step on.
+WITHOUT_IDLE_BRANCHES = {
+    'ACmixSwinTransformer': dict(drop_path_rate=0.),
+    'ACmixPyramidVisionTransformer': dict(drop_path_rate=0.),
+    'ACmixResNet': dict(zero_init_residual=False),
+    'ResNet': dict(zero_init_residual=False),
+    'ACmixSAN': dict(),
 }
 
 
@@ -40,10 +52,11 @@ def read_twin(name, tmp_path):
 def test_states_only_what_differs_from_its_twin(path, twin, tmp_path):
     ours, plain = load_config(path).to_dict(), read_twin(twin, tmp_path)
     assert ours.pop('custom_imports') == dict(imports=['acmix_mm'])
-    assert ours['model']['backbone'].pop('type') == 'ACmixSwinTransformer'
-    assert plain['model']['backbone'].pop('type') == 'SwinTransformer'
+    plain_type = plain['model']['backbone'].pop('type')
+    assert ours['model']['backbone'].pop('type') == f'ACmix{plain_type}'
     keys = ours['optim_wrapper']['paramwise_cfg']['custom_keys']
     assert keys.pop('rate1') == keys.pop('rate2') == dict(decay_mult=0.)
+    plain['optim_wrapper'].setdefault('paramwise_cfg', dict(custom_keys=dict()))
     assert ours == plain
 
 
@@ -76,10 +89,9 @@ def test_trains_a_step_and_predicts(path):
     cfg = load_config(path)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
-    # Otherwise whole branches would get no gradient at the first step.
-    cfg.model.backbone.update(
-        dict(drop_path_rate=0.) if 'Swin' in cfg.model.backbone.type else
-        dict(zero_init_residual=False))
+    cfg.model.backbone.update(WITHOUT_IDLE_BRANCHES[cfg.model.backbone.type])
+    if 'size' in cfg.model.data_preprocessor:
+        cfg.model.data_preprocessor.size = (96, 96)
     # Classes are held to annotations where there are some, as the demo leaves them.
     set_data_root(cfg, 'nowhere')
     set_classes(cfg, ['a', 'b', 'c'])

@@ -6,7 +6,14 @@ import itertools
 import pytest
 import torch
 
-from acmix_mm.ops import shift_conv, sliding_window_attention, window_attention
+import acmix_mm.ops.patchwise_attention as patch_module
+from acmix_mm.ops import (
+    patch_aggregation,
+    patch_features,
+    shift_conv,
+    sliding_window_attention,
+    window_attention,
+)
 from acmix_mm.ops.mirror import mirrored
 
 # A dtype's relative error: rounding of inputs and of intermediate sums.
@@ -215,6 +222,88 @@ def test_mirrored_border_repeats_as_often_as_it_takes():
     assert mirrored(-3, 4, 1, 'cpu').tolist() == [0] * 7
 
 
+def features_tensors(batch, channels, height, width, kernel_size):
+    around = channels * (kernel_size**2 + 1)
+    q, k = torch.randn(2, batch, channels, height, width)
+    return [q, k, torch.randn(around), torch.randn(around), torch.randn(3, around) / around**0.5]
+
+
+def aggregation_tensors(batch, channels, height, width, kernel_size, groups=2):
+    area = kernel_size**2
+    return [torch.randn(batch, channels, height, width), torch.randn(batch, 3, height, width),
+            torch.randn(groups * area, 3) / area, torch.randn(groups * area) / area]
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize(('operator', 'tensors_of'), [
+    (patch_features, features_tensors), (patch_aggregation, aggregation_tensors)])
+@pytest.mark.parametrize(('height', 'width', 'kernel_size'), [
+    (1, 1, 7), (1, 12, 7), (3, 2, 7), (9, 5, 3), (17, 30, 7), (4, 4, 1)])
+def test_patch_operators_equal_reference(dtype, operator, tensors_of, height, width, kernel_size,
+                                         monkeypatch):
+    monkeypatch.setattr(patch_module, 'COPIED_AT_ONCE', 2 * 4 * width * kernel_size**2 * 3)
+    run = functools.partial(operator, kernel_size=kernel_size)
+    compare(run, tensors_of(2, 4, height, width, kernel_size), 'row_by_row', dtype)
+
+
+def test_patch_operators_gradcheck(monkeypatch):
+    monkeypatch.setattr(patch_module, 'COPIED_AT_ONCE', 1)
+    for operator, tensors in ((patch_features, features_tensors(1, 2, 3, 2, 3)),
+                              (patch_aggregation, aggregation_tensors(1, 4, 3, 2, 3))):
+        leaves = [tensor.double().requires_grad_() for tensor in tensors]
+        run = functools.partial(operator, kernel_size=3)
+        assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_patch_operators_copy_a_few_rows_at_a_time(monkeypatch):
+    """No tensor is made on the way that holds a copy of the whole map for every neighbour."""
+    monkeypatch.setattr(patch_module, 'COPIED_AT_ONCE', 4 * 16 * 49 * 2)
+    largest = []
+    monkeypatch.setattr(patch_module.F, 'unfold', lambda *arguments, unfold=patch_module.F.unfold:
+                        largest.append(unfold(*arguments)) or largest[-1])
+    for operator, tensors in ((patch_features, features_tensors(1, 4, 24, 16, 7)),
+                              (patch_aggregation, aggregation_tensors(1, 4, 24, 16, 7))):
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        operator(*leaves, kernel_size=7).sum().backward()
+    assert len(largest) == 2 * 2 * 12
+    assert {copies.shape for copies in largest} == {(1, 4 * 49, 2 * 16)}
+
+
+def test_patch_aggregation_with_bias_alone_is_a_mirrored_convolution():
+    v, features, weight, bias = aggregation_tensors(1, 4, 6, 5, 3)
+    out = patch_aggregation(v, features, torch.zeros_like(weight), bias, 3)
+    padded = torch.nn.functional.pad(v, (1, 1, 1, 1), mode='reflect')
+    kernels = bias.view(2, 1, 3, 3).repeat(2, 1, 1, 1)
+    torch.testing.assert_close(out, torch.nn.functional.conv2d(padded, kernels, groups=4))
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(form='fused'), 'has no form .fused.; it has reference, row_by_row'),
+    (dict(k=torch.zeros(1, 4, 5, 5)), 'takes q and k of shape'),
+    (dict(scale=torch.zeros(36)), r'need scale and shift of shape \(40,\)'),
+    (dict(kernel_size=4), 'takes odd kernels, got one of 4'),
+])
+def test_patch_features_refuses(change, message):
+    q, k, scale, shift, weight = features_tensors(1, 4, 5, 6, 3)
+    given = dict(q=q, k=k, scale=scale, shift=shift, weight=weight, kernel_size=3)
+    with pytest.raises(ValueError, match=message):
+        patch_features(**{**given, **change})
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(form='fused'), 'has no form .fused.; it has reference, row_by_row'),
+    (dict(features=torch.zeros(1, 3, 5, 5)), 'takes v and features of shape'),
+    (dict(weight=torch.zeros(27, 3), bias=torch.zeros(27)), 'groups dividing 4'),
+    (dict(bias=torch.zeros(9)), 'and a bias to it'),
+    (dict(kernel_size=2), 'takes odd kernels, got one of 2'),
+])
+def test_patch_aggregation_refuses(change, message):
+    v, features, weight, bias = aggregation_tensors(1, 4, 5, 6, 3)
+    given = dict(v=v, features=features, weight=weight, bias=bias, kernel_size=3)
+    with pytest.raises(ValueError, match=message):
+        patch_aggregation(**{**given, **change})
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(form='fused'), 'has no form .fused.; it has reference, tiled, triton'),
     (dict(qkv=torch.zeros(1, 5, 6, 24)), 'takes qkv of shape'),
@@ -231,7 +320,7 @@ def test_sliding_attention_refuses(change, message):
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(form='fastest'), 'has no form .fastest.; it has folded, reference, triton, two_step'),
     (dict(maps=torch.zeros(1, 9, 4, 5)), 'takes maps of shape'),
-    (dict(shift_weight=torch.zeros(8, 9, 3, 3)), 'need a shift_weight of shape'),
+    (dict(shift_weight=torch.zeros(10, 9, 3, 3)), 'need a shift_weight of shape'),
     (dict(shift_weight=torch.zeros(12, 4, 2, 2), fc_weight=torch.zeros(4, 9)), 'odd kernels'),
     (dict(fc_weight=torch.zeros(9, 8)), 'need an fc_weight of shape'),
 ])

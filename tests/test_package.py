@@ -24,11 +24,13 @@ def test_operators_and_layers_need_torch_alone():
     done = run(HIDE + '''
 import torch
 import acmix_mm
-from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix_mm.ops import shift_conv, sliding_window_attention, window_attention
 out = WindowACmix(12, 3, window_size=7, shift_size=3)(torch.randn(1, 9, 16, 12))
 out.sum().backward()
 ACmixConv2d(4, 8)(torch.randn(1, 4, 9, 16)).sum().backward()
+ReducedACmix(12, 3, sr_ratio=2)(torch.randn(1, 9, 16, 12)).sum().backward()
+PatchwiseACmix(32, 2, 8, 7)(torch.randn(1, 32, 9, 16)).sum().backward()
 assert 'acmix_mm.backbones' not in sys.modules
 print(tuple(out.shape))
 ''')

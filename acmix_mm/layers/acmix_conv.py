@@ -83,7 +83,7 @@ class ACmixConv2d(nn.Module):
         if mix != 'conv':
             self.conv_p = nn.Conv2d(2, head_dims, 1)
         if mix != 'attn':
-            self.fc = FullyConnected(num_heads, kernel, bias=False)
+            self.fc = FullyConnected(3 * num_heads, kernel, bias=False)
             self.dep_conv = ShiftKernels(out_channels, kernel)
         if mix == 'acmix':
             self.rate1 = initial_rate()

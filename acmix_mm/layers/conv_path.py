@@ -25,20 +25,21 @@ def initial_rate() -> nn.Parameter:
 
 
 class FullyConnected(nn.Module):
-    """The light layer that mixes 3 · num_heads maps into k², shared by all head channels.
+    """The light layer that mixes num_maps maps into k², shared by all head channels.
 
-    ``weight`` is (k², 3 · num_heads, 1, 1), as the authors' 1×1 convolution stores it; ``bias``
-    is (k²,) or None.
+    The maps are the heads of queries, keys and values, 3 · num_heads where all have equal width.
+    ``weight`` is (k², num_maps, 1, 1), as the authors' 1×1 convolution stores it; ``bias`` is (k²,)
+    or None.
     """
 
-    def __init__(self, num_heads: int, kernel_size: int, bias: bool) -> None:
+    def __init__(self, num_maps: int, kernel_size: int, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(kernel_size**2, 3 * num_heads, 1, 1))
+        self.weight = nn.Parameter(torch.empty(kernel_size**2, num_maps, 1, 1))
         self.bias = nn.Parameter(torch.empty(kernel_size**2)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw as ``nn.Conv2d`` does: uniform within ±1 / sqrt(3 · num_heads)."""
+        """Draw as ``nn.Conv2d`` does: uniform within ±1 / sqrt(num_maps)."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -46,7 +47,7 @@ class FullyConnected(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as (k², 3 · num_heads)."""
+        """The weight as (k², num_maps)."""
         return self.weight[:, :, 0, 0]
 
 

@@ -67,7 +67,7 @@ class WindowACmix(nn.Module):
             self.attn_drop = nn.Dropout(attn_drop_rate)
             self.proj = nn.Linear(embed_dims, embed_dims)
         if mix != 'attn':
-            self.fc = FullyConnected(num_heads, kernel_size=3, bias=True)
+            self.fc = FullyConnected(3 * num_heads, kernel_size=3, bias=True)
             self.dep_conv = ShiftKernels(embed_dims, kernel_size=3)
         if mix == 'acmix':
             self.rate1 = initial_rate()

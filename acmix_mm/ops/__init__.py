@@ -3,9 +3,11 @@
 They need torch alone.
 """
 
+from .patchwise_attention import patch_aggregation, patch_features
 from .projections import project
 from .shift_conv import shift_conv
 from .sliding_attention import sliding_window_attention
 from .window_attention import window_attention
 
-__all__ = ['project', 'shift_conv', 'sliding_window_attention', 'window_attention']
+__all__ = ['patch_aggregation', 'patch_features', 'project', 'shift_conv',
+           'sliding_window_attention', 'window_attention']

@@ -22,9 +22,10 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     """Mix the maps of all heads into k² maps, shift each, and sum them for every output head.
 
     Args:
-        maps: queries, keys and values as 3 · num_heads maps of head_dims channels, (batch,
-            3 · num_heads, head_dims, height, width), any floating dtype and strides.
-        fc_weight: (k², 3 · num_heads), shared by all head_dims channels.
+        maps: queries, keys and values as maps of head_dims channels, (batch, num_maps, head_dims,
+            height, width), any floating dtype and strides. There are 3 · num_heads of them where
+            all three have as many channels as the output.
+        fc_weight: (k², num_maps), shared by all head_dims channels.
         shift_weight: (head_dims · num_heads, k², k, k), k odd; output channels go (head_dims,
             num_heads), as grouped convolution lays them out.
         fc_bias: (k²,), or None.
@@ -41,22 +42,22 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         ValueError: the shapes do not fit together, or there is no such form.
     """
     if maps.dim() != 5:
-        raise ValueError('shift_conv takes maps of shape (batch, 3 · num_heads, head_dims, height, '
+        raise ValueError('shift_conv takes maps of shape (batch, num_maps, head_dims, height, '
                          f'width), got {tuple(maps.shape)}.')
     num_maps, head_dims = maps.shape[1:3]
     num_shifts, kernel_size = shift_weight.shape[1], shift_weight.shape[-1]
-    num_heads = num_maps // 3
+    num_heads = shift_weight.shape[0] // head_dims
     if shift_weight.shape != (head_dims * num_heads, num_shifts, kernel_size, kernel_size):
-        raise ValueError(f'{num_heads} heads of {head_dims} channels need a shift_weight of shape '
-                         f'({head_dims * num_heads}, k², k, k), got {tuple(shift_weight.shape)}.')
+        raise ValueError(f'Heads of {head_dims} channels need a shift_weight of shape ({head_dims} '
+                         f'· num_heads, k², k, k), got {tuple(shift_weight.shape)}.')
     if kernel_size % 2 == 0:
         raise ValueError(f'shift_conv takes odd kernels, got one of {kernel_size}.')
     if fc_weight.shape != (num_shifts, num_maps):
         raise ValueError(f'{num_maps} maps and {num_shifts} shifts need an fc_weight of shape '
                          f'{(num_shifts, num_maps)}, got {tuple(fc_weight.shape)}.')
-    # Per pixel and channel, for k = 3, the two steps cost 27 + 81 multiplications and the folded
-    # form 27 · num_heads. They meet at four heads; the folded form moves less data, and on a CPU
-    # is the faster one up to six.
+    # Per pixel and channel, for k = 3 and three maps to a head, the two steps cost 27 + 81
+    # multiplications and the folded form 27 · num_heads. They meet at four heads; the folded form
+    # moves less data, and on a CPU is the faster one up to six.
     default = 'folded' if num_heads <= 6 else 'two_step'
     if maps.is_cuda and runs_triton(maps):
         default = 'triton'
@@ -98,7 +99,7 @@ def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
 
 def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
                       fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
-    """Fold the two linear steps into one grouped convolution from the 3 · num_heads maps."""
+    """Fold the two linear steps into one grouped convolution from all the maps."""
     kernels = folded_kernels(fc_weight, shift_weight)
     bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
     return _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), kernels, bias, stride, dilation)
@@ -109,9 +110,8 @@ def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     """Do as the folded form does, or as the two-step one, in kernels for NVIDIA GPUs."""
     require_triton('shift_conv', maps)
     groups = maps.permute(0, 3, 4, 2, 1)
-    num_heads = maps.shape[1] // 3
-    if num_heads <= 4:
-        # The kernels multiply four output heads at once; up to there, folding costs less.
+    if shift_weight.shape[0] <= 4 * maps.shape[2]:
+        # The kernels multiply four heads at once; up to there, folding costs less.
         kernels = folded_kernels(fc_weight, shift_weight)
     else:
         mixing = fc_weight.repeat(maps.shape[2], 1)[:, :, None, None]
@@ -123,7 +123,7 @@ def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
 
 
 def folded_kernels(fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
-    """The product of the two linear steps, (head_dims · num_heads, 3 · num_heads, k, k)."""
+    """The product of the two linear steps, (head_dims · num_heads, num_maps, k, k)."""
     return torch.einsum('cjyx,jm->cmyx', shift_weight, fc_weight)
 
 

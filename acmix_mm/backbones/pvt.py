@@ -1,0 +1,364 @@
+"""Pyramid Vision Transformer with ACmix in every block (arXiv 2102.12122 and 2111.14556)."""
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Optional, Union
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn.bricks.transformer import PatchEmbed, build_dropout
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, ModuleList, Sequential
+from mmengine.model.weight_init import (
+    constant_init,
+    normal_init,
+    trunc_normal_,
+    trunc_normal_init,
+)
+from mmengine.registry import MODELS
+from mmengine.utils import to_2tuple
+from torch import Tensor, nn
+
+from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, read_state_dict
+from acmix_mm.errors import CheckpointError
+from acmix_mm.layers import ReducedACmix
+
+
+class AbsolutePositionEmbedding(nn.Module):
+    """Add a learned embedding of the position, interpolated to the size of the map."""
+
+    def __init__(self, grid: tuple[int, int], embed_dims: int, drop_rate: float) -> None:
+        super().__init__()
+        self.grid = grid
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dims))
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        return self.drop(x + resize_grid(self.pos_embed, self.grid, hw_shape))
+
+
+class MixFFN(nn.Module):
+    """Two 1×1 convolutions, in PVT v2 with a 3×3 depth-wise one between them, and a shortcut.
+
+    They are convolutions as in MMDetection, whose names and shapes these are.
+    """
+
+    def __init__(self, embed_dims: int, feedforward_channels: int, drop_rate: float,
+                 drop_path_rate: float, use_conv: bool, act_cfg: dict) -> None:
+        super().__init__()
+        between = [build_activation_layer(act_cfg), nn.Dropout(drop_rate)]
+        if use_conv:
+            between.insert(0, nn.Conv2d(feedforward_channels, feedforward_channels, 3, padding=1,
+                                        groups=feedforward_channels))
+        self.layers = Sequential(
+            nn.Conv2d(embed_dims, feedforward_channels, 1), *between,
+            nn.Conv2d(feedforward_channels, embed_dims, 1), nn.Dropout(drop_rate))
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        out = self.layers(x.unflatten(1, hw_shape).permute(0, 3, 1, 2))
+        return self.drop(out.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+class ACmixPVTBlock(nn.Module):
+    """x + ACmix(norm(x)), then x + FFN(norm(x)), on (batch, height · width, embed_dims)."""
+
+    def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int, drop_rate: float,
+                 attn_drop_rate: float, drop_path_rate: float, qkv_bias: bool, act_cfg: dict,
+                 norm_cfg: dict, sr_ratio: int, use_conv_ffn: bool, mix: str) -> None:
+        super().__init__()
+        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = ReducedACmix(
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            sr_ratio=sr_ratio,
+            qkv_bias=qkv_bias,
+            attn_drop_rate=attn_drop_rate,
+            proj_drop_rate=drop_rate,
+            norm=lambda channels: build_norm_layer(norm_cfg, channels)[1],
+            mix=mix)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
+        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = MixFFN(embed_dims, feedforward_channels, drop_rate, drop_path_rate,
+                          use_conv_ffn, act_cfg)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        mixed = self.attn(self.norm1(x).unflatten(1, hw_shape))
+        x = x + self.drop(mixed.flatten(1, 2))
+        return x + self.ffn(self.norm2(x), hw_shape)
+
+
+@MODELS.register_module()
+class ACmixPyramidVisionTransformer(BaseModule):
+    """Pyramid Vision Transformer (PVT v1) whose blocks mix attention with convolution.
+
+    Takes the arguments of MMDetection's ``PyramidVisionTransformer`` with the same meaning, and
+    ``mix``. Parameter names are MMDetection's, with the authors' names for what ACmix adds under
+    ``attn``. As there, a stage covers whole patches, and rows and columns that are left over at
+    the bottom and right are dropped; what is smaller than one patch is padded to one.
+
+    The authors' code for PVT is unpublished; they publish 13M parameters and 2.0G multiply-adds
+    for PVT-Tiny, 25M and 3.9G for PVT-Small, at 224×224 with a 1000-class head. Counted here, as
+    they count in their Swin (9 multiply-adds a pixel and channel for each of q, k and v in the fc,
+    81 for the shifts) and as PVT's authors do (products of attention included, which gives the
+    plain network its published 1.9G and 3.8G):
+
+    ====================================================  ===============  ===============
+    keys and values of the convolution path               PVT-Tiny         PVT-Small
+    ====================================================  ===============  ===============
+    plain PVT                                             13.23M  1.926G   24.48M  3.806G
+    **reduced ones, spread over their cells**             13.40M  1.998G   24.82M  3.941G
+    the same, the fc after spreading them                 13.40M  2.010G   24.82M  3.963G
+    projected from the full map, by the same weights      13.40M  2.193G   24.82M  4.384G
+    projected from the full map, by weights of their own  13.89M  2.193G   26.21M  4.384G
+    values alone projected from the full map, no keys     13.39M  2.095G   24.82M  4.160G
+    none: queries alone                                   13.39M  1.996G   24.82M  3.937G
+    the whole path on the reduced map                     13.40M  1.937G   24.82M  3.828G
+    ====================================================  ===============  ===============
+
+    The bold form is built: the one with q, k and v on the full map whose counts come out as
+    published. (The fc is linear, and the row below it computes the same. As it runs here, fc and
+    shifts as one convolution where that is cheaper, it takes 1.972G and 3.906G.) That the authors
+    did so is not known; the choice is this project's.
+
+    Args:
+        pretrain_img_size: image size that the position embeddings are made for, in pixels; at
+            other sizes they are interpolated.
+        in_channels: channels of the image.
+        embed_dims: channels of each attention head; a stage has ``embed_dims · num_heads``.
+        num_stages: how many stages to build.
+        num_layers: blocks of each stage.
+        num_heads: attention heads of each stage.
+        patch_sizes: side of the patches that each stage embeds, in positions of the one before.
+        strides: distance of these patches.
+        paddings: zeros around the map that they are cut from.
+        sr_ratios: side of the cells that keys and values of each stage are reduced into.
+        out_indices: stages that give an output.
+        mlp_ratios: hidden channels of the feed-forward layers over their input's.
+        qkv_bias: whether the projections of attention have a bias.
+        drop_rate: dropout after the embedding, the mix, and in the feed-forward layers.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        use_abs_pos_embed: whether to add position embeddings.
+        norm_after_stage: whether a norm follows each stage.
+        use_conv_ffn: whether the feed-forward layers have a depth-wise 3×3 convolution.
+        act_cfg: activation of the feed-forward layers.
+        norm_cfg: all norms.
+        pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
+        convert_weights: says that the checkpoint is in the PVT authors' naming. Accepted for the
+            configs that have it; the naming is recognised from the keys either way.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-PVT of this class, or
+            the PVT authors' or MMDetection's plain PVT, or None. A plain PVT starts with rate1 = 1
+            and rate2 = 0: the network computes at first what the plain one did.
+        mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+        CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
+    """
+
+    def __init__(self,
+                 pretrain_img_size: Union[int, tuple[int, ...]] = 224,
+                 in_channels: int = 3,
+                 embed_dims: int = 64,
+                 num_stages: int = 4,
+                 num_layers: Sequence[int] = [3, 4, 6, 3],
+                 num_heads: Sequence[int] = [1, 2, 5, 8],
+                 patch_sizes: Sequence[int] = [4, 2, 2, 2],
+                 strides: Sequence[int] = [4, 2, 2, 2],
+                 paddings: Sequence[int] = [0, 0, 0, 0],
+                 sr_ratios: Sequence[int] = [8, 4, 2, 1],
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 mlp_ratios: Sequence[int] = [8, 8, 4, 4],
+                 qkv_bias: bool = True,
+                 drop_rate: float = 0.,
+                 attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0.1,
+                 use_abs_pos_embed: bool = True,
+                 norm_after_stage: bool = False,
+                 use_conv_ffn: bool = False,
+                 act_cfg: dict = dict(type='GELU'),
+                 norm_cfg: dict = dict(type='LN', eps=1e-6),
+                 pretrained: Optional[str] = None,
+                 convert_weights: bool = True,
+                 init_cfg: Optional[dict] = None,
+                 mix: str = 'acmix') -> None:
+        per_stage = dict(num_layers=num_layers, num_heads=num_heads, patch_sizes=patch_sizes,
+                         strides=strides, sr_ratios=sr_ratios)
+        for name, numbers in per_stage.items():
+            if len(numbers) != num_stages:
+                raise ValueError(f'{name} needs one number for each of the {num_stages} stages, '
+                                 f'got {tuple(numbers)}.')
+        if max(out_indices) >= num_stages:
+            raise ValueError(f'out_indices must lie below num_stages={num_stages}, got '
+                             f'{tuple(out_indices)}.')
+        super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
+        self.out_indices = out_indices
+        self.mix = mix
+
+        grid = to_2tuple(pretrain_img_size)
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(num_layers), device='cpu').tolist()
+        self.layers = ModuleList()
+        for stage, depth in enumerate(num_layers):
+            channels = embed_dims * num_heads[stage]
+            patch_embed = PatchEmbed(
+                in_channels=in_channels,
+                embed_dims=channels,
+                kernel_size=patch_sizes[stage],
+                stride=strides[stage],
+                padding=paddings[stage],
+                norm_cfg=norm_cfg)
+            blocks = ModuleList()
+            if use_abs_pos_embed:
+                grid = tuple(extent // patch_sizes[stage] for extent in grid)
+                blocks.append(AbsolutePositionEmbedding(grid, channels, drop_rate))
+            for _ in range(depth):
+                blocks.append(ACmixPVTBlock(
+                    embed_dims=channels,
+                    num_heads=num_heads[stage],
+                    feedforward_channels=mlp_ratios[stage] * channels,
+                    drop_rate=drop_rate,
+                    attn_drop_rate=attn_drop_rate,
+                    drop_path_rate=drop_path_rates.pop(0),
+                    qkv_bias=qkv_bias,
+                    act_cfg=act_cfg,
+                    norm_cfg=norm_cfg,
+                    sr_ratio=sr_ratios[stage],
+                    use_conv_ffn=use_conv_ffn,
+                    mix=mix))
+            norm = build_norm_layer(norm_cfg, channels)[1] if norm_after_stage else nn.Identity()
+            self.layers.append(ModuleList([patch_embed, blocks, norm]))
+            in_channels = channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        outs = []
+        for index, (patch_embed, blocks, norm) in enumerate(self.layers):
+            x, hw_shape = patch_embed(pad_to_one_patch(x, patch_embed.projection))
+            for block in blocks:
+                x = block(x, hw_shape)
+            x = norm(x).unflatten(1, hw_shape).permute(0, 3, 1, 2)
+            if index in self.out_indices:
+                outs.append(x.contiguous())
+        return outs
+
+    def init_weights(self) -> None:
+        """Load the checkpoint of ``init_cfg``, or initialise as PVT does."""
+        if self.init_cfg is not None:
+            self.load_pretrained(self.init_cfg['checkpoint'])
+            return
+        print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
+                  logger='current')
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=0.02, bias=0.)
+            elif isinstance(module, nn.LayerNorm):
+                constant_init(module, 1.0)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                normal_init(module, 0, math.sqrt(2 / fan_out))
+            elif isinstance(module, AbsolutePositionEmbedding):
+                trunc_normal_(module.pos_embed, std=0.02)
+
+    def load_pretrained(self, source: str) -> None:
+        """Load a PVT or ACmix-PVT checkpoint, whichever of the known namings it is in.
+
+        Raises:
+            CheckpointError: it cannot be read, is of another network, or does not fit.
+        """
+        naming, state_dict = to_mmdet_names(read_state_dict(source), source)
+        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
+        for name, module in self.named_modules():
+            key = f'{name}.pos_embed'
+            if isinstance(module, AbsolutePositionEmbedding) and key in state_dict:
+                state_dict[key] = fit_position_table(state_dict[key], module.grid)
+
+        mixing = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
+        load_with_account(
+            self, state_dict, source=source,
+            recognised=f'{"ACmix-PVT" if is_acmix else "plain PVT"}, {naming} naming',
+            may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{mixing}',
+            may_drop=r'^(head|norm)\.|^cls_token$|^layers\.\d\.2\.' + (
+                r'|\.out_proj\.' if self.mix == 'conv' else ''))
+        if not is_acmix and self.mix == 'acmix':
+            for module in self.modules():
+                if isinstance(module, ReducedACmix):
+                    nn.init.ones_(module.rate1)
+                    nn.init.zeros_(module.rate2)
+            print_log('  rate1 = 1 and rate2 = 0: at first it computes what the plain PVT did.',
+                      logger='current')
+
+
+def pad_to_one_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
+    """Pad a map with zeros at its bottom and right where it is smaller than one patch."""
+    bottom, right = (max(side - 2 * padding - extent, 0) for side, padding, extent in
+                     zip(projection.kernel_size, projection.padding, x.shape[2:]))
+    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
+
+
+def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolate (1, old area, channels), row-major over a grid, to (1, new area, channels)."""
+    if tuple(old) == tuple(new):
+        return rows
+    grid = rows.unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=tuple(new), mode='bilinear')
+    return grid.flatten(2).transpose(1, 2)
+
+
+def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize the position table of another, square image size; drop a class token's row."""
+    area = grid[0] * grid[1]
+    if table.shape[1] == area:
+        return table
+    side = math.isqrt(table.shape[1])
+    has_class_token = side**2 + 1 == table.shape[1]
+    if side**2 + has_class_token != table.shape[1]:
+        return table
+    return resize_grid(table[:, int(has_class_token):], (side, side), grid)
+
+
+def to_mmdet_names(state_dict: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
+    """Tell whose naming a PVT state dict has, and put it into MMDetection's.
+
+    The authors keep the query's projection apart from the other two, and the feed-forward layers
+    as linear ones.
+
+    Raises:
+        CheckpointError: it has neither naming.
+    """
+    if 'layers.0.0.projection.weight' in state_dict:
+        return "MMDetection's", dict(state_dict)
+    if not {'patch_embed1.proj.weight', 'block1.0.attn.q.weight'} <= set(state_dict):
+        raise CheckpointError(
+            f'The checkpoint {source} is not of a Pyramid Vision Transformer, plain or ACmix: its '
+            f'keys are {", ".join(list(state_dict)[:6])}, …')
+    first_block = int('pos_embed1' in state_dict)
+    has_conv_ffn = any('.dwconv.' in key for key in state_dict)
+    renamed = {}
+    for key, value in state_dict.items():
+        if '.attn.kv.' in key:
+            continue
+        if '.attn.q.' in key:
+            value = torch.cat([value, state_dict[key.replace('.q.', '.kv.')]])
+        elif re.search(r'\.mlp\.fc[12]\.weight$', key):
+            value = value[..., None, None]
+        key = re.sub(r'^pos_embed(\d)$', partial(stage_name, '.1.0.pos_embed'), key)
+        key = re.sub(r'^patch_embed(\d)', partial(stage_name, '.0'), key)
+        key = re.sub(r'^norm(\d)', partial(stage_name, '.2'), key)
+        key = re.sub(r'^block(\d)\.(\d+)', lambda match: stage_name(
+            f'.1.{int(match[2]) + first_block}', match), key)
+        for old, new in (('.proj.', '.attn.out_proj.' if '.attn.' in key else '.projection.'),
+                         ('.attn.q.', '.attn.attn.in_proj_'),
+                         ('.mlp.fc1.', '.ffn.layers.0.'), ('.mlp.dwconv.dwconv.', '.ffn.layers.1.'),
+                         ('.mlp.fc2.', f'.ffn.layers.{4 if has_conv_ffn else 3}.')):
+            key = key.replace(old, new)
+        renamed[key] = value
+    return "the PVT authors'", renamed
+
+
+def stage_name(rest: str, match: re.Match) -> str:
+    """``layers.S`` and ``rest``, for the stage, counted from one, in a match's first group."""
+    return f'layers.{int(match[1]) - 1}{rest}'
