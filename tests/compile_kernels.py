@@ -24,7 +24,7 @@ def compile_all():
                         **grouped_conv.tiling(16, 4))
             for transposed in (False, True):
                 compile_kernel(grouped_conv.convolve_kernel, dtype,
-                               dict(TRANSPOSED=transposed, **conv), capability)
+                               dict(TRANSPOSED=transposed, HAS_BIAS=not transposed, **conv), capability)
             compile_kernel(grouped_conv.grad_kernels_kernel, dtype, dict(ROUNDS=32, **conv),
                            capability)
 
@@ -35,7 +35,8 @@ def compile_kernel(kernel, dtype, constants, capability):
     options = {key: constants.pop(key) for key in ('num_warps', 'num_stages') if key in constants}
     pointers = dict.fromkeys(('q', 'k', 'v', 'positions', 'out', 'grad_out', 'grad_q', 'grad_k',
                               'grad_v', 'maps', 'grads'), f'*{name}')
-    pointers.update(dict.fromkeys(('log_sum', 'mean', 'weights', 'partial'), '*fp32'), scale='fp32')
+    pointers.update(dict.fromkeys(('log_sum', 'mean', 'weights', 'bias', 'partial'), '*fp32'),
+                    scale='fp32')
     signature = {argument: 'constexpr' if argument in constants else pointers.get(argument, 'i32')
                  for argument in kernel.arg_names}
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants),

@@ -70,8 +70,9 @@ def test_operators_are_registered_rightly():
 
     maps, _, kernels, _ = conv_tensors(1, 3, 2, 2, 2, 3, False, True)
     groups, kernels = maps.permute(0, 3, 4, 2, 1).to(DEVICE), kernels.to(DEVICE)
+    bias = torch.randn(6, 2, 2, device=DEVICE)
     for groups_last in (True, False):
-        opcheck(operators.convolve_triton.default, (groups, kernels, 1, 1, groups_last))
+        opcheck(operators.convolve_triton.default, (groups, kernels, bias, 1, 1, groups_last))
     opcheck(operators.convolve_triton_backward.default,
             (torch.randn(1, 2, 2, 2, 3, device=DEVICE), groups, kernels, 1, 1))
 

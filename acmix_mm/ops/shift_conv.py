@@ -179,12 +179,9 @@ class _TritonGroupedConv(torch.autograd.Function):
                 dilation: int, groups_last: bool) -> Tensor:
         ctx.save_for_backward(groups, kernels)
         ctx.geometry = stride, dilation
-        out = convolve_triton(groups, kernels, stride, dilation, groups_last)
         if bias is not None:
             ctx.border = Border(bias.shape, groups.shape[1:3], stride)
-            inner, rest = ctx.border.split(bias)
-            ctx.border.add(as_images(out).add_(inner[:, None, None]), rest)
-        return out
+        return convolve_triton(groups, kernels, bias, stride, dilation, groups_last)
 
     @staticmethod
     @once_differentiable
@@ -197,8 +194,8 @@ class _TritonGroupedConv(torch.autograd.Function):
         return *grads, grad_bias, None, None, None
 
 
-def _empty_convolved(groups: Tensor, kernels: Tensor, stride: int, dilation: int,
-                     groups_last: bool) -> Tensor:
+def _empty_convolved(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                     dilation: int, groups_last: bool) -> Tensor:
     batch, height, width = groups[:, ::stride, ::stride].shape[:3]
     num_groups, channels = groups.shape[3], kernels.shape[0] // groups.shape[3]
     if groups_last:
@@ -215,12 +212,12 @@ def _empty_gradients(grad_out: Tensor, groups: Tensor, kernels: Tensor,
 
 
 @opaque(_empty_convolved)
-def convolve_triton(groups: Tensor, kernels: Tensor, stride: int, dilation: int,
-                    groups_last: bool) -> Tensor:
+def convolve_triton(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                    dilation: int, groups_last: bool) -> Tensor:
     from .kernels.grouped_conv import convolve
-    out = _empty_convolved(groups, kernels, stride, dilation, groups_last)
+    out = _empty_convolved(groups, kernels, bias, stride, dilation, groups_last)
     with torch.cuda.device_of(groups):
-        convolve(groups, kernels, out, stride, dilation)
+        convolve(groups, kernels, bias, out, stride, dilation)
     return out
 
 

@@ -5,6 +5,8 @@ vector, for a block of positions: every tap and every input channel is one multi
 vector of weights, added to four output channels at once. Sums are in float32.
 """
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -19,27 +21,30 @@ MAX_GROUPS = 32
 MAX_ROUNDS = 32
 
 
-def convolve(maps: Tensor, kernels: Tensor, out: Tensor, stride: int, dilation: int) -> None:
+def convolve(maps: Tensor, kernels: Tensor, bias: Optional[Tensor], out: Tensor, stride: int,
+             dilation: int) -> None:
     """Convolve group by group, padded with zeros to keep the size at stride 1.
 
     Args:
         maps: (batch, height, width, groups, in channels), float16, bfloat16 or float32, any
             strides; fast where neighbouring groups are neighbours in memory.
         kernels: (groups · out channels, in channels, k, k), k odd.
+        bias: (groups · out channels, kinds of row, kinds of column), as
+            :func:`acmix_mm.ops.shift_conv.convolved_bias` makes it, or None.
         out: is filled; (batch, ⌈height / stride⌉, ⌈width / stride⌉, groups, out channels), any
             strides.
         stride: distance of the positions that give an output.
         dilation: distance of one tap of the kernel from the next.
     """
     weights = kernels.unflatten(0, (maps.shape[3], -1)).flatten(3).permute(3, 2, 1, 0)
-    run(maps, weights, out, kernels.shape[-1], stride, dilation, transposed=False)
+    run(maps, weights, bias, out, kernels.shape[-1], stride, dilation, transposed=False)
 
 
 def convolve_maps_backward(grads: Tensor, kernels: Tensor, grad_maps: Tensor, stride: int,
                            dilation: int) -> None:
     """Fill ``grad_maps``, in the shape of the maps, from the output's gradient, any strides."""
     weights = kernels.unflatten(0, (grads.shape[3], -1)).flatten(3).permute(3, 1, 2, 0)
-    run(grads, weights, grad_maps, kernels.shape[-1], stride, dilation, transposed=True)
+    run(grads, weights, None, grad_maps, kernels.shape[-1], stride, dilation, transposed=True)
 
 
 def convolve_kernels_backward(grads: Tensor, maps: Tensor, kernel_size: int, stride: int,
@@ -61,13 +66,14 @@ def convolve_kernels_backward(grads: Tensor, maps: Tensor, kernel_size: int, str
     return kernels.reshape(groups * out_channels, in_channels, kernel_size, kernel_size)
 
 
-def run(maps: Tensor, weights: Tensor, out: Tensor, kernel_size: int, stride: int, dilation: int,
-        transposed: bool) -> None:
+def run(maps: Tensor, weights: Tensor, bias: Optional[Tensor], out: Tensor, kernel_size: int,
+        stride: int, dilation: int, transposed: bool) -> None:
     """Fill ``out`` with the convolution, or the transposed one, of ``maps``.
 
     Args:
         maps: (batch, height, width, groups, in channels).
         weights: (k², in channels, out channels, groups).
+        bias: see :func:`convolve`.
         out: (batch, out height, out width, groups, out channels).
     """
     groups, in_channels, out_channels = *maps.shape[3:], out.shape[4]
@@ -75,10 +81,13 @@ def run(maps: Tensor, weights: Tensor, out: Tensor, kernel_size: int, stride: in
     positions = out.shape[0] * out.shape[1] * out.shape[2]
     grid = (blocks['OUTPUT_BLOCKS'] * blocks['GROUP_BLOCKS'] *
             triton.cdiv(positions, blocks['POSITIONS']),)
+    weights = weights.float().contiguous()
+    has_bias = bias is not None
+    bias, kinds = (bias.float().contiguous(), bias.shape[1:]) if has_bias else (weights, (1, 1))
     convolve_kernel[grid](
-        maps, weights.float().contiguous(), out, *maps.stride(), *out.stride(), *maps.shape[:3],
-        *out.shape[1:3], groups, out_channels, IN_CHANNELS=in_channels, KERNEL_SIZE=kernel_size,
-        STRIDE=stride, DILATION=dilation, TRANSPOSED=transposed, **blocks)
+        maps, weights, bias, out, *maps.stride(), *out.stride(), *maps.shape[:3],
+        *out.shape[1:3], groups, out_channels, *kinds, HAS_BIAS=has_bias, IN_CHANNELS=in_channels,
+        KERNEL_SIZE=kernel_size, STRIDE=stride, DILATION=dilation, TRANSPOSED=transposed, **blocks)
 
 
 def tiling(groups: int, out_channels: int) -> dict:
@@ -113,12 +122,20 @@ def load_weights(place, mask):
 
 
 @triton.jit
-def convolve_kernel(maps, weights, out, map_stride_b, map_stride_y, map_stride_x, map_stride_g,
-                    map_stride_c, out_stride_b, out_stride_y, out_stride_x, out_stride_g,
-                    out_stride_c, batch, height, width, out_height, out_width, num_groups,
-                    out_channels, IN_CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr,
-                    STRIDE: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr,
-                    GROUPS: tl.constexpr, POSITIONS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
+def kind_of(position, extent, kinds):
+    """Which of the kinds of the convolved bias a position has; the middle one is all but borders.
+    """
+    return tl.maximum(tl.minimum(position, kinds // 2), position - extent + kinds)
+
+
+@triton.jit
+def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_stride_x,
+                    map_stride_g, map_stride_c, out_stride_b, out_stride_y, out_stride_x,
+                    out_stride_g, out_stride_c, batch, height, width, out_height, out_width,
+                    num_groups, out_channels, row_kinds, column_kinds, HAS_BIAS: tl.constexpr,
+                    IN_CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+                    DILATION: tl.constexpr, TRANSPOSED: tl.constexpr, GROUPS: tl.constexpr,
+                    POSITIONS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
                     OUTPUT_BLOCKS: tl.constexpr):
     """Programs that read the same positions run together."""
     rest = tl.program_id(0)
@@ -160,9 +177,14 @@ def convolve_kernel(maps, weights, out, map_stride_b, map_stride_y, map_stride_x
     sums = tl.interleave(tl.interleave(sum0, sum2), tl.interleave(sum1, sum3))
     index = tl.arange(0, GROUPS * 4)
     group, channel = rest % GROUP_BLOCKS * GROUPS + index // 4, output + index % 4
+    mask = is_inside[:, None] & ((group < num_groups) & (channel < out_channels))[None, :]
+    if HAS_BIAS:
+        kind = kind_of(out_row * STRIDE, height, row_kinds) * column_kinds
+        kind += kind_of(out_column * STRIDE, width, column_kinds)
+        place = (group * out_channels + channel)[None, :] * row_kinds * column_kinds + kind[:, None]
+        sums += tl.load(bias + place, mask=mask, other=0.0)
     place = picture * out_stride_b + out_row * out_stride_y + out_column * out_stride_x
     place = place[:, None] + (group * out_stride_g + channel * out_stride_c)[None, :]
-    mask = is_inside[:, None] & ((group < num_groups) & (channel < out_channels))[None, :]
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=mask)
 
 
