@@ -23,8 +23,8 @@ def compile_all():
             conv = dict(IN_CHANNELS=12, KERNEL_SIZE=3, STRIDE=1, DILATION=1,
                         **grouped_conv.tiling(16, 4))
             for transposed in (False, True):
-                compile_kernel(grouped_conv.convolve_kernel, dtype,
-                               dict(TRANSPOSED=transposed, HAS_BIAS=not transposed, **conv), capability)
+                directed = dict(TRANSPOSED=transposed, HAS_BIAS=not transposed, **conv)
+                compile_kernel(grouped_conv.convolve_kernel, dtype, directed, capability)
             compile_kernel(grouped_conv.grad_kernels_kernel, dtype, dict(ROUNDS=32, **conv),
                            capability)
 
