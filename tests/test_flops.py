@@ -18,6 +18,7 @@ import acmix_mm.layers.reduced_acmix as reduced_module
 import acmix_mm.layers.window_acmix as window_module
 from acmix_mm.engine.complexity import complexity_report
 from acmix_mm.engine.config import load_config
+from acmix_mm.errors import UsageError
 from acmix_mm.flops import ATTENTION, CLASSES, CONVOLUTION, PROJECTIONS, REST, count, total
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix_mm.ops.shift_conv import convolved_bias
@@ -164,10 +165,19 @@ def test_zoo(network):
         assert everything == pytest.approx(network.multiply_adds, abs=0.0505)
 
 
-def test_readme_has_the_table_that_the_tool_prints(run_tool):
-    done = run_tool('tools/get_flops.py', '--zoo')
-    assert done.returncode == 0, done.stderr
-    assert done.stdout in (ROOT / 'README.md').read_text()
+@pytest.fixture
+def get_flops(monkeypatch, capsys):
+    """Run the tool in this process, which has imported already what it needs; return its output."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['get_flops.py', *arguments])
+        monkeypatch.chdir(ROOT)
+        runpy.run_path(str(ROOT / 'tools/get_flops.py'), run_name='__main__')
+        return capsys.readouterr().out
+    return run
+
+
+def test_readme_has_the_table_that_the_tool_prints(get_flops):
+    assert get_flops('--zoo') in (ROOT / 'README.md').read_text()
 
 
 def row(report, name):
@@ -180,6 +190,7 @@ def test_tool_counts_a_detector(run_tool):
                     448)
     assert done.returncode == 0, done.stderr
     assert 'one picture of 224×448' in done.stdout
+    assert re.search(r'RPN, box heads \(\d+ proposals each\) and mask heads', done.stdout)
     for part in ('backbone, parameters', 'backbone, multiply-adds', 'model, parameters'):
         columns = row(done.stdout, part)
         assert columns[-1] == pytest.approx(sum(columns[:-1]), abs=0.03)
@@ -188,11 +199,11 @@ def test_tool_counts_a_detector(run_tool):
         done.stdout, 'model, multiply-adds')[:3]
 
 
-def test_tool_counts_a_segmentor(run_tool):
-    done = run_tool('tools/get_flops.py', 'configs/shapes/upernet_acmix_swin.py')
-    assert done.returncode == 0, done.stderr
-    assert row(done.stdout, 'model, multiply-adds')[-1] > row(
-        done.stdout, 'backbone, multiply-adds')[-1]
+def test_tool_counts_a_segmentor(get_flops):
+    report = get_flops('configs/upernet_acmix_r50.py')
+    assert 'one picture of 512×512' in report
+    assert 'without auxiliary heads' in report
+    assert row(report, 'model, multiply-adds')[-1] > row(report, 'backbone, multiply-adds')[-1]
 
 
 def test_heads_of_a_cascade_count_in_every_stage():
@@ -220,6 +231,32 @@ def test_acmix_in_neck_and_heads_counts():
     assert all(row(report, 'model, multiply-adds'))
 
 
+@pytest.mark.parametrize(('text', 'added'), [
+    ("_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'", 'maskrcnn_acmix_swin_t'),
+    ("_base_ = 'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py'", 'retinanet_acmix_pvt_t'),
+], ids=['swin', 'pvt'])
+def test_a_twin_differs_by_the_convolution_path(text, added, tmp_path):
+    """The attention of a plain network is not ACmix's, and counts as rest."""
+    (tmp_path / 'plain.py').write_text(text)
+    plain = complexity_report(load_config(str(tmp_path / 'plain.py')), (448, 448))
+    ours = complexity_report(load_config(f'configs/{added}.py'), (448, 448))
+    for name in ('model, multiply-adds', 'model, parameters'):
+        *_, convolution, _, everything = row(ours, name)
+        assert row(plain, name)[-1] == pytest.approx(everything - convolution, abs=0.011)
+        assert row(plain, name)[:3] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('optimizer = 1', 'has no model'),
+    ("_base_ = 'mmdet::detr/detr_r50_8xb2-150e_coco.py'",
+     'DETR does not run on a picture of 64×64 by shapes alone'),
+], ids=['no model', 'other model'])
+def test_refuses_what_it_cannot_count(text, message, tmp_path):
+    (tmp_path / 'other.py').write_text(text)
+    with pytest.raises(UsageError, match=message):
+        complexity_report(load_config(str(tmp_path / 'other.py')), (64, 64))
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
     ([], 'Name a config to count, or pass --zoo: one of the two.'),
     (['configs/maskrcnn_acmix_r50.py', '--zoo'], 'one of the two'),
@@ -229,10 +266,9 @@ def test_acmix_in_neck_and_heads_counts():
     (['configs/maskrcnn_acmix_r50.py', '--shape', '0', '8'], 'got 0 8.'),
     (['configs/maskrcnn_acmix_r50.py', '--shape', 'a', '8'], 'got a 8.'),
 ])
-def test_bad_arguments_get_one_sentence(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['get_flops.py', *arguments])
+def test_bad_arguments_get_one_sentence(arguments, message, get_flops):
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / 'tools/get_flops.py'), run_name='__main__')
+        get_flops(*arguments)
     assert str(stopped.value).startswith('error: ')
     assert message in str(stopped.value)
 

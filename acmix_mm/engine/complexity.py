@@ -56,14 +56,22 @@ def complexity_report(cfg: Config, shape: Optional[tuple[int, int]]) -> str:
     try:
         parts = dict(backbone=count(model.backbone, lambda: model.backbone(image)),
                      model=count(model, lambda: predict(model, image)))
-    except (NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise UsageError(f'{type(model).__name__} does not run on a picture of {height}×{width} by '
-                         f'shapes alone: {str(error).splitlines()[0]}') from error
-    lines = [f'{cfg.filename}, one picture of {height}×{width}']
-    if has_roi_head(model):
-        boxes, masks = proposals(model)
-        lines.append(f'Each box head takes {boxes} proposals, each mask head {masks}.')
-    return '\n'.join([*lines, '', table(parts)])
+                         'shapes alone, as dense and two-stage detectors and encoder-decoders do: '
+                         f'{error!r:.200}') from error
+    return '\n'.join([f'{cfg.filename}, one picture of {height}×{width}', included(model), '',
+                      table(parts)])
+
+
+def included(model: nn.Module) -> str:
+    """Say in words what the counts of the whole model are of."""
+    if not has_roi_head(model):
+        return 'The model is all that predicts, without auxiliary heads of training.'
+    heads = [f'{name} heads ({number} proposals each)' for name, kind, number in zip(
+        ('box', 'mask'), ('bbox', 'mask'), proposals(model))
+        if getattr(model.roi_head, f'{kind}_head', None) is not None]
+    return f'The model is backbone, neck, RPN, {" and ".join(heads)}.'
 
 
 def predict(model: nn.Module, image: torch.Tensor) -> None:
@@ -76,10 +84,10 @@ def predict(model: nn.Module, image: torch.Tensor) -> None:
         model.rpn_head(maps)
     for kind, number in zip(('bbox', 'mask'), proposals(model)):
         head = getattr(model.roi_head, f'{kind}_head', None)
-        extractor = getattr(model.roi_head, f'{kind}_roi_extractor', None)
         if head is None:
             continue
-        heads, extractors = stages(head), stages(extractor)
+        heads = stages(head)
+        extractors = stages(getattr(model.roi_head, f'{kind}_roi_extractor'))
         for each, source in zip(heads, extractors * (len(heads) // len(extractors))):
             size = source.roi_layers[0].output_size
             each(image.new_empty(number, source.out_channels, *size))
