@@ -28,6 +28,7 @@ setup(
     python_requires='>=3.9',
     packages=[*find_packages(include=['acmix_mm', 'acmix_mm.*']), *CONFIG_FOLDERS],
     package_dir=CONFIG_FOLDERS,
+    package_data={'acmix_mm.configs': ['metafile-*.yml']},
     install_requires=['torch>=2.1'],
     extras_require={
         'det': [*OPENMMLAB, 'mmdet>=3.3,<3.4'],

@@ -24,6 +24,7 @@ def test_operators_and_layers_need_torch_alone():
     done = run(HIDE + '''
 import torch
 import acmix_mm
+from acmix_mm.flops import count
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix_mm.ops import shift_conv, sliding_window_attention, window_attention
 out = WindowACmix(12, 3, window_size=7, shift_size=3)(torch.randn(1, 9, 16, 12))
