@@ -15,6 +15,8 @@ from test_ops import compare, conv_tensors, slide, sliding_tensors
 
 from acmix_mm.ops import shift_conv, sliding_window_attention
 
+pytest.importorskip('triton')
+
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == 'cuda' else ()))
 

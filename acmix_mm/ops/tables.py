@@ -5,6 +5,9 @@ from typing import Callable
 
 import torch
 
+# Torch has this from 2.3 on; before, a cache is not looked through.
+is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
+
 
 def per_size(make: Callable) -> Callable:
     """Keep the tensors that a function of sizes, dtype and device has returned lately."""
@@ -13,7 +16,7 @@ def per_size(make: Callable) -> Callable:
     @wraps(make)
     def table(*sizes: object) -> object:
         # torch.compile looks through a cache, warns of it, and puts the table into its graph.
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return make(*sizes)
         # A tensor that is made under inference mode could not be used in training later.
         with torch.inference_mode(False):
