@@ -172,23 +172,33 @@ def queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION: tl.constexpr,
 
 
 @triton.jit
-def keys_of_chunk(chunk, phase_y, phase_x, tile_y, tile_x, height, width,
-                  KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-                  TILE_SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where in the surroundings of a tile, and where in the map, each key of a chunk is."""
+def are_near(down, across, KERNEL_SIZE: tl.constexpr):
+    """Whether a key is a neighbour, from where it lies seen from its query's first neighbour."""
+    return (down >= 0) & (down < KERNEL_SIZE) & (across >= 0) & (across < KERNEL_SIZE)
+
+
+@triton.jit
+def look_around(chunk, queries, own_y, own_x, k, v, positions, phase_y, phase_x, tile_y, tile_x,
+                stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
+                HEAD_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+                DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """A chunk of the keys and values around a tile, (keys, BLOCK_DIMS), and the logits of all its
+    queries to base 2, (queries, keys): minus infinity where a key is no neighbour.
+    """
     index = tl.arange(0, ROWS * COLUMNS)
     row, column = chunk * ROWS + index // COLUMNS, index % COLUMNS
     key_y = tile_y * TILE_SIDE * STRIDE + row - KERNEL_SIZE // 2
     key_x = tile_x * TILE_SIDE * STRIDE + column - KERNEL_SIZE // 2
     key_y = mirrored(phase_y + DILATION * key_y, height)
     key_x = mirrored(phase_x + DILATION * key_x, width)
-    return row, column, key_y, key_x
-
-
-@triton.jit
-def are_near(down, across, KERNEL_SIZE: tl.constexpr):
-    """Whether a key is a neighbour, from where it lies seen from its query's first neighbour."""
-    return (down >= 0) & (down < KERNEL_SIZE) & (across >= 0) & (across < KERNEL_SIZE)
+    keys = load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, dims, is_dim,
+                     HEAD_DIMS)
+    values = load_rows(v, key_y * stride_y + key_x * stride_x, map_dims, is_dim)
+    near = are_near(row[None, :] - own_y[:, None] * STRIDE,
+                    column[None, :] - own_x[:, None] * STRIDE, KERNEL_SIZE)
+    logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
+    return keys, values, tl.where(near, logits, -float('inf'))
 
 
 @triton.jit
@@ -215,16 +225,10 @@ def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x
     total = tl.zeros((TILE_SIDE * TILE_SIDE,), tl.float32)
     mean = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
     for chunk in range(CHUNKS):
-        row, column, key_y, key_x = keys_of_chunk(
-            chunk, phase_y, phase_x, tile_y, tile_x, height, width, KERNEL_SIZE, STRIDE, DILATION,
-            TILE_SIDE, ROWS, COLUMNS)
-        keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, map_dims,
-                         width, dims, is_dim, HEAD_DIMS)
-        values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, map_dims, is_dim)
-        near = are_near(row[None, :] - own_y[:, None] * STRIDE,
-                        column[None, :] - own_x[:, None] * STRIDE, KERNEL_SIZE)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
-        logits = tl.where(near, logits, -float('inf'))
+        _, values, logits = look_around(
+            chunk, queries, own_y, own_x, k + map_base, v + map_base, positions, phase_y, phase_x,
+            tile_y, tile_x, stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
+            HEAD_DIMS, KERNEL_SIZE, STRIDE, DILATION, TILE_SIDE, ROWS, COLUMNS, PRECISION)
         new_highest = tl.maximum(highest, tl.max(logits, 1))
         weights = tl.exp2(logits - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
@@ -269,16 +273,11 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
 
     grad = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
     for chunk in range(CHUNKS):
-        row, column, key_y, key_x = keys_of_chunk(
-            chunk, phase_y, phase_x, tile_y, tile_x, height, width, KERNEL_SIZE, STRIDE, DILATION,
-            TILE_SIDE, ROWS, COLUMNS)
-        keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, map_dims,
-                         width, dims, is_dim, HEAD_DIMS)
-        values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, map_dims, is_dim)
-        near = are_near(row[None, :] - own_y[:, None] * STRIDE,
-                        column[None, :] - own_x[:, None] * STRIDE, KERNEL_SIZE)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
-        weights = tl.exp2(tl.where(near, logits - own_log_sum[:, None], -float('inf')))
+        keys, values, logits = look_around(
+            chunk, queries, own_y, own_x, k + map_base, v + map_base, positions, phase_y, phase_x,
+            tile_y, tile_x, stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
+            HEAD_DIMS, KERNEL_SIZE, STRIDE, DILATION, TILE_SIDE, ROWS, COLUMNS, PRECISION)
+        weights = tl.exp2(logits - own_log_sum[:, None])
         grad_logits = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         grad_logits = weights * (grad_logits - own_mean[:, None])
         grad += tl.dot(grad_logits.to(keys.dtype), keys, input_precision=PRECISION)
