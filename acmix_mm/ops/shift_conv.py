@@ -293,10 +293,13 @@ class Border:
 def runs_of_kinds(extent: int, kinds: int, stride: int) -> dict[int, slice]:
     """The outputs along an axis that are of each kind; the middle kind is all but the border."""
     middle = kinds // 2
-    runs: dict[int, slice] = {}
-    for index, position in enumerate(range(0, extent, stride)):
-        kind = max(min(position, middle), position - extent + kinds)
-        runs[kind] = slice(runs[kind].start if kind in runs else index, index + 1)
+    from_end = extent - kinds
+    runs = {}
+    for kind in range(kinds):
+        first, last = (kind + from_end * (kind > middle), kind + from_end * (kind >= middle))
+        start, stop = -(-first // stride), last // stride + 1
+        if start < stop:
+            runs[kind] = slice(start, stop)
     return runs
 
 
