@@ -148,12 +148,12 @@ class MaskRCNN(nn.Module):
     def __init__(self, acmix: bool) -> None:
         super().__init__()
         from mmdet.utils import register_all_modules
-        from mmengine.config import Config
+        from mmengine.hub import get_config
         from mmengine.registry import MODELS
         register_all_modules()
-        cfg = Config.fromfile('configs/maskrcnn_acmix_swin_t.py')
-        if not acmix:
-            cfg.model.backbone.type = 'mmdet.SwinTransformer'
+        cfg = get_config('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py')
+        if acmix:
+            cfg.model.backbone.type = 'ACmixSwinTransformer'
         cfg.model.backbone.update(init_cfg=None, drop_path_rate=0.)
         self.detector = MODELS.build(cfg.model)
 
