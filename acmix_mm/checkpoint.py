@@ -159,6 +159,19 @@ def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, sou
               f'  dropped: {summary(dropped) or "none"}', logger='current')
 
 
+def start_as_plain(model: nn.Module, host: str) -> None:
+    """Set rate1 = 1 and rate2 = 0 everywhere in ``model``, which has a plain network's weights.
+
+    ``host`` is what that network is called, for the log.
+    """
+    for name, parameter in model.named_parameters():
+        rate = name.rpartition('.')[2]
+        if rate in ('rate1', 'rate2'):
+            nn.init.constant_(parameter, float(rate == 'rate1'))
+    print_log(f'  rate1 = 1 and rate2 = 0: at first it computes what the plain {host} did.',
+              logger='current')
+
+
 def summary(keys: Sequence[str], most: int = 8) -> str:
     """List keys, with those that differ only in numbers as one line: ``a.*.b (12×)``."""
     alike: dict[str, list[str]] = {}

@@ -22,9 +22,16 @@ from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, read_state_dict
+from acmix_mm.checkpoint import (
+    load_with_account,
+    pretrained_init_cfg,
+    read_state_dict,
+    start_as_plain,
+)
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import ReducedACmix
+
+from .position_tables import resize_grid
 
 
 class AbsolutePositionEmbedding(nn.Module):
@@ -37,7 +44,7 @@ class AbsolutePositionEmbedding(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        return self.drop(x + resize_grid(self.pos_embed, self.grid, hw_shape))
+        return self.drop(x + resize_grid(self.pos_embed, self.grid, hw_shape, 'bilinear'))
 
 
 class MixFFN(nn.Module):
@@ -284,12 +291,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
             may_drop=r'^(head|norm)\.|^cls_token$|^layers\.\d\.2\.' + (
                 r'|\.out_proj\.' if self.mix == 'conv' else ''))
         if not is_acmix and self.mix == 'acmix':
-            for module in self.modules():
-                if isinstance(module, ReducedACmix):
-                    nn.init.ones_(module.rate1)
-                    nn.init.zeros_(module.rate2)
-            print_log('  rate1 = 1 and rate2 = 0: at first it computes what the plain PVT did.',
-                      logger='current')
+            start_as_plain(self, 'PVT')
 
 
 def pad_to_one_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
@@ -297,15 +299,6 @@ def pad_to_one_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
     bottom, right = (max(side - 2 * padding - extent, 0) for side, padding, extent in
                      zip(projection.kernel_size, projection.padding, x.shape[2:]))
     return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
-
-
-def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate (1, old area, channels), row-major over a grid, to (1, new area, channels)."""
-    if tuple(old) == tuple(new):
-        return rows
-    grid = rows.unflatten(1, old).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=tuple(new), mode='bilinear')
-    return grid.flatten(2).transpose(1, 2)
 
 
 def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -317,7 +310,7 @@ def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     has_class_token = side**2 + 1 == table.shape[1]
     if side**2 + has_class_token != table.shape[1]:
         return table
-    return resize_grid(table[:, int(has_class_token):], (side, side), grid)
+    return resize_grid(table[:, int(has_class_token):], (side, side), grid, 'bilinear')
 
 
 def to_mmdet_names(state_dict: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, read_state_dict
+from acmix_mm.checkpoint import (
+    load_with_account,
+    pretrained_init_cfg,
+    read_state_dict,
+    start_as_plain,
+)
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import PatchwiseACmix
 
@@ -206,9 +211,4 @@ class ACmixSAN(BaseModule):
             may_lack=r'num_batches_tracked$' + ('' if is_acmix else mixing),
             may_drop=r'^fc\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
         if not is_acmix and self.mix == 'acmix':
-            for module in self.modules():
-                if isinstance(module, PatchwiseACmix):
-                    nn.init.ones_(module.rate1)
-                    nn.init.zeros_(module.rate2)
-            print_log('  rate1 = 1 and rate2 = 0: at first it computes what the plain SAN did.',
-                      logger='current')
+            start_as_plain(self, 'SAN')

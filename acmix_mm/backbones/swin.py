@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging, build_dropout
 from mmengine.logging import print_log
@@ -15,9 +14,16 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, read_state_dict
+from acmix_mm.checkpoint import (
+    load_with_account,
+    pretrained_init_cfg,
+    read_state_dict,
+    start_as_plain,
+)
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import WindowACmix
+
+from .position_tables import resize_grid
 
 
 class ShiftWindowACmix(nn.Module):
@@ -234,9 +240,7 @@ class ACmixSwinTransformer(BaseModule):
 
     def position_embedding(self, hw_shape: tuple[int, int]) -> Tensor:
         """The absolute position embedding for a grid of patches, (1, height · width, channels)."""
-        if tuple(hw_shape) == self.patch_grid:
-            return self.absolute_pos_embed
-        return resize_grid(self.absolute_pos_embed, self.patch_grid, hw_shape)
+        return resize_grid(self.absolute_pos_embed, self.patch_grid, hw_shape, 'bicubic')
 
     def train(self, mode: bool = True) -> 'ACmixSwinTransformer':
         """Switch the mode; frozen stages stay in evaluation mode."""
@@ -298,12 +302,7 @@ class ACmixSwinTransformer(BaseModule):
             may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
             {'acmix': '', 'attn': f'|{mixing}', 'conv': f'|{attending}'}[self.mix])
         if not is_acmix and self.mix == 'acmix':
-            for module in self.modules():
-                if isinstance(module, WindowACmix):
-                    nn.init.ones_(module.rate1)
-                    nn.init.zeros_(module.rate2)
-            print_log('  rate1 = 1 and rate2 = 0: at first it computes what the plain Swin did.',
-                      logger='current')
+            start_as_plain(self, 'Swin')
 
     def fit_position_tables(self, state_dict: dict[str, Tensor]) -> None:
         """Resize, in place, the position tables of other window or image sizes."""
@@ -315,17 +314,11 @@ class ACmixSwinTransformer(BaseModule):
                 continue
             if key.endswith('relative_position_bias_table'):
                 old, new = (int(rows.shape[0]**0.5) for rows in (table, own[key]))
-                state_dict[key] = resize_grid(table[None], (old, old), (new, new))[0]
+                state_dict[key] = resize_grid(table[None], (old, old), (new, new), 'bicubic')[0]
             elif key == 'absolute_pos_embed':
                 side = int(table.shape[1]**0.5)
-                state_dict[key] = resize_grid(table, (side, side), self.patch_grid)
-
-
-def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate (1, old area, channels), row-major over a grid, to (1, new area, channels)."""
-    grid = rows.unflatten(1, old).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=tuple(new), mode='bicubic', align_corners=False)
-    return grid.flatten(2).transpose(1, 2)
+                state_dict[key] = resize_grid(table, (side, side), self.patch_grid,
+                                              'bicubic')
 
 
 def to_mmdet_names(state_dict: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
