@@ -43,7 +43,8 @@ $(VENV)/.acmix-mm-stack: constraints.txt
 	if [ "$$before" != "$$($(TORCH_VERSION))" ]; then $(RUN) -m pip uninstall -q -y mmcv; fi
 	@echo "Installing mmcv; where it has to be compiled, that takes some six minutes on two cores."
 	$(INSTALL) --no-build-isolation --no-cache-dir mmcv
-	$(INSTALL) mmengine mmdet mmsegmentation timm ftfy regex pytest hypothesis ruff
+	$(INSTALL) mmengine mmdet mmsegmentation timm ftfy regex onnx onnxruntime onnxscript pytest hypothesis \
+		ruff
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
 	$(if $(filter .venv,$(VENV)),$(INSTALL) --no-deps --no-build-isolation -e .)
 	$(TORCH_VERSION) > $@

@@ -34,5 +34,6 @@ setup(
         'det': [*OPENMMLAB, 'mmdet>=3.3,<3.4'],
         'seg': [*OPENMMLAB, 'mmsegmentation>=1.2,<1.3', 'ftfy', 'regex'],
         'timm': ['timm>=1.0,<2'],
+        'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
     },
 )
