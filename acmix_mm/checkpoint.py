@@ -9,10 +9,12 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Optional
+from typing import Callable, NamedTuple, Optional
 from urllib.error import URLError
 
-from mmengine.logging import print_log
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
@@ -20,8 +22,16 @@ from .errors import CheckpointError
 
 # What torch raises on files that are missing, unreachable, damaged, or more than data.
 LOAD_ERRORS = (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError)
-# Where checkpoints of PyTorch projects keep their weights beside other things.
-NESTS = ('state_dict', 'model')
+# Where checkpoints keep their weights, averaged ones first. (MMEngine's ``ema_state_dict`` is what
+# was averaged: its hook exchanges the two as it saves.)
+NESTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+# What wraps a model, for several processes or to compile it, puts in front of its names.
+WRAPPERS = re.compile(r'^((module|_orig_mod)\.)+')
+# An older torch cannot be told which of MMEngine's classes are data, and would refuse them all.
+HAS_ALLOW_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
+# Names that timm takes: one of its models, or a model on a hub.
+TIMM_SCHEME = 'timm://'
+HUB_SCHEMES = ('hf-hub:', 'hf_hub:')
 
 
 @contextlib.contextmanager
@@ -41,19 +51,87 @@ def weights_only() -> Iterator[None]:
 
 
 def read_checkpoint(source: str) -> Mapping:
-    """Load a checkpoint file onto the CPU, as data.
+    """Load a checkpoint onto the CPU, as data.
 
     Args:
-        source: a path, a URL, or another scheme that MMEngine's ``CheckpointLoader`` knows.
+        source: a path, a URL, or another scheme that MMEngine's ``CheckpointLoader`` knows; the
+            path of a ``.safetensors`` file; ``timm://MODEL`` for the weights of a timm model, or
+            ``hf-hub:OWNER/NAME`` for those of a timm model on the Hugging Face hub.
 
     Raises:
-        CheckpointError: the file is missing, cannot be downloaded, is damaged, or holds code.
+        CheckpointError: it is missing, cannot be downloaded, is damaged, or holds code.
     """
     try:
+        if source.startswith((TIMM_SCHEME, *HUB_SCHEMES)):
+            return read_from_timm(source.removeprefix(TIMM_SCHEME))
+        if source.endswith('.safetensors'):
+            return read_safetensors(source)
+        allow_mmengine_checkpoints()
         with weights_only():
             return CheckpointLoader.load_checkpoint(source, map_location='cpu')
     except LOAD_ERRORS as error:
         raise CheckpointError(explain_load_error(source, error)) from error
+
+
+def read_from_timm(name: str) -> Mapping[str, Tensor]:
+    """Let timm build a model, download its weights if it has to, and load them."""
+    try:
+        import timm
+    except ImportError as error:
+        raise CheckpointError(f'The weights of {name} come through timm, which cannot be imported '
+                              f'({error}); pip install timm.') from error
+    try:
+        with weights_only():
+            return timm.create_model(name, pretrained=True).state_dict()
+    except OSError as error:
+        # Whatever went wrong on the way to the hub, a missing file in its cache included.
+        raise ConnectionError(str(error).split('\n')[0]) from error
+    except RuntimeError as error:
+        raise CheckpointError(f'timm has no weights of the name {name} ({error}); '
+                              'timm.list_pretrained() lists those that it has.') from error
+
+
+def read_safetensors(path: str) -> Mapping[str, Tensor]:
+    """Load a ``.safetensors`` file."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(f'{path} needs the package safetensors, which cannot be imported '
+                              f'({error}); pip install safetensors.') from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Tell torch which of the classes in MMEngine's own checkpoints are data.
+
+    They are the log history of a run and the NumPy arrays in it. Everything else stays refused.
+    """
+    if not HAS_ALLOW_LIST:
+        return
+    dtypes = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
+    # NumPy 1 and 2 have these in modules of different names.
+    functions = dict(_reconstruct=np.empty(0).__reduce__()[0], scalar=np.int64(0).__reduce__()[0])
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, np.ndarray, np.dtype, *dtypes, (history_statistic, 'builtins.getattr'),
+        *((function, f'numpy.{core}.multiarray.{name}')
+          for name, function in functions.items() for core in ('core', '_core'))])
+
+
+def history_statistic(owner: type, name: str) -> Callable:
+    """Stand in for ``getattr``, by which a pickled ``HistoryBuffer`` names its own methods.
+
+    The real one would let a checkpoint reach anything.
+
+    Raises:
+        pickle.UnpicklingError: something else than a statistic of ``HistoryBuffer`` is asked for.
+    """
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise pickle.UnpicklingError(f'Unsupported GLOBAL getattr({owner!r}, {name!r})')
+    return getattr(owner, name)
 
 
 def explain_load_error(source: str, error: Exception) -> str:
@@ -96,25 +174,44 @@ def pretrained_init_cfg(init_cfg: Optional[dict], pretrained: Optional[str]) -> 
     return init_cfg
 
 
-def read_state_dict(source: str) -> dict[str, Tensor]:
-    """Load the weights of a checkpoint: of the backbone alone, where it is a whole detector.
+class Weights(NamedTuple):
+    """Weights of one network, as a checkpoint names them.
+
+    Attributes:
+        source: where they come from, for messages.
+        part: which part of the checkpoint they are, for messages; empty if all of it.
+        state_dict: the weights.
+    """
+
+    source: str
+    part: str
+    state_dict: dict[str, Tensor]
+
+
+def read_weights(source: str) -> Weights:
+    """Load the weights of a checkpoint: averaged ones, where it has them, and of the backbone
+    alone, where it is a whole detector.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or the file holds no weights.
     """
     checkpoint = read_checkpoint(source)
+    parts = []
     for nest in NESTS:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(nest), Mapping):
             checkpoint = checkpoint[nest]
+            if nest.endswith('_ema'):
+                parts.append(f'the averaged weights in {nest}')
     if not isinstance(checkpoint, Mapping) or not all(
             isinstance(value, Tensor) for value in checkpoint.values()) or not checkpoint:
         raise CheckpointError(f'The checkpoint {source} holds no weights: neither it nor its '
                               f'{" or ".join(map(repr, NESTS))} maps names to tensors.')
-    state_dict = {key.removeprefix('module.'): value for key, value in checkpoint.items()}
+    state_dict = {WRAPPERS.sub('', key): value for key, value in checkpoint.items()}
     if any(key.startswith('backbone.') for key in state_dict):
+        parts.append('its backbone')
         state_dict = {key.removeprefix('backbone.'): value
                       for key, value in state_dict.items() if key.startswith('backbone.')}
-    return state_dict
+    return Weights(source, ', '.join(parts), state_dict)
 
 
 def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str,

@@ -1,6 +1,7 @@
 """What the tests share: the checkout, the fixtures beside it, and a tiny generated dataset."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -44,6 +45,23 @@ def run_tool():
         return subprocess.run(command, cwd=ROOT, env=variables, timeout=timeout, text=True,
                               capture_output=True, check=False)
     return run
+
+
+@pytest.fixture
+def said():
+    """The log of MMEngine's current logger, as one text when called."""
+    records = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    from mmengine.logging import MMLogger
+    logger = MMLogger.get_current_instance()
+    handler = Collect()
+    logger.addHandler(handler)
+    yield lambda: '\n'.join(records)
+    logger.removeHandler(handler)
 
 
 class Golden:

@@ -1,9 +1,7 @@
 """Pyramid Vision Transformer with ACmix in every block (arXiv 2102.12122 and 2111.14556)."""
 
 import math
-import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Optional, Union
 
 import torch
@@ -22,14 +20,9 @@ from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from acmix_mm.checkpoint import (
-    load_with_account,
-    pretrained_init_cfg,
-    read_state_dict,
-    start_as_plain,
-)
-from acmix_mm.errors import CheckpointError
+from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as_plain
 from acmix_mm.layers import ReducedACmix
+from acmix_mm.pretrained import Pretrained, read_pretrained
 
 from .position_tables import resize_grid
 
@@ -255,7 +248,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, or initialise as PVT does."""
         if self.init_cfg is not None:
-            self.load_pretrained(self.init_cfg['checkpoint'])
+            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'PVT'))
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
@@ -270,14 +263,13 @@ class ACmixPyramidVisionTransformer(BaseModule):
             elif isinstance(module, AbsolutePositionEmbedding):
                 trunc_normal_(module.pos_embed, std=0.02)
 
-    def load_pretrained(self, source: str) -> None:
+    def load_pretrained(self, found: Pretrained) -> None:
         """Load a PVT or ACmix-PVT checkpoint, whichever of the known namings it is in.
 
         Raises:
-            CheckpointError: it cannot be read, is of another network, or does not fit.
+            CheckpointError: they do not fit.
         """
-        naming, state_dict = to_mmdet_names(read_state_dict(source), source)
-        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
+        is_acmix, state_dict = found.is_acmix, dict(found.state_dict)
         for name, module in self.named_modules():
             key = f'{name}.pos_embed'
             if isinstance(module, AbsolutePositionEmbedding) and key in state_dict:
@@ -285,8 +277,8 @@ class ACmixPyramidVisionTransformer(BaseModule):
 
         mixing = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_account(
-            self, state_dict, source=source,
-            recognised=f'{"ACmix-PVT" if is_acmix else "plain PVT"}, {naming} naming',
+            self, state_dict, source=found.source,
+            recognised=str(found),
             may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{mixing}',
             may_drop=r'^(head|norm)\.|^cls_token$|^layers\.\d\.2\.' + (
                 r'|\.out_proj\.' if self.mix == 'conv' else ''))
@@ -311,47 +303,3 @@ def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     if side**2 + has_class_token != table.shape[1]:
         return table
     return resize_grid(table[:, int(has_class_token):], (side, side), grid, 'bilinear')
-
-
-def to_mmdet_names(state_dict: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
-    """Tell whose naming a PVT state dict has, and put it into MMDetection's.
-
-    The authors keep the query's projection apart from the other two, and the feed-forward layers
-    as linear ones.
-
-    Raises:
-        CheckpointError: it has neither naming.
-    """
-    if 'layers.0.0.projection.weight' in state_dict:
-        return "MMDetection's", dict(state_dict)
-    if not {'patch_embed1.proj.weight', 'block1.0.attn.q.weight'} <= set(state_dict):
-        raise CheckpointError(
-            f'The checkpoint {source} is not of a Pyramid Vision Transformer, plain or ACmix: its '
-            f'keys are {", ".join(list(state_dict)[:6])}, …')
-    first_block = int('pos_embed1' in state_dict)
-    has_conv_ffn = any('.dwconv.' in key for key in state_dict)
-    renamed = {}
-    for key, value in state_dict.items():
-        if '.attn.kv.' in key:
-            continue
-        if '.attn.q.' in key:
-            value = torch.cat([value, state_dict[key.replace('.q.', '.kv.')]])
-        elif re.search(r'\.mlp\.fc[12]\.weight$', key):
-            value = value[..., None, None]
-        key = re.sub(r'^pos_embed(\d)$', partial(stage_name, '.1.0.pos_embed'), key)
-        key = re.sub(r'^patch_embed(\d)', partial(stage_name, '.0'), key)
-        key = re.sub(r'^norm(\d)', partial(stage_name, '.2'), key)
-        key = re.sub(r'^block(\d)\.(\d+)', lambda match: stage_name(
-            f'.1.{int(match[2]) + first_block}', match), key)
-        for old, new in (('.proj.', '.attn.out_proj.' if '.attn.' in key else '.projection.'),
-                         ('.attn.q.', '.attn.attn.in_proj_'),
-                         ('.mlp.fc1.', '.ffn.layers.0.'), ('.mlp.dwconv.dwconv.', '.ffn.layers.1.'),
-                         ('.mlp.fc2.', f'.ffn.layers.{4 if has_conv_ffn else 3}.')):
-            key = key.replace(old, new)
-        renamed[key] = value
-    return "the PVT authors'", renamed
-
-
-def stage_name(rest: str, match: re.Match) -> str:
-    """``layers.S`` and ``rest``, for the stage, counted from one, in a match's first group."""
-    return f'layers.{int(match[1]) - 1}{rest}'

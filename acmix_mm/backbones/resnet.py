@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, read_state_dict
+from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg
 from acmix_mm.layers import ACmixConv2d
+from acmix_mm.pretrained import Pretrained, read_pretrained
+from acmix_mm.pretrained.from_convolution import replace_convolution
 
 # Blocks of the four stages, as in the authors' code.
 STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
@@ -97,8 +99,10 @@ class ACmixResNet(BaseModule):
         zero_init_residual: start the last norm of each block at zero.
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with the authors' ACmix-ResNet, or a
-            plain ResNet's (torchvision, MMDetection), of which the 3×3 convolutions and the norms
-            behind them have no counterpart and are dropped; or None.
+            plain ResNet's (torchvision, timm, MMDetection), or None. Of a plain ResNet each 3×3
+            convolution becomes the nearest convolution path, with rate1 = 0; that is no exact
+            copy, and the log says what is lost. With ``mix='attn'`` they are dropped, and the norms
+            behind them.
         stage_blocks: blocks of each stage, in place of what ``depth`` says.
         num_heads: attention heads of every ACmix layer.
         attn_kernel_size: side of attention's neighbourhood.
@@ -150,6 +154,7 @@ class ACmixResNet(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
+        self.mix = mix
         self.deep_stem = deep_stem
 
         channels = stem_channels or base_channels
@@ -220,7 +225,7 @@ class ACmixResNet(BaseModule):
         Shift kernels and rates keep what their layers started them with.
         """
         if self.init_cfg is not None:
-            self.load_pretrained(self.init_cfg['checkpoint'])
+            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'ResNet'))
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
@@ -234,24 +239,34 @@ class ACmixResNet(BaseModule):
                 if isinstance(module, ACmixBottleneck):
                     constant_init(module.last_norm, 0)
 
-    def load_pretrained(self, source: str) -> None:
-        """Load an ACmix-ResNet checkpoint, or what a plain ResNet has in common with this one.
+    def load_pretrained(self, found: Pretrained) -> None:
+        """Load an ACmix-ResNet checkpoint, or a plain ResNet's.
 
         Raises:
-            CheckpointError: it cannot be read, is of another network, or does not fit.
+            CheckpointError: they do not fit.
         """
-        state_dict = read_state_dict(source)
-        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
-        # What a 3×3 convolution, and the norm behind it, learned says nothing of ACmix.
-        replaced = '|'.join(
-            rf'^{name}\.(conv2|{block.norm_names[1]})\.' for name, block in self.named_modules()
-            if isinstance(block, ACmixBottleneck) and isinstance(block.conv2, ACmixConv2d))
+        state_dict = dict(found.state_dict)
+        replaced = {} if found.is_acmix else {
+            name: block for name, block in self.named_modules()
+            if isinstance(block, ACmixBottleneck) and isinstance(block.conv2, ACmixConv2d)}
+        errors = {} if self.mix == 'attn' else {
+            name: replace_convolution(state_dict, name, block.norm_names,
+                                      block.conv2.num_heads, with_rates=self.mix == 'acmix')
+            for name, block in replaced.items()}
+        # What a 3×3 convolution, and the norm behind it, learned says nothing of attention.
+        unlike_attention = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
+                                    for name, block in replaced.items() if self.mix == 'attn')
         load_with_account(
-            self, state_dict, source=source,
-            recognised='ACmix-ResNet' if is_acmix else 'plain ResNet',
-            may_lack=r'num_batches_tracked$',
+            self, state_dict, source=found.source,
+            recognised=str(found),
+            may_lack=r'num_batches_tracked$' + (r'|\.conv_p\.' if errors else ''),
             may_drop=r'^fc\.',
-            leave='' if is_acmix else replaced)
+            leave=unlike_attention)
+        if errors:
+            print_log('  3×3 convolutions became the nearest convolution paths, with rate1 = 0. '
+                      'Expected error, of the standard deviation of their outputs:\n    ' +
+                      ', '.join(f'{name} {error:.0%}' for name, error in errors.items()),
+                      logger='current')
 
 
 def deep_stem_layers(in_channels: int, channels: int, norm_cfg: dict) -> nn.Sequential:

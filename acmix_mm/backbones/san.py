@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import (
-    load_with_account,
-    pretrained_init_cfg,
-    read_state_dict,
-    start_as_plain,
-)
-from acmix_mm.errors import CheckpointError
+from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as_plain
 from acmix_mm.layers import PatchwiseACmix
+from acmix_mm.pretrained import Pretrained, read_pretrained
 
 # Blocks of the five stages, and the side of attention's neighbourhood in them.
 STAGE_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
@@ -187,28 +182,22 @@ class ACmixSAN(BaseModule):
         PyTorch's own initialisation is what the SAN authors train from.
         """
         if self.init_cfg is not None:
-            self.load_pretrained(self.init_cfg['checkpoint'])
+            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'SAN'))
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
 
-    def load_pretrained(self, source: str) -> None:
+    def load_pretrained(self, found: Pretrained) -> None:
         """Load an ACmix-SAN checkpoint, or a plain SAN's.
 
         Raises:
-            CheckpointError: it cannot be read, is of another network, or does not fit.
+            CheckpointError: they do not fit.
         """
-        state_dict = read_state_dict(source)
-        if not {'conv_in.weight', 'layer0.0.sam.conv1.weight'} <= set(state_dict):
-            raise CheckpointError(
-                f'The checkpoint {source} is not of a SAN, plain or ACmix: its keys are '
-                f'{", ".join(list(state_dict)[:6])}, …')
-        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
         mixing = r'|\.sam\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_account(
-            self, state_dict, source=source,
-            recognised='ACmix-SAN' if is_acmix else 'plain SAN',
-            may_lack=r'num_batches_tracked$' + ('' if is_acmix else mixing),
+            self, found.state_dict, source=found.source,
+            recognised=str(found),
+            may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else mixing),
             may_drop=r'^fc\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
-        if not is_acmix and self.mix == 'acmix':
+        if not found.is_acmix and self.mix == 'acmix':
             start_as_plain(self, 'SAN')

@@ -14,14 +14,9 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import (
-    load_with_account,
-    pretrained_init_cfg,
-    read_state_dict,
-    start_as_plain,
-)
-from acmix_mm.errors import CheckpointError
+from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as_plain
 from acmix_mm.layers import WindowACmix
+from acmix_mm.pretrained import Pretrained, read_pretrained
 
 from .position_tables import resize_grid
 
@@ -265,7 +260,7 @@ class ACmixSwinTransformer(BaseModule):
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, or initialise as Swin does."""
         if self.init_cfg is not None:
-            self.load_pretrained(self.init_cfg['checkpoint'])
+            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'Swin'))
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
@@ -279,15 +274,13 @@ class ACmixSwinTransformer(BaseModule):
             elif isinstance(module, WindowACmix):
                 module.reset_parameters()
 
-    def load_pretrained(self, source: str) -> None:
+    def load_pretrained(self, found: Pretrained) -> None:
         """Load a Swin or ACmix-Swin checkpoint, whichever of the known namings it is in.
 
         Raises:
-            CheckpointError: it cannot be read, is of another network, or does not fit.
+            CheckpointError: they do not fit.
         """
-        state_dict = read_state_dict(source)
-        naming, state_dict = to_mmdet_names(state_dict, source)
-        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
+        is_acmix, state_dict = found.is_acmix, dict(found.state_dict)
         if is_acmix and self.mix != 'acmix':
             state_dict = fold_rate(state_dict, self.mix)
         self.fit_position_tables(state_dict)
@@ -296,8 +289,8 @@ class ACmixSwinTransformer(BaseModule):
         attending = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
         own_tables = r'^norm\d\.|^absolute_pos_embed$'
         load_with_account(
-            self, state_dict, source=source,
-            recognised=f'{"ACmix-Swin" if is_acmix else "plain Swin"}, {naming} naming',
+            self, state_dict, source=found.source,
+            recognised=str(found),
             may_lack=own_tables if is_acmix else f'{own_tables}|{mixing}',
             may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
             {'acmix': '', 'attn': f'|{mixing}', 'conv': f'|{attending}'}[self.mix])
@@ -319,35 +312,6 @@ class ACmixSwinTransformer(BaseModule):
                 side = int(table.shape[1]**0.5)
                 state_dict[key] = resize_grid(table, (side, side), self.patch_grid,
                                               'bicubic')
-
-
-def to_mmdet_names(state_dict: dict[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
-    """Tell whose naming a Swin state dict has, and put it into MMDetection's.
-
-    Microsoft and the authors of ACmix name alike. Their patch merging joins the four pixels of a
-    patch column by column and pixel by pixel; MMDetection's joins row by row and channel by
-    channel.
-
-    Raises:
-        CheckpointError: it has neither naming.
-    """
-    if {'patch_embed.projection.weight', 'stages.0.blocks.0.norm1.weight'} <= set(state_dict):
-        return "MMDetection's", dict(state_dict)
-    if not {'patch_embed.proj.weight', 'layers.0.blocks.0.norm1.weight'} <= set(state_dict):
-        raise CheckpointError(
-            f'The checkpoint {source} is not of a Swin Transformer, plain or ACmix: its keys are '
-            f'{", ".join(list(state_dict)[:6])}, …')
-    renamed = {}
-    for key, value in state_dict.items():
-        for old, new in (('layers.', 'stages.'), ('.attn.', '.attn.w_msa.'),
-                         ('.mlp.fc1.', '.ffn.layers.0.0.'), ('.mlp.fc2.', '.ffn.layers.1.'),
-                         ('patch_embed.proj.', 'patch_embed.projection.')):
-            key = key.replace(old, new)
-        if '.downsample.' in key:
-            by_pixel = value.unflatten(-1, (2, 2, -1))
-            value = by_pixel.transpose(-3, -2).flatten(-3, -2).transpose(-2, -1).flatten(-2)
-        renamed[key] = value
-    return "Microsoft's", renamed
 
 
 def fold_rate(state_dict: dict[str, Tensor], mix: str) -> dict[str, Tensor]:

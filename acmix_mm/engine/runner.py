@@ -2,27 +2,28 @@
 
 import contextlib
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 from urllib.error import URLError
 
-import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import HistoryBuffer
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from acmix_mm.checkpoint import LOAD_ERRORS, explain_load_error, summary, weights_only
+from acmix_mm.checkpoint import (
+    HAS_ALLOW_LIST,
+    LOAD_ERRORS,
+    allow_mmengine_checkpoints,
+    explain_load_error,
+    summary,
+    weights_only,
+)
 from acmix_mm.errors import CheckpointError, UsageError
 
 from .config import check_data
-
-# An older torch cannot be told which of MMEngine's classes are data, and would refuse them all.
-HAS_ALLOW_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
 
 
 class DataOnlyRunner(Runner):
@@ -123,35 +124,6 @@ def checkpoint_sources(node: Any) -> list[str]:
         elif not key.startswith('_'):
             found += checkpoint_sources(value)
     return found
-
-
-def allow_mmengine_checkpoints() -> None:
-    """Tell torch which of the classes in MMEngine's own checkpoints are data.
-
-    They are the log history of a run and the NumPy arrays in it. Everything else stays refused.
-    """
-    if not HAS_ALLOW_LIST:
-        return
-    dtypes = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
-    # NumPy 1 and 2 have these in modules of different names.
-    functions = dict(_reconstruct=np.empty(0).__reduce__()[0], scalar=np.int64(0).__reduce__()[0])
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, *dtypes, (history_statistic, 'builtins.getattr'),
-        *((function, f'numpy.{core}.multiarray.{name}')
-          for name, function in functions.items() for core in ('core', '_core'))])
-
-
-def history_statistic(owner: type, name: str) -> Callable:
-    """Stand in for ``getattr``, by which a pickled ``HistoryBuffer`` names its own methods.
-
-    The real one would let a checkpoint reach anything.
-
-    Raises:
-        pickle.UnpicklingError: something else than a statistic of ``HistoryBuffer`` is asked for.
-    """
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise pickle.UnpicklingError(f'Unsupported GLOBAL getattr({owner!r}, {name!r})')
-    return getattr(owner, name)
 
 
 def prepare_cpu(cfg: Config) -> None:
