@@ -22,7 +22,11 @@ from acmix_mm.backbones import (
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import ACmixConv2d
 from acmix_mm.pretrained import read_pretrained
-from acmix_mm.pretrained.from_convolution import after_relu, express_convolution
+from acmix_mm.pretrained.from_convolution import (
+    NEIGHBOUR_CORRELATION,
+    after_relu,
+    express_convolution,
+)
 
 SWIN = dict(embed_dims=12, depths=(2, 2), num_heads=(3, 6), strides=(4, 2), out_indices=(0, 1))
 PVT = dict(embed_dims=4, num_stages=2, num_layers=(1, 1), num_heads=(1, 2), patch_sizes=(4, 2),
@@ -129,23 +133,35 @@ def test_resnet_is_exact_where_kernels_are_within_reach(mix, tmp_path, said):
     assert 'layer3.3 0%' in said()
 
 
+def correlated(*shape, factor):
+    """Unit normal maps whose neighbours along either axis have a correlation of ``factor``."""
+    maps = torch.randn(shape)
+    for axis in (2, 3):
+        columns = list(maps.unbind(axis))
+        for index in range(1, len(columns)):
+            columns[index] = factor * columns[index - 1] + (1 - factor**2)**0.5 * columns[index]
+        maps = torch.stack(columns, axis)
+    return maps
+
+
 @torch.no_grad()
 def test_what_resnet_loses_is_what_the_log_says(tmp_path, said):
-    """Measured on inputs as the norm before would give them, without neighbours in common."""
+    """Measured on inputs that vary as the norm before, and the assumed correlation, have it."""
     plain = randomised(torchvision.models.ResNet(
         torchvision.models.resnet.Bottleneck, [1, 2, 4, 1]), std=0.3)
     torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
     model = start(ACmixResNet, tmp_path / 'resnet.pth', depth=26)
     theirs, ours = plain.layer3[1], model.layer3[1]
-    pixels = torch.randn(4, 256, 24, 24)
-    x = (pixels * theirs.bn1.weight[:, None, None] + theirs.bn1.bias[:, None, None]).relu()
+    mean, deviation = after_relu(theirs.bn1.weight, theirs.bn1.bias)
+    x = correlated(4, 256, 48, 48, factor=NEIGHBOUR_CORRELATION)
+    x = x * deviation[:, None, None] + mean[:, None, None]
     expected = theirs.bn2(theirs.conv2(x))[..., 1:-1, 1:-1]
     difference = ours.bn2(ours.conv2(x))[..., 1:-1, 1:-1] - expected
     told = float(re.search(r'layer3\.1 (\d+)%', said())[1]) / 100
     variance = expected.var((0, 2, 3)).sum()
     assert abs((difference.var((0, 2, 3)).sum() / variance).sqrt() - told) < 0.02
     # The running mean of the norm behind has taken up what would shift the outputs.
-    assert difference.mean((0, 2, 3)).square().sum() < 1e-3 * variance
+    assert difference.mean((0, 2, 3)).square().sum() < 2e-3 * variance
 
 
 def test_nearest_expression_is_stationary():

@@ -10,9 +10,10 @@ from conftest import relative_error
 from mmengine.model import kaiming_init
 from mmengine.registry import MODELS, init_default_scope
 
-from acmix_mm.backbones.swin import ACmixSwinBlock, ACmixSwinTransformer, to_mmdet_names
+from acmix_mm.backbones.swin import ACmixSwinBlock, ACmixSwinTransformer
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import WindowACmix
+from acmix_mm.pretrained.swin import to_backbone_names
 
 SMALL = dict(embed_dims=24, depths=(2, 2, 2, 2), num_heads=(3, 3, 6, 12))
 TINY = dict(embed_dims=12, depths=(2, 2), num_heads=(3, 6), strides=(4, 2), out_indices=(0, 1))
@@ -296,10 +297,10 @@ def test_patch_merging_order_is_converted():
     for index, (row, column, channel) in enumerate(order):
         weight = torch.zeros(6, 12)
         weight[0, index] = 1
-        _, converted = to_mmdet_names({
+        _, converted = to_backbone_names({
             'patch_embed.proj.weight': torch.zeros(1),
             'layers.0.blocks.0.norm1.weight': torch.zeros(1),
-            'layers.0.downsample.reduction.weight': weight}, 'test')
+            'layers.0.downsample.reduction.weight': weight})
         merging.reduction.weight.data = converted['stages.0.downsample.reduction.weight']
         merging.norm = torch.nn.Identity()
         out, _ = merging(image.view(1, 4, 3), (2, 2))

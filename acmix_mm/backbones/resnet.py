@@ -6,6 +6,7 @@ ResNet: arXiv 1512.03385; ACmix: arXiv 2111.14556, section 5.1 and the authors' 
 from collections.abc import Sequence
 from typing import Optional
 
+import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, Sequential, constant_init, kaiming_init
@@ -192,12 +193,13 @@ class ACmixResNet(BaseModule):
             x = self.stem(x)
         else:
             x = self.relu(getattr(self, self.norm_name)(self.conv1(x)))
-        x = self.maxpool(x)
+        # ACmix computes in this format; what reads the outputs may not look at strides.
+        x = self.maxpool(x).contiguous(memory_format=torch.channels_last)
         outs = []
         for stage, name in enumerate(self.layers):
             x = getattr(self, name)(x)
             if stage in self.out_indices:
-                outs.append(x)
+                outs.append(x.contiguous())
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'ACmixResNet':

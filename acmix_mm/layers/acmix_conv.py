@@ -95,7 +95,7 @@ class ACmixConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in_channels, height, width), any size from 1×1, to (batch, out_channels,
-        ⌈height / stride⌉, ⌈width / stride⌉) in channels-last strides.
+        ⌈height / stride⌉, ⌈width / stride⌉), in the memory format of the input.
         """
         projections = (self.conv1, self.conv2, self.conv3)
         weight = torch.cat([conv.weight for conv in projections]).flatten(1)
@@ -109,7 +109,8 @@ class ACmixConv2d(nn.Module):
             out = convolution = self.convolve(qkv)
         if self.mix == 'acmix':
             out = convolution.addcmul_(attention, self.rate1.to(attention.dtype))
-        return out
+        # As nn.Conv2d does: what follows may not look at strides, as mmcv's RoIAlign.
+        return out.contiguous() if x.is_contiguous() else out
 
     def attend(self, qkv: Tensor) -> Tensor:
         """The attention path: (batch, height, width, 3, num_heads, head_dims) to channels."""
