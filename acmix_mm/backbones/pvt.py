@@ -242,15 +242,23 @@ class ACmixPyramidVisionTransformer(BaseModule):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
-        outs = []
-        for index, (patch_embed, blocks, norm) in enumerate(self.layers):
+        return self.forward_stages(x, self.out_indices)
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+
+        Later stages do not run.
+        """
+        maps = []
+        for index in range(max(indices) + 1):
+            patch_embed, blocks, norm = self.layers[index]
             x, hw_shape = patch_embed(pad_to_one_patch(x, patch_embed.projection))
             for block in blocks:
                 x = block(x, hw_shape)
             x = norm(x).unflatten(1, hw_shape).permute(0, 3, 1, 2)
-            if index in self.out_indices:
-                outs.append(x.contiguous())
-        return outs
+            if index in indices:
+                maps.append(x.contiguous())
+        return maps
 
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, or initialise as PVT does."""
@@ -259,6 +267,10 @@ class ACmixPyramidVisionTransformer(BaseModule):
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
+        self.init_from_scratch()
+
+    def init_from_scratch(self) -> None:
+        """Initialise as PVT does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_init(module, std=0.02, bias=0.)

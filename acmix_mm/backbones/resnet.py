@@ -183,17 +183,24 @@ class ACmixResNet(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        return tuple(self.forward_stages(x, self.out_indices))
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+
+        Later stages do not run.
+        """
         if self.deep_stem:
             x = self.stem(x)
         else:
             x = self.relu(getattr(self, self.norm_name)(self.conv1(x)))
         x = self.maxpool(x)
-        outs = []
-        for stage, name in enumerate(self.layers):
+        maps = []
+        for stage, name in enumerate(self.layers[:max(indices) + 1]):
             x = getattr(self, name)(x)
-            if stage in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+            if stage in indices:
+                maps.append(x)
+        return maps
 
     def train(self, mode: bool = True) -> 'ACmixResNet':
         """Switch the mode; frozen stages, and batch norms under norm_eval, stay in evaluation."""
@@ -215,15 +222,19 @@ class ACmixResNet(BaseModule):
             module.eval().requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or initialise as ResNet does.
-
-        Shift kernels and rates keep what their layers started them with.
-        """
+        """Load the checkpoint of ``init_cfg``, or initialise as ResNet does."""
         if self.init_cfg is not None:
             self.load_pretrained(self.init_cfg['checkpoint'])
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
+        self.init_from_scratch()
+
+    def init_from_scratch(self) -> None:
+        """Initialise as ResNet does.
+
+        Shift kernels and rates keep what their layers started them with.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 kaiming_init(module)

@@ -150,14 +150,21 @@ class ACmixSAN(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        return tuple(self.forward_stages(x, self.out_indices))
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+
+        Later stages do not run.
+        """
         x = self.relu(self.bn_in(self.conv_in(x)))
-        outs = []
-        for stage in range(len(STAGE_KERNELS)):
+        maps = []
+        for stage in range(max(indices) + 1):
             conv, layer, norm = self.parts(stage)
             x = self.relu(norm(layer(conv(self.pool(x)))))
-            if stage in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+            if stage in indices:
+                maps.append(x)
+        return maps
 
     def parts(self, stage: int) -> list[nn.Module]:
         """The transition into a stage, its blocks, and the norm behind them."""
@@ -182,15 +189,16 @@ class ACmixSAN(BaseModule):
             module.eval().requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``; otherwise all keep what they were started with.
-
-        PyTorch's own initialisation is what the SAN authors train from.
-        """
+        """Load the checkpoint of ``init_cfg``, or initialise as SAN does."""
         if self.init_cfg is not None:
             self.load_pretrained(self.init_cfg['checkpoint'])
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
+        self.init_from_scratch()
+
+    def init_from_scratch(self) -> None:
+        """Leave all layers as they started: PyTorch's own initialisation is SAN's."""
 
     def load_pretrained(self, source: str) -> None:
         """Load an ACmix-SAN checkpoint, or a plain SAN's.
