@@ -21,6 +21,7 @@ from mmengine.model.weight_init import (
 from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from acmix_mm.checkpoint import (
     load_with_account,
@@ -75,8 +76,10 @@ class ACmixPVTBlock(nn.Module):
 
     def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int, drop_rate: float,
                  attn_drop_rate: float, drop_path_rate: float, qkv_bias: bool, act_cfg: dict,
-                 norm_cfg: dict, sr_ratio: int, use_conv_ffn: bool, mix: str) -> None:
+                 norm_cfg: dict, sr_ratio: int, use_conv_ffn: bool, with_cp: bool,
+                 mix: str) -> None:
         super().__init__()
+        self.with_cp = with_cp
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = ReducedACmix(
             embed_dims=embed_dims,
@@ -93,6 +96,11 @@ class ACmixPVTBlock(nn.Module):
                           use_conv_ffn, act_cfg)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return recompute(self.mix_and_feed_forward, x, hw_shape, use_reentrant=False)
+        return self.mix_and_feed_forward(x, hw_shape)
+
+    def mix_and_feed_forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         mixed = self.attn(self.norm1(x).unflatten(1, hw_shape))
         x = x + self.drop(mixed.flatten(1, 2))
         return x + self.ffn(self.norm2(x), hw_shape)
@@ -103,9 +111,9 @@ class ACmixPyramidVisionTransformer(BaseModule):
     """Pyramid Vision Transformer (PVT v1) whose blocks mix attention with convolution.
 
     Takes the arguments of MMDetection's ``PyramidVisionTransformer`` with the same meaning, and
-    ``mix``. Parameter names are MMDetection's, with the authors' names for what ACmix adds under
-    ``attn``. As there, a stage covers whole patches, and rows and columns that are left over at
-    the bottom and right are dropped; what is smaller than one patch is padded to one.
+    ``with_cp`` and ``mix``. Parameter names are MMDetection's, with the authors' names for what
+    ACmix adds under ``attn``. As there, a stage covers whole patches, and rows and columns that are
+    left over at the bottom and right are dropped; what is smaller than one patch is padded to one.
 
     The authors' code for PVT is unpublished; they publish 13M parameters and 2.0G multiply-adds
     for PVT-Tiny, 25M and 3.9G for PVT-Small, at 224×224 with a 1000-class head. Counted here, as
@@ -154,6 +162,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
         use_conv_ffn: whether the feed-forward layers have a depth-wise 3×3 convolution.
         act_cfg: activation of the feed-forward layers.
         norm_cfg: all norms.
+        with_cp: recompute the blocks in the backward pass to save memory.
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
         convert_weights: says that the checkpoint is in the PVT authors' naming. Accepted for the
             configs that have it; the naming is recognised from the keys either way.
@@ -189,6 +198,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
                  use_conv_ffn: bool = False,
                  act_cfg: dict = dict(type='GELU'),
                  norm_cfg: dict = dict(type='LN', eps=1e-6),
+                 with_cp: bool = False,
                  pretrained: Optional[str] = None,
                  convert_weights: bool = True,
                  init_cfg: Optional[dict] = None,
@@ -235,6 +245,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
                     norm_cfg=norm_cfg,
                     sr_ratio=sr_ratios[stage],
                     use_conv_ffn=use_conv_ffn,
+                    with_cp=with_cp,
                     mix=mix))
             norm = build_norm_layer(norm_cfg, channels)[1] if norm_after_stage else nn.Identity()
             self.layers.append(ModuleList([patch_embed, blocks, norm]))

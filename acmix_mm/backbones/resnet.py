@@ -6,7 +6,9 @@ ResNet: arXiv 1512.03385; ACmix: arXiv 2111.14556, section 5.1 and the authors' 
 from collections.abc import Sequence
 from typing import Optional
 
+import torch
 from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import build_dropout
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, Sequential, constant_init, kaiming_init
 from mmengine.registry import MODELS
@@ -27,8 +29,8 @@ class ACmixBottleneck(nn.Module):
     expansion = 4
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
-                 downsample: Optional[nn.Module], norm_cfg: dict, with_cp: bool,
-                 acmix: Optional[dict]) -> None:
+                 downsample: Optional[nn.Module], norm_cfg: dict, drop_path_rate: float,
+                 with_cp: bool, acmix: Optional[dict]) -> None:
         super().__init__()
         out_channels = channels * self.expansion
         first_stride, second_stride = (1, stride) if style == 'pytorch' else (stride, 1)
@@ -47,6 +49,7 @@ class ACmixBottleneck(nn.Module):
             self.norm_names.append(name)
             self.add_module(name, norm)
         self.relu = nn.ReLU(inplace=True)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
         self.downsample = downsample
         self.with_cp = with_cp
 
@@ -65,7 +68,7 @@ class ACmixBottleneck(nn.Module):
         norm1, norm2, norm3 = (getattr(self, name) for name in self.norm_names)
         out = self.relu(norm1(self.conv1(x)))
         out = self.relu(norm2(self.conv2(out)))
-        out = norm3(self.conv3(out))
+        out = self.drop(norm3(self.conv3(out)))
         return out + (x if self.downsample is None else self.downsample(x))
 
 
@@ -74,9 +77,9 @@ class ACmixResNet(BaseModule):
     """ResNet whose bottlenecks mix local attention with convolution.
 
     Takes the arguments of MMDetection's ``ResNet`` that are listed here, with the same meaning,
-    and ``stage_blocks``, ``num_heads``, ``attn_kernel_size``, ``mix``, ``acmix_stages``. Parameter
-    names are those of the authors' code. ``conv_cfg``, ``dcn`` and ``plugins`` are not taken: they
-    are about the convolutions that ACmix replaces.
+    and ``stage_blocks``, ``num_heads``, ``attn_kernel_size``, ``drop_path_rate``, ``mix``,
+    ``acmix_stages``. Parameter names are those of the authors' code. ``conv_cfg``, ``dcn`` and
+    ``plugins`` are not taken: they are about the convolutions that ACmix replaces.
 
     Args:
         depth: 26, 38 or 50: which ``stage_blocks`` to take.
@@ -102,6 +105,7 @@ class ACmixResNet(BaseModule):
         stage_blocks: blocks of each stage, in place of what ``depth`` says.
         num_heads: attention heads of every ACmix layer.
         attn_kernel_size: side of attention's neighbourhood.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
         acmix_stages: stages that use ACmix; the others keep their 3×3 convolutions.
 
@@ -132,6 +136,7 @@ class ACmixResNet(BaseModule):
                  stage_blocks: Optional[Sequence[int]] = None,
                  num_heads: int = 4,
                  attn_kernel_size: int = 7,
+                 drop_path_rate: float = 0.,
                  mix: str = 'acmix',
                  acmix_stages: Sequence[int] = (0, 1, 2, 3)) -> None:
         if depth not in STAGE_BLOCKS:
@@ -163,8 +168,10 @@ class ACmixResNet(BaseModule):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
         acmix = dict(num_heads=num_heads, attn_kernel_size=attn_kernel_size, mix=mix)
+        stage_blocks = tuple(stage_blocks or STAGE_BLOCKS[depth])[:num_stages]
+        rates = torch.linspace(0, drop_path_rate, sum(stage_blocks), device='cpu').tolist()
         self.layers = []
-        for stage, blocks in enumerate((stage_blocks or STAGE_BLOCKS[depth])[:num_stages]):
+        for stage, blocks in enumerate(stage_blocks):
             width = base_channels * 2**stage
             out_channels = width * ACmixBottleneck.expansion
             stage_layers = []
@@ -174,8 +181,8 @@ class ACmixResNet(BaseModule):
                 if stride != 1 or channels != out_channels:
                     shortcut = downsampling(channels, out_channels, stride, avg_down, norm_cfg)
                 stage_layers.append(ACmixBottleneck(
-                    channels, width, stride, dilations[stage], style, shortcut, norm_cfg, with_cp,
-                    acmix if stage in acmix_stages else None))
+                    channels, width, stride, dilations[stage], style, shortcut, norm_cfg,
+                    rates.pop(0), with_cp, acmix if stage in acmix_stages else None))
                 channels = out_channels
             self.layers.append(f'layer{stage + 1}')
             self.add_module(self.layers[-1], Sequential(*stage_layers))
