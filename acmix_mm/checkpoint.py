@@ -3,6 +3,7 @@
 No checkpoint runs code here: torch unpickles tensors and plain containers, and refuses the rest.
 """
 
+import argparse
 import contextlib
 import os
 import pickle
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Optional
 from urllib.error import URLError
 
+import torch
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
@@ -28,13 +30,17 @@ NESTS = ('state_dict', 'model')
 def weights_only() -> Iterator[None]:
     """Make every ``torch.load`` inside refuse what is not data, downloads included.
 
-    MMEngine passes no ``weights_only``, and torch.hub, which downloads for it, passes False.
+    MMEngine passes no ``weights_only``, and torch.hub, which downloads for it, passes False. The
+    ``argparse.Namespace`` in which timm's and many other scripts keep their arguments is data: it
+    holds attributes and runs nothing (torch older than 2.5 cannot be told so, and refuses it).
     """
+    allowed = getattr(torch.serialization, 'safe_globals', contextlib.nullcontext)
     force, force_not = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
     before = {name: os.environ.pop(name, None) for name in (force, force_not)}
     os.environ[force] = '1'
     try:
-        yield
+        with allowed([argparse.Namespace]):
+            yield
     finally:
         del os.environ[force]
         os.environ.update({name: value for name, value in before.items() if value is not None})
