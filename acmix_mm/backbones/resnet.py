@@ -268,7 +268,7 @@ class ACmixResNet(BaseModule):
             self, state_dict, source=source,
             recognised='ACmix-ResNet' if is_acmix else 'plain ResNet',
             may_lack=r'num_batches_tracked$',
-            may_drop=r'^fc\.',
+            may_drop=r'^(fc|head)\.',
             leave='' if is_acmix else replaced)
 
 

@@ -223,6 +223,6 @@ class ACmixSAN(BaseModule):
             self, state_dict, source=source,
             recognised='ACmix-SAN' if is_acmix else 'plain SAN',
             may_lack=r'num_batches_tracked$' + ('' if is_acmix else mixing),
-            may_drop=r'^fc\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
+            may_drop=r'^(fc|head)\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
         if not is_acmix and self.mix == 'acmix':
             start_as_plain(self, 'SAN')
