@@ -22,7 +22,6 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
     register_notrace_module,
 )
 from timm.models._features import feature_take_indices
@@ -34,7 +33,7 @@ from acmix_mm.backbones import (
     ACmixSAN,
     ACmixSwinTransformer,
 )
-from acmix_mm.backbones.pvt import AbsolutePositionEmbedding, pad_to_one_patch
+from acmix_mm.backbones.pvt import AbsolutePositionEmbedding
 from acmix_mm.backbones.swin import norm_channels
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 
@@ -42,7 +41,6 @@ from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACm
 for each in (ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix, AbsolutePositionEmbedding,
              PatchEmbed, PatchMerging, DropPath):
     register_notrace_module(each)
-register_notrace_function(pad_to_one_patch)
 
 # Rates and position tables; biases and norms are spared by timm itself.
 NO_WEIGHT_DECAY = ('rate1', 'rate2', 'relative_position_bias_table', 'absolute_pos_embed',

@@ -35,6 +35,15 @@ from acmix_mm.layers import ReducedACmix
 from .position_tables import resize_grid
 
 
+class PaddedPatchEmbed(PatchEmbed):
+    """MMCV's, on a map that is padded with zeros at its bottom and right to at least one patch."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        bottom, right = (max(side - 2 * padding - extent, 0) for side, padding, extent in
+                         zip(self.projection.kernel_size, self.projection.padding, x.shape[2:]))
+        return super().forward(F.pad(x, (0, right, 0, bottom)) if bottom or right else x)
+
+
 class AbsolutePositionEmbedding(nn.Module):
     """Add a learned embedding of the position, interpolated to the size of the map."""
 
@@ -221,7 +230,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
         self.layers = ModuleList()
         for stage, depth in enumerate(num_layers):
             channels = embed_dims * num_heads[stage]
-            patch_embed = PatchEmbed(
+            patch_embed = PaddedPatchEmbed(
                 in_channels=in_channels,
                 embed_dims=channels,
                 kernel_size=patch_sizes[stage],
@@ -263,7 +272,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
         maps = []
         for index in range(max(indices) + 1):
             patch_embed, blocks, norm = self.layers[index]
-            x, hw_shape = patch_embed(pad_to_one_patch(x, patch_embed.projection))
+            x, hw_shape = patch_embed(x)
             for block in blocks:
                 x = block(x, hw_shape)
             x = norm(x).unflatten(1, hw_shape).permute(0, 3, 1, 2)
@@ -315,13 +324,6 @@ class ACmixPyramidVisionTransformer(BaseModule):
                 r'|\.out_proj\.' if self.mix == 'conv' else ''))
         if not is_acmix and self.mix == 'acmix':
             start_as_plain(self, 'PVT')
-
-
-def pad_to_one_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
-    """Pad a map with zeros at its bottom and right where it is smaller than one patch."""
-    bottom, right = (max(side - 2 * padding - extent, 0) for side, padding, extent in
-                     zip(projection.kernel_size, projection.padding, x.shape[2:]))
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
 def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
