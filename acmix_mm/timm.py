@@ -24,7 +24,7 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from acmix_mm.backbones import (
@@ -356,7 +356,14 @@ default_cfgs = generate_default_cfgs({
 
 def create(model_cls: type[Classifier], variant: str, pretrained: bool,
            **kwargs: Any) -> nn.Module:
-    """Build a model as timm does, or the extractor of its last four stages."""
+    """Build a model as timm does, or with ``features_only`` what gives its last four maps.
+
+    Raises:
+        ValueError: ``feature_cls`` is not timm's ``'getter'``; other extractors cut the model up.
+    """
+    if kwargs.get('feature_cls', 'getter') not in ('getter', FeatureGetterNet):
+        raise ValueError("Maps come from forward_intermediates: feature_cls must be 'getter' or be "
+                         f'left out, got {kwargs["feature_cls"]!r}.')
     return build_model_with_cfg(model_cls, variant, pretrained,
                                 feature_cfg=dict(feature_cls='getter', out_indices=4), **kwargs)
 
