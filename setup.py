@@ -33,7 +33,7 @@ setup(
     extras_require={
         'det': [*OPENMMLAB, 'mmdet>=3.3,<3.4'],
         'seg': [*OPENMMLAB, 'mmsegmentation>=1.2,<1.3', 'ftfy', 'regex'],
-        'timm': ['timm>=1.0,<2'],
+        'timm': [*OPENMMLAB, 'timm>=1.0,<2'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
     },
 )

@@ -3,6 +3,7 @@
 No checkpoint runs code here: torch unpickles tensors and plain containers, and refuses the rest.
 """
 
+import argparse
 import contextlib
 import os
 import pickle
@@ -38,13 +39,17 @@ HUB_SCHEMES = ('hf-hub:', 'hf_hub:')
 def weights_only() -> Iterator[None]:
     """Make every ``torch.load`` inside refuse what is not data, downloads included.
 
-    MMEngine passes no ``weights_only``, and torch.hub, which downloads for it, passes False.
+    MMEngine passes no ``weights_only``, and torch.hub, which downloads for it, passes False. The
+    ``argparse.Namespace`` in which timm's and many other scripts keep their arguments is data: it
+    holds attributes and runs nothing (torch older than 2.5 cannot be told so, and refuses it).
     """
+    allowed = getattr(torch.serialization, 'safe_globals', contextlib.nullcontext)
     force, force_not = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
     before = {name: os.environ.pop(name, None) for name in (force, force_not)}
     os.environ[force] = '1'
     try:
-        yield
+        with allowed([argparse.Namespace]):
+            yield
     finally:
         del os.environ[force]
         os.environ.update({name: value for name, value in before.items() if value is not None})
@@ -77,6 +82,9 @@ def read_from_timm(name: str) -> Mapping[str, Tensor]:
     """Let timm build a model, download its weights if it has to, and load them."""
     try:
         import timm
+
+        # A hub may hold ACmix models, which timm knows from there.
+        import acmix_mm.timm  # noqa: F401
     except ImportError as error:
         raise CheckpointError(f'The weights of {name} come through timm, which cannot be imported '
                               f'({error}); pip install timm.') from error

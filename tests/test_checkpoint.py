@@ -1,5 +1,6 @@
 """What ACmix-Swin loads, what it says of it, and what it refuses."""
 
+import argparse
 import os
 import pickle
 
@@ -157,6 +158,15 @@ def test_tables_of_another_window_and_image_size_are_interpolated(tmp_path):
     torch.testing.assert_close(model.absolute_pos_embed, torch.full((1, 24 * 8, 12), 0.25))
 
 
+def test_arguments_of_a_training_script_are_data(tmp_path):
+    plain = random_plain()
+    arguments = argparse.Namespace(model='swin', lr=5e-4, betas=(0.9, 0.99), model_kwargs=dict(a=1))
+    torch.save(dict(state_dict=plain.state_dict(), epoch=2, args=arguments), tmp_path / 'last.pth')
+    model = pretrained(tmp_path / 'last.pth')
+    for key, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
 class Bomb:
     def __reduce__(self):
         return os.system, (f'touch {self.path}',)
@@ -169,6 +179,10 @@ def write_bad_checkpoint(kind, folder):
         bomb = Bomb()
         bomb.path = folder / 'ran'
         torch.save(dict(good, bomb=bomb), path)
+    elif kind == 'code in arguments':
+        bomb = Bomb()
+        bomb.path = folder / 'ran'
+        torch.save(dict(state_dict=good, args=argparse.Namespace(lr=0.1, bomb=bomb)), path)
     elif kind == 'old code':
         bomb = Bomb()
         bomb.path = folder / 'ran'
@@ -195,6 +209,7 @@ def write_bad_checkpoint(kind, folder):
 
 @pytest.mark.parametrize(('kind', 'message'), [
     ('code', r'is refused and nothing of it was run: besides data it holds \S*posix\.system'),
+    ('code in arguments', r'nothing of it was run: besides data it holds \S*posix\.system'),
     ('old code', r'is refused and nothing of it was run: besides data it holds \S*posix\.system'),
     ('truncated', 'cannot be read .* damaged'),
     ('empty', 'cannot be read .* damaged'),

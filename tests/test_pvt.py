@@ -69,7 +69,7 @@ def test_takes_the_arguments_of_plain_pvt():
     own = inspect.signature(ACmixPyramidVisionTransformer.__init__).parameters
     for name, parameter in theirs.items():
         assert own[name].default == parameter.default, name
-    assert set(own) - set(theirs) == {'mix'}
+    assert set(own) - set(theirs) == {'mix', 'with_cp'}
 
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
@@ -82,6 +82,19 @@ def test_any_size(mix):
             stride, channels = 4 * 2**index, 8 * (1, 2, 5, 8)[index]
             assert out.shape == (1, channels, max(height // stride, 1), max(width // stride, 1))
             assert out.isfinite().all()
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    x = torch.randn(1, 3, 40, 36, requires_grad=True)
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = ACmixPyramidVisionTransformer(**TINY, with_cp=with_cp, drop_path_rate=0.5)
+        outs = model(x)
+        gradients.append(torch.autograd.grad(sum(out.square().sum() for out in outs),
+                                             [x, *model.parameters()], allow_unused=True))
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(plain, recomputed)
 
 
 def test_position_takes_the_keys_and_values_of_its_cell():

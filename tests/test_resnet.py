@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from acmix_mm.backbones import ACmixResNet
+from acmix_mm.backbones.resnet import ACmixBottleneck
 from acmix_mm.engine.config import load_config
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import ACmixConv2d
@@ -288,9 +289,10 @@ def test_without_acmix_stages_it_is_mmdetections_resnet(arguments):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     for (name, own), (_, theirs) in zip(ours.named_parameters(), plain.named_parameters()):
         assert own.requires_grad == theirs.requires_grad, name
-    for (name, own), theirs in zip(ours.named_modules(), plain.modules()):
+    theirs = dict(plain.named_modules())
+    for name, own in ours.named_modules():
         if isinstance(own, nn.BatchNorm2d):
-            assert own.training == theirs.training, name
+            assert own.training == theirs[name].training, name
 
 
 @pytest.mark.parametrize('arguments', [
@@ -318,6 +320,24 @@ def test_norm_eval_keeps_statistics():
     model(torch.randn(2, 3, 64, 64))
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
+
+
+def test_stochastic_depth_drops_whole_residuals_in_training():
+    model = ACmixResNet(**SMALL, norm_eval=False, drop_path_rate=0.5)
+    blocks = [module for module in model.modules() if isinstance(module, ACmixBottleneck)]
+    rates = [block.drop.drop_prob for block in blocks]
+    assert rates == torch.linspace(0, 0.5, len(blocks)).tolist()
+    x = torch.randn(1, blocks[-1].conv1.in_channels, 6, 5).expand(32, -1, -1, -1)
+    with torch.no_grad():
+        actual = blocks[-1](x)
+        shortcut = blocks[-1].downsample(x)
+        blocks[-1].drop = nn.Identity()
+        residual = blocks[-1].add_residual(x) - shortcut
+    kept = [bool((each - shortcut[0].relu()).abs().max() > 1e-3) for each in actual]
+    assert 4 < sum(kept) < 28
+    for each, is_kept in zip(actual, kept):
+        torch.testing.assert_close(each, (shortcut + 2 * is_kept * residual)[0].relu(),
+                                   rtol=1e-4, atol=1e-4)
 
 
 def test_attention_alone_takes_what_a_plain_resnet_has_in_common(tmp_path):

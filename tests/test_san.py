@@ -309,6 +309,22 @@ def test_checkpointing_changes_nothing_but_memory():
         torch.testing.assert_close(plain, recomputed)
 
 
+def test_stochastic_depth_drops_whole_residuals_in_training():
+    model = ACmixSAN(**TINY, drop_path_rate=0.5)
+    blocks = [module for module in model.modules() if isinstance(module, ACmixSANBlock)]
+    rates = [block.drop.drop_prob for block in blocks]
+    assert rates == torch.linspace(0, 0.5, len(blocks)).tolist()
+    x = torch.randn(1, blocks[-1].conv.out_channels, 6, 5).expand(32, -1, -1, -1)
+    with torch.no_grad():
+        actual = blocks[-1](x)
+        blocks[-1].drop = nn.Identity()
+        residual = blocks[-1](x) - x
+    kept = [bool((each - x[0]).abs().max() > 1e-3) for each in actual]
+    assert 4 < sum(kept) < 28
+    for each, is_kept in zip(actual, kept):
+        torch.testing.assert_close(each, (x + 2 * is_kept * residual)[0], rtol=1e-4, atol=1e-4)
+
+
 def pretrained(path, **arguments):
     model = ACmixSAN(**{**TINY, **arguments},
                      init_cfg=dict(type='Pretrained', checkpoint=str(path)))

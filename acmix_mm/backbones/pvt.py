@@ -19,12 +19,22 @@ from mmengine.model.weight_init import (
 from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as_plain
 from acmix_mm.layers import ReducedACmix
 from acmix_mm.pretrained import Pretrained, read_pretrained
 
 from .position_tables import resize_grid
+
+
+class PaddedPatchEmbed(PatchEmbed):
+    """MMCV's, on a map that is padded with zeros at its bottom and right to at least one patch."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        bottom, right = (max(side - 2 * padding - extent, 0) for side, padding, extent in
+                         zip(self.projection.kernel_size, self.projection.padding, x.shape[2:]))
+        return super().forward(F.pad(x, (0, right, 0, bottom)) if bottom or right else x)
 
 
 class AbsolutePositionEmbedding(nn.Module):
@@ -68,8 +78,10 @@ class ACmixPVTBlock(nn.Module):
 
     def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int, drop_rate: float,
                  attn_drop_rate: float, drop_path_rate: float, qkv_bias: bool, act_cfg: dict,
-                 norm_cfg: dict, sr_ratio: int, use_conv_ffn: bool, mix: str) -> None:
+                 norm_cfg: dict, sr_ratio: int, use_conv_ffn: bool, with_cp: bool,
+                 mix: str) -> None:
         super().__init__()
+        self.with_cp = with_cp
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = ReducedACmix(
             embed_dims=embed_dims,
@@ -86,6 +98,11 @@ class ACmixPVTBlock(nn.Module):
                           use_conv_ffn, act_cfg)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return recompute(self.mix_and_feed_forward, x, hw_shape, use_reentrant=False)
+        return self.mix_and_feed_forward(x, hw_shape)
+
+    def mix_and_feed_forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         mixed = self.attn(self.norm1(x).unflatten(1, hw_shape))
         x = x + self.drop(mixed.flatten(1, 2))
         return x + self.ffn(self.norm2(x), hw_shape)
@@ -96,9 +113,9 @@ class ACmixPyramidVisionTransformer(BaseModule):
     """Pyramid Vision Transformer (PVT v1) whose blocks mix attention with convolution.
 
     Takes the arguments of MMDetection's ``PyramidVisionTransformer`` with the same meaning, and
-    ``mix``. Parameter names are MMDetection's, with the authors' names for what ACmix adds under
-    ``attn``. As there, a stage covers whole patches, and rows and columns that are left over at
-    the bottom and right are dropped; what is smaller than one patch is padded to one.
+    ``with_cp`` and ``mix``. Parameter names are MMDetection's, with the authors' names for what
+    ACmix adds under ``attn``. As there, a stage covers whole patches, and rows and columns that are
+    left over at the bottom and right are dropped; what is smaller than one patch is padded to one.
 
     The authors' code for PVT is unpublished; they publish 13M parameters and 2.0G multiply-adds
     for PVT-Tiny, 25M and 3.9G for PVT-Small, at 224×224 with a 1000-class head. Counted here, as
@@ -147,6 +164,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
         use_conv_ffn: whether the feed-forward layers have a depth-wise 3×3 convolution.
         act_cfg: activation of the feed-forward layers.
         norm_cfg: all norms.
+        with_cp: recompute the blocks in the backward pass to save memory.
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
         convert_weights: says that the checkpoint is in the PVT authors' naming. Accepted for the
             configs that have it; the naming is recognised from the keys either way.
@@ -182,6 +200,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
                  use_conv_ffn: bool = False,
                  act_cfg: dict = dict(type='GELU'),
                  norm_cfg: dict = dict(type='LN', eps=1e-6),
+                 with_cp: bool = False,
                  pretrained: Optional[str] = None,
                  convert_weights: bool = True,
                  init_cfg: Optional[dict] = None,
@@ -204,7 +223,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
         self.layers = ModuleList()
         for stage, depth in enumerate(num_layers):
             channels = embed_dims * num_heads[stage]
-            patch_embed = PatchEmbed(
+            patch_embed = PaddedPatchEmbed(
                 in_channels=in_channels,
                 embed_dims=channels,
                 kernel_size=patch_sizes[stage],
@@ -228,6 +247,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
                     norm_cfg=norm_cfg,
                     sr_ratio=sr_ratios[stage],
                     use_conv_ffn=use_conv_ffn,
+                    with_cp=with_cp,
                     mix=mix))
             norm = build_norm_layer(norm_cfg, channels)[1] if norm_after_stage else nn.Identity()
             self.layers.append(ModuleList([patch_embed, blocks, norm]))
@@ -235,15 +255,23 @@ class ACmixPyramidVisionTransformer(BaseModule):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
-        outs = []
-        for index, (patch_embed, blocks, norm) in enumerate(self.layers):
-            x, hw_shape = patch_embed(pad_to_one_patch(x, patch_embed.projection))
+        return self.forward_stages(x, self.out_indices)
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+
+        Later stages do not run.
+        """
+        maps = []
+        for index in range(max(indices) + 1):
+            patch_embed, blocks, norm = self.layers[index]
+            x, hw_shape = patch_embed(x)
             for block in blocks:
                 x = block(x, hw_shape)
             x = norm(x).unflatten(1, hw_shape).permute(0, 3, 1, 2)
-            if index in self.out_indices:
-                outs.append(x.contiguous())
-        return outs
+            if index in indices:
+                maps.append(x.contiguous())
+        return maps
 
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, or initialise as PVT does."""
@@ -252,6 +280,10 @@ class ACmixPyramidVisionTransformer(BaseModule):
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
+        self.init_from_scratch()
+
+    def init_from_scratch(self) -> None:
+        """Initialise as PVT does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_init(module, std=0.02, bias=0.)
@@ -284,13 +316,6 @@ class ACmixPyramidVisionTransformer(BaseModule):
                 r'|\.out_proj\.' if self.mix == 'conv' else ''))
         if not is_acmix and self.mix == 'acmix':
             start_as_plain(self, 'PVT')
-
-
-def pad_to_one_patch(x: Tensor, projection: nn.Conv2d) -> Tensor:
-    """Pad a map with zeros at its bottom and right where it is smaller than one patch."""
-    bottom, right = (max(side - 2 * padding - extent, 0) for side, padding, extent in
-                     zip(projection.kernel_size, projection.padding, x.shape[2:]))
-    return F.pad(x, (0, right, 0, bottom)) if bottom or right else x
 
 
 def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Optional
 
 import torch
 from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import build_dropout
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, Sequential, constant_init, kaiming_init
 from mmengine.registry import MODELS
@@ -30,8 +31,8 @@ class ACmixBottleneck(nn.Module):
     expansion = 4
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
-                 downsample: Optional[nn.Module], norm_cfg: dict, with_cp: bool,
-                 acmix: Optional[dict]) -> None:
+                 downsample: Optional[nn.Module], norm_cfg: dict, drop_path_rate: float,
+                 with_cp: bool, acmix: Optional[dict]) -> None:
         super().__init__()
         out_channels = channels * self.expansion
         first_stride, second_stride = (1, stride) if style == 'pytorch' else (stride, 1)
@@ -50,6 +51,7 @@ class ACmixBottleneck(nn.Module):
             self.norm_names.append(name)
             self.add_module(name, norm)
         self.relu = nn.ReLU(inplace=True)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
         self.downsample = downsample
         self.with_cp = with_cp
 
@@ -68,7 +70,7 @@ class ACmixBottleneck(nn.Module):
         norm1, norm2, norm3 = (getattr(self, name) for name in self.norm_names)
         out = self.relu(norm1(self.conv1(x)))
         out = self.relu(norm2(self.conv2(out)))
-        out = norm3(self.conv3(out))
+        out = self.drop(norm3(self.conv3(out)))
         return out + (x if self.downsample is None else self.downsample(x))
 
 
@@ -77,9 +79,9 @@ class ACmixResNet(BaseModule):
     """ResNet whose bottlenecks mix local attention with convolution.
 
     Takes the arguments of MMDetection's ``ResNet`` that are listed here, with the same meaning,
-    and ``stage_blocks``, ``num_heads``, ``attn_kernel_size``, ``mix``, ``acmix_stages``. Parameter
-    names are those of the authors' code. ``conv_cfg``, ``dcn`` and ``plugins`` are not taken: they
-    are about the convolutions that ACmix replaces.
+    and ``stage_blocks``, ``num_heads``, ``attn_kernel_size``, ``drop_path_rate``, ``mix``,
+    ``acmix_stages``. Parameter names are those of the authors' code. ``conv_cfg``, ``dcn`` and
+    ``plugins`` are not taken: they are about the convolutions that ACmix replaces.
 
     Args:
         depth: 26, 38 or 50: which ``stage_blocks`` to take.
@@ -107,6 +109,7 @@ class ACmixResNet(BaseModule):
         stage_blocks: blocks of each stage, in place of what ``depth`` says.
         num_heads: attention heads of every ACmix layer.
         attn_kernel_size: side of attention's neighbourhood.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
         acmix_stages: stages that use ACmix; the others keep their 3×3 convolutions.
 
@@ -137,6 +140,7 @@ class ACmixResNet(BaseModule):
                  stage_blocks: Optional[Sequence[int]] = None,
                  num_heads: int = 4,
                  attn_kernel_size: int = 7,
+                 drop_path_rate: float = 0.,
                  mix: str = 'acmix',
                  acmix_stages: Sequence[int] = (0, 1, 2, 3)) -> None:
         if depth not in STAGE_BLOCKS:
@@ -169,8 +173,10 @@ class ACmixResNet(BaseModule):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
         acmix = dict(num_heads=num_heads, attn_kernel_size=attn_kernel_size, mix=mix)
+        stage_blocks = tuple(stage_blocks or STAGE_BLOCKS[depth])[:num_stages]
+        rates = torch.linspace(0, drop_path_rate, sum(stage_blocks), device='cpu').tolist()
         self.layers = []
-        for stage, blocks in enumerate((stage_blocks or STAGE_BLOCKS[depth])[:num_stages]):
+        for stage, blocks in enumerate(stage_blocks):
             width = base_channels * 2**stage
             out_channels = width * ACmixBottleneck.expansion
             stage_layers = []
@@ -180,8 +186,8 @@ class ACmixResNet(BaseModule):
                 if stride != 1 or channels != out_channels:
                     shortcut = downsampling(channels, out_channels, stride, avg_down, norm_cfg)
                 stage_layers.append(ACmixBottleneck(
-                    channels, width, stride, dilations[stage], style, shortcut, norm_cfg, with_cp,
-                    acmix if stage in acmix_stages else None))
+                    channels, width, stride, dilations[stage], style, shortcut, norm_cfg,
+                    rates.pop(0), with_cp, acmix if stage in acmix_stages else None))
                 channels = out_channels
             self.layers.append(f'layer{stage + 1}')
             self.add_module(self.layers[-1], Sequential(*stage_layers))
@@ -189,18 +195,25 @@ class ACmixResNet(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        return tuple(self.forward_stages(x, self.out_indices))
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+
+        Later stages do not run.
+        """
         if self.deep_stem:
             x = self.stem(x)
         else:
             x = self.relu(getattr(self, self.norm_name)(self.conv1(x)))
         # ACmix computes in this format; what reads the outputs may not look at strides.
         x = self.maxpool(x).contiguous(memory_format=torch.channels_last)
-        outs = []
-        for stage, name in enumerate(self.layers):
+        maps = []
+        for stage, name in enumerate(self.layers[:max(indices) + 1]):
             x = getattr(self, name)(x)
-            if stage in self.out_indices:
-                outs.append(x.contiguous())
-        return tuple(outs)
+            if stage in indices:
+                maps.append(x.contiguous())
+        return maps
 
     def train(self, mode: bool = True) -> 'ACmixResNet':
         """Switch the mode; frozen stages, and batch norms under norm_eval, stay in evaluation."""
@@ -222,15 +235,19 @@ class ACmixResNet(BaseModule):
             module.eval().requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or initialise as ResNet does.
-
-        Shift kernels and rates keep what their layers started them with.
-        """
+        """Load the checkpoint of ``init_cfg``, or initialise as ResNet does."""
         if self.init_cfg is not None:
             self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'ResNet'))
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
+        self.init_from_scratch()
+
+    def init_from_scratch(self) -> None:
+        """Initialise as ResNet does.
+
+        Shift kernels and rates keep what their layers started them with.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 kaiming_init(module)
@@ -262,7 +279,7 @@ class ACmixResNet(BaseModule):
             self, state_dict, source=found.source,
             recognised=str(found),
             may_lack=r'num_batches_tracked$' + (r'|\.conv_p\.' if errors else ''),
-            may_drop=r'^fc\.',
+            may_drop=r'^(fc|head)\.',
             leave=unlike_attention)
         if errors:
             print_log('  3×3 convolutions became the nearest convolution paths, with rate1 = 0. '

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Optional
 
+import torch
 from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import build_dropout
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS
@@ -25,8 +27,8 @@ STAGE_EXPANSIONS = (1, 4, 8, 16, 32)
 class ACmixSANBlock(nn.Module):
     """x + linear(relu(norm(ACmix(relu(norm(x)))))), all on (batch, channels, height, width)."""
 
-    def __init__(self, channels: int, kernel_size: int, norm_cfg: dict, with_cp: bool,
-                 mix: str) -> None:
+    def __init__(self, channels: int, kernel_size: int, norm_cfg: dict, drop_path_rate: float,
+                 with_cp: bool, mix: str) -> None:
         super().__init__()
         mid_channels = channels // 4
         self.with_cp = with_cp
@@ -41,6 +43,7 @@ class ACmixSANBlock(nn.Module):
         self.bn2 = build_norm_layer(norm_cfg, mid_channels)[1]
         self.conv = nn.Conv2d(mid_channels, channels, 1)
         self.relu = nn.ReLU(inplace=True)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and x.requires_grad:
@@ -49,7 +52,7 @@ class ACmixSANBlock(nn.Module):
 
     def add_residual(self, x: Tensor) -> Tensor:
         out = self.sam(self.relu(self.bn1(x)))
-        return x + self.conv(self.relu(self.bn2(out)))
+        return x + self.drop(self.conv(self.relu(self.bn2(out))))
 
 
 @MODELS.register_module()
@@ -92,6 +95,7 @@ class ACmixSAN(BaseModule):
         frozen_stages: freeze the stem (0) and that many stages; -1 freezes nothing.
         norm_cfg: batch norms.
         norm_eval: keep the running statistics of batch norms fixed in training.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         with_cp: recompute the blocks in the backward pass to save memory.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-SAN of this class, or
             the SAN authors' plain, patch-wise SAN, or None. A plain SAN starts with rate1 = 1 and
@@ -111,6 +115,7 @@ class ACmixSAN(BaseModule):
                  frozen_stages: int = -1,
                  norm_cfg: dict = dict(type='BN', requires_grad=True),
                  norm_eval: bool = False,
+                 drop_path_rate: float = 0.,
                  with_cp: bool = False,
                  init_cfg: Optional[dict] = None,
                  mix: str = 'acmix') -> None:
@@ -130,13 +135,14 @@ class ACmixSAN(BaseModule):
 
         self.conv_in = nn.Conv2d(in_channels, base_channels, 1, bias=False)
         self.bn_in = build_norm_layer(norm_cfg, base_channels)[1]
+        rates = torch.linspace(0, drop_path_rate, sum(STAGE_BLOCKS[depth]), device='cpu').tolist()
         width = base_channels
         for stage, blocks in enumerate(STAGE_BLOCKS[depth]):
             channels = base_channels * STAGE_EXPANSIONS[stage]
             self.add_module(f'conv{stage}', nn.Conv2d(width, channels, 1, bias=False))
             self.add_module(f'bn{stage}', build_norm_layer(norm_cfg, channels)[1])
             self.add_module(f'layer{stage}', Sequential(*(
-                ACmixSANBlock(channels, STAGE_KERNELS[stage], norm_cfg, with_cp, mix)
+                ACmixSANBlock(channels, STAGE_KERNELS[stage], norm_cfg, rates.pop(0), with_cp, mix)
                 for _ in range(blocks))))
             width = channels
         self.relu = nn.ReLU(inplace=True)
@@ -145,14 +151,21 @@ class ACmixSAN(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        return tuple(self.forward_stages(x, self.out_indices))
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+
+        Later stages do not run.
+        """
         x = self.relu(self.bn_in(self.conv_in(x)))
-        outs = []
-        for stage in range(len(STAGE_KERNELS)):
+        maps = []
+        for stage in range(max(indices) + 1):
             conv, layer, norm = self.parts(stage)
             x = self.relu(norm(layer(conv(self.pool(x)))))
-            if stage in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+            if stage in indices:
+                maps.append(x)
+        return maps
 
     def parts(self, stage: int) -> list[nn.Module]:
         """The transition into a stage, its blocks, and the norm behind them."""
@@ -177,15 +190,16 @@ class ACmixSAN(BaseModule):
             module.eval().requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``; otherwise all keep what they were started with.
-
-        PyTorch's own initialisation is what the SAN authors train from.
-        """
+        """Load the checkpoint of ``init_cfg``, or initialise as SAN does."""
         if self.init_cfg is not None:
             self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'SAN'))
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
+        self.init_from_scratch()
+
+    def init_from_scratch(self) -> None:
+        """Leave all layers as they started: PyTorch's own initialisation is SAN's."""
 
     def load_pretrained(self, found: Pretrained) -> None:
         """Load an ACmix-SAN checkpoint, or a plain SAN's.
@@ -198,6 +212,6 @@ class ACmixSAN(BaseModule):
             self, found.state_dict, source=found.source,
             recognised=str(found),
             may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else mixing),
-            may_drop=r'^fc\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
+            may_drop=r'^(fc|head)\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
         if not found.is_acmix and self.mix == 'acmix':
             start_as_plain(self, 'SAN')

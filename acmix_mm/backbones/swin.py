@@ -188,7 +188,8 @@ class ACmixSwinTransformer(BaseModule):
             self.absolute_pos_embed = None
         self.drop_after_pos = nn.Dropout(drop_rate)
 
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).split(tuple(depths))
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(
+            tuple(depths))
         self.stages = ModuleList()
         for stage, (depth, channels) in enumerate(zip(depths, self.num_features)):
             is_last = stage == len(depths) - 1
@@ -218,20 +219,29 @@ class ACmixSwinTransformer(BaseModule):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
+        maps = self.forward_stages(x, self.out_indices)
+        return [norm_channels(getattr(self, f'norm{index}'), out)
+                for index, out in zip(sorted(self.out_indices), maps)]
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+
+        They have not passed their output norms, and later stages do not run.
+        """
         x, hw_shape = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
             x = x + self.position_embedding(hw_shape)
         x = self.drop_after_pos(x)
 
-        outs = []
-        for index, stage in enumerate(self.stages):
+        maps, last = [], max(indices)
+        for index in range(last + 1):
+            stage = self.stages[index]
             x = stage(x, hw_shape)
-            if index in self.out_indices:
-                out = getattr(self, f'norm{index}')(x)
-                outs.append(out.unflatten(1, hw_shape).permute(0, 3, 1, 2).contiguous())
-            if stage.downsample is not None:
+            if index in indices:
+                maps.append(x.unflatten(1, hw_shape).permute(0, 3, 1, 2))
+            if index < last:
                 x, hw_shape = stage.downsample(x, hw_shape)
-        return outs
+        return maps
 
     def position_embedding(self, hw_shape: tuple[int, int]) -> Tensor:
         """The absolute position embedding for a grid of patches, (1, height · width, channels)."""
@@ -264,6 +274,10 @@ class ACmixSwinTransformer(BaseModule):
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')
+        self.init_from_scratch()
+
+    def init_from_scratch(self) -> None:
+        """Initialise as Swin does; rates and shift kernels go to their start."""
         if self.absolute_pos_embed is not None:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
         for module in self.modules():
@@ -312,6 +326,11 @@ class ACmixSwinTransformer(BaseModule):
                 side = int(table.shape[1]**0.5)
                 state_dict[key] = resize_grid(table, (side, side), self.patch_grid,
                                               'bicubic')
+
+
+def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply a norm of the last axis to the channels of a map (batch, channels, h, w)."""
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
 def fold_rate(state_dict: dict[str, Tensor], mix: str) -> dict[str, Tensor]:

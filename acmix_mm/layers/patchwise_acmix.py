@@ -138,13 +138,15 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
     Returns:
         scale and shift, (channels of ``norm``,), at least float32.
     """
-    if norm.training or norm.running_mean is None:
+    # What takes the place of a batch norm to freeze it may well be in training mode.
+    is_learning = norm.training and isinstance(norm, _BatchNorm)
+    if is_learning or norm.running_mean is None:
         means, variances = zip(*(statistics(pad_mirrored(maps, reach), q.shape[2:])
                                  for maps, reach in ((q, 0), (k, kernel_size // 2))))
         mean, variance, count = torch.cat(means), torch.cat(variances), q[:, 0].numel()
         if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized():
             mean, variance, count = of_all_processes(mean, variance, count, norm.process_group)
-        if norm.training and norm.running_mean is not None:
+        if is_learning and norm.running_mean is not None:
             update_running_statistics(norm, mean, variance, count)
     else:
         mean, variance = norm.running_mean, norm.running_var
