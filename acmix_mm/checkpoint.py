@@ -78,6 +78,11 @@ def read_checkpoint(source: str) -> Mapping:
         raise CheckpointError(explain_load_error(source, error)) from error
 
 
+def is_path(source: str) -> bool:
+    """Whether a checkpoint's source is a file here, and no address that something downloads."""
+    return '://' not in source and not source.startswith(HUB_SCHEMES)
+
+
 def read_from_timm(name: str) -> Mapping[str, Tensor]:
     """Let timm build a model, download its weights if it has to, and load them."""
     try:

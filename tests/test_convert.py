@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from contextlib import nullcontext
 
 import mmdet.models.backbones.pvt as mmdet_pvt
 import mmdet.models.backbones.swin as mmdet_swin
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 from conftest import relative_error
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,8 +25,10 @@ from acmix_mm.backbones import (
     ACmixSAN,
     ACmixSwinTransformer,
 )
+from acmix_mm.checkpoint import is_path
 from acmix_mm.convert import ARCHS, architecture, convert, in_config
 from acmix_mm.datasets.shapes import draw
+from acmix_mm.engine.runner import prepared
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.pretrained import read_pretrained
 
@@ -169,6 +173,17 @@ def test_through_timm(source, run_tool, tmp_path):
     assert absent.returncode == 1
     assert re.fullmatch(r'error: The checkpoint \S+ could not be downloaded .*\n', absent.stderr)
     assert not (tmp_path / 'no.pth').exists()
+
+
+@pytest.mark.parametrize(('source', 'expected'), [
+    ('weights.pth', True), ('a/b.safetensors', True), ('https://host/a.pth', False),
+    ('timm://resnet50', False), ('torchvision://resnet50', False), ('hf-hub:timm/resnet50', False),
+])
+def test_files_are_looked_for_before_training_and_addresses_are_not(source, expected):
+    assert is_path(source) == expected
+    refused = pytest.raises(CheckpointError, match='does not exist') if expected else nullcontext()
+    with refused, prepared(Config(dict(launcher='none')), [source]):
+        pass
 
 
 def test_unknown_timm_model(run_tool, tmp_path):

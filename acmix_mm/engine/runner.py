@@ -18,6 +18,7 @@ from acmix_mm.checkpoint import (
     LOAD_ERRORS,
     allow_mmengine_checkpoints,
     explain_load_error,
+    is_path,
     summary,
     weights_only,
 )
@@ -88,7 +89,7 @@ def test(cfg: Config) -> dict[str, float]:
 def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
     """Check the checkpoints, prepare for a CPU, and explain failed downloads and empty data."""
     for source in sources:
-        if '://' not in source and not os.path.isfile(source):
+        if is_path(source) and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
     allow_mmengine_checkpoints()
     if not torch.cuda.is_available():
@@ -96,7 +97,7 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (URLError, ConnectionError, TimeoutError) as error:
-        remote = [source for source in sources if '://' in source]
+        remote = [source for source in sources if not is_path(source)]
         raise CheckpointError(explain_load_error(' or '.join(remote), error)) from error
     except ValueError as error:
         # What MMEngine says of a dataset without a picture.
