@@ -274,11 +274,12 @@ def start_as_plain(model: nn.Module, host: str) -> None:
 
     ``host`` is what that network is called, for the log.
     """
-    for name, parameter in model.named_parameters():
-        rate = name.rpartition('.')[2]
-        if rate in ('rate1', 'rate2'):
-            nn.init.constant_(parameter, float(rate == 'rate1'))
-    print_log(f'  rate1 = 1 and rate2 = 0: at first it computes what the plain {host} did.',
+    rates = {name: parameter for name, parameter in model.named_parameters()
+             if name.endswith(('.rate1', '.rate2'))}
+    for name, parameter in rates.items():
+        nn.init.constant_(parameter, float(name.endswith('.rate1')))
+    print_log(f'  rate1 = 1 and rate2 = 0: at first it computes what the plain {host} did.' if rates
+              else f'  Without rates the convolution path adds to what the plain {host} did.',
               logger='current')
 
 

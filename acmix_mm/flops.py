@@ -104,15 +104,17 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def convolution_path(layer: nn.Module, channels: int, outputs: int) -> int:
-    """Multiply-adds of fc and shifts.
+    """Multiply-adds of fc and shifts; moving a map takes none.
 
     Args:
         layer: one with ``fc`` and ``dep_conv``.
         channels: of queries, keys and values together, over all positions that the fc mixes.
         outputs: positions that give an output.
     """
-    out_channels, num_shifts = layer.dep_conv.weight.shape[:2]
-    return num_shifts * channels + num_shifts**2 * out_channels * outputs
+    num_shifts = len(layer.fc.matrix)
+    kernels = layer.dep_conv.kernels
+    shifts = 0 if kernels is None else num_shifts**2 * len(kernels) * outputs
+    return num_shifts * channels + shifts
 
 
 def count_acmix_conv(layer: ACmixConv2d, x: Tensor, out: Tensor) -> dict[str, int]:

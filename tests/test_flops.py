@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import acmix_mm.layers.acmix_conv as conv_module
+import acmix_mm.layers.conv_path as conv_path
 import acmix_mm.layers.patchwise_acmix as patchwise_module
-import acmix_mm.layers.reduced_acmix as reduced_module
 import acmix_mm.layers.window_acmix as window_module
 from acmix_mm.engine.complexity import complexity_report
 from acmix_mm.engine.config import load_config
@@ -35,8 +35,8 @@ def test_window_acmix_counts_alike_in_every_form(attention, convolution, monkeyp
     """Two pictures of 5×6, windows of 4: attention's map is padded to 8×8."""
     monkeypatch.setattr(window_module, 'window_attention', functools.partial(
         window_module.window_attention, form=attention))
-    monkeypatch.setattr(window_module, 'shift_conv', functools.partial(
-        window_module.shift_conv, form=convolution))
+    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(
+        conv_path.shift_conv, form=convolution))
     layer = WindowACmix(12, 3, window_size=4, shift_size=2)
     counts = count(layer, lambda: layer(torch.zeros(2, 5, 6, 12)))
     assert numbers(counts) == {
@@ -57,8 +57,8 @@ def test_acmix_conv_counts_alike_in_every_form(attention, convolution, monkeypat
     """Stride 2 on 7×5: q, k, v and the fc are of all 35 positions, the outputs 4×3."""
     monkeypatch.setattr(conv_module, 'sliding_window_attention', functools.partial(
         conv_module.sliding_window_attention, form=attention))
-    monkeypatch.setattr(conv_module, 'shift_conv', functools.partial(
-        conv_module.shift_conv, form=convolution))
+    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(
+        conv_path.shift_conv, form=convolution))
     layer = ACmixConv2d(6, 8, stride=2, num_heads=2, attn_kernel_size=5)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), layer)
     assert numbers(count(model, lambda: model(torch.zeros(2, 3, 7, 5)))) == {
@@ -94,14 +94,15 @@ def test_patchwise_acmix_counts_alike_in_every_form(form, monkeypatch):
     }
 
 
-@pytest.mark.parametrize(('layer', 'module', 'x'), [
-    (WindowACmix(12, 3, 4, 2), window_module, torch.empty(2, 8, 12, 12)),
-    (WindowACmix(12, 3, 7, 3), window_module, torch.empty(1, 5, 3, 12)),
-    (ReducedACmix(12, 3, 1), reduced_module, torch.empty(2, 6, 5, 12)),
+@pytest.mark.parametrize(('layer', 'x'), [
+    (WindowACmix(12, 3, 4, 2), torch.empty(2, 8, 12, 12)),
+    (WindowACmix(12, 3, 7, 3), torch.empty(1, 5, 3, 12)),
+    (ReducedACmix(12, 3, 1), torch.empty(2, 6, 5, 12)),
 ], ids=['windows', 'one window', 'reduced'])
-def test_formula_is_what_a_form_without_detours_computes(layer, module, x, monkeypatch):
+def test_formula_is_what_a_form_without_detours_computes(layer, x, monkeypatch):
     """Attention by matrix products and the convolution in two steps, counted by torch."""
-    monkeypatch.setattr(module, 'shift_conv', functools.partial(module.shift_conv, form='two_step'))
+    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(
+        conv_path.shift_conv, form='two_step'))
     layer, x = layer.to('meta'), x.to('meta')
     with FlopCounterMode(display=False) as counter:
         layer(x)

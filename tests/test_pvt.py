@@ -9,7 +9,7 @@ import torch
 from conftest import relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-import acmix_mm.layers.reduced_acmix as reduced_module
+import acmix_mm.layers.conv_path as conv_path
 from acmix_mm.backbones import ACmixPyramidVisionTransformer
 from acmix_mm.errors import CheckpointError
 from acmix_mm.layers import ReducedACmix
@@ -69,7 +69,7 @@ def test_takes_the_arguments_of_plain_pvt():
     own = inspect.signature(ACmixPyramidVisionTransformer.__init__).parameters
     for name, parameter in theirs.items():
         assert own[name].default == parameter.default, name
-    assert set(own) - set(theirs) == {'mix', 'with_cp'}
+    assert set(own) - set(theirs) == {'acmix_cfg', 'mix', 'with_cp'}
 
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
@@ -163,7 +163,7 @@ COUNTS = [
 def test_counts_with_a_head_of_1000_classes(mix, num_layers, form, parameters, multiply_adds,
                                             monkeypatch):
     """At 224×224, the convolution path as it runs and in the paper's two steps."""
-    monkeypatch.setattr(reduced_module, 'shift_conv', functools.partial(shift_conv, form=form))
+    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(shift_conv, form=form))
     with torch.device('meta'):
         model = ACmixPyramidVisionTransformer(num_layers=num_layers, mix=mix)
         image = torch.empty(1, 3, 224, 224)

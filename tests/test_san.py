@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+import acmix_mm.layers.conv_path as conv_path
 import acmix_mm.layers.patchwise_acmix as patchwise_module
 from acmix_mm.backbones import ACmixSAN
 from acmix_mm.backbones.san import ACmixSANBlock
@@ -181,9 +182,10 @@ def test_layer_equals_reference_forms(size, monkeypatch):
     x = torch.randn(2, 32, *size, dtype=torch.float64, requires_grad=True)
     fast = layer(x)
     gradient, = torch.autograd.grad(fast.sin().sum(), x)
-    for name in ('shift_conv', 'patch_features', 'patch_aggregation'):
-        operator = getattr(patchwise_module, name)
-        monkeypatch.setattr(patchwise_module, name, functools.partial(operator, form='reference'))
+    for module, name in ((conv_path, 'shift_conv'), (patchwise_module, 'patch_features'),
+                         (patchwise_module, 'patch_aggregation')):
+        operator = getattr(module, name)
+        monkeypatch.setattr(module, name, functools.partial(operator, form='reference'))
     slow = layer(x)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(gradient, torch.autograd.grad(slow.sin().sum(), x)[0])

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.backbones.swin import ACmixSwinBlock, ACmixSwinTransformer
 from acmix_mm.engine.config import load_config
-from acmix_mm.layers import WindowACmix
+from acmix_mm.layers import WindowACmix, conv_path, window_acmix
 from acmix_mm.pretrained.swin import to_backbone_names
 
 SMALL = dict(embed_dims=24, depths=(2, 2, 2, 2), num_heads=(3, 3, 6, 12))
@@ -38,7 +38,7 @@ def test_block_equals_published_code(golden, name):
         meta['dim'], meta['num_heads'], 4 * meta['dim'], meta['window_size'],
         shift=meta['shift_size'] > 0, qkv_bias=True, qk_scale=None, drop_rate=0.,
         attn_drop_rate=0., drop_path_rate=0., act_cfg=dict(type='GELU'), norm_cfg=dict(type='LN'),
-        with_cp=False, mix='acmix')
+        with_cp=False, acmix=dict())
     own_names = {}
     for key in meta['state']:
         renamed = key.replace('attn.', 'attn.w_msa.').replace('mlp.fc1', 'ffn.layers.0.0')
@@ -133,7 +133,7 @@ def test_takes_the_arguments_of_plain_swin(rival):
     own = inspect.signature(ACmixSwinTransformer.__init__).parameters
     for name, parameter in theirs.items():
         assert own[name].default == parameter.default, name
-    assert set(own) - set(theirs) <= {'mix', 'convert_weights'}
+    assert set(own) - set(theirs) <= {'acmix_cfg', 'mix', 'convert_weights'}
 
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
@@ -155,8 +155,7 @@ def test_layer_equals_reference_forms(size, shift_size, monkeypatch):
     x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
     fast = layer(x)
     gradient, = torch.autograd.grad(fast.sin().sum(), x)
-    import acmix_mm.layers.window_acmix as module
-    for name in ('shift_conv', 'window_attention'):
+    for module, name in ((conv_path, 'shift_conv'), (window_acmix, 'window_attention')):
         operator = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, operator=operator, **kwargs: operator(
             *args, **kwargs, form='reference'))

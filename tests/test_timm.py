@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import acmix_mm.timm  # noqa: F401
 from acmix_mm.flops import count, total
-from acmix_mm.layers.conv_path import ShiftKernels
+from acmix_mm.layers.conv_path import Shifts
 from acmix_mm.zoo import NETWORKS, count_network
 
 SWIN = 'acmix_swin_tiny_patch4_window7_224'
@@ -242,7 +242,7 @@ def test_starts_as_its_host(name, caplog):
         if key.rpartition('.')[2] in ('rate1', 'rate2'):
             assert parameter.item() == 0.5, key
     for module in model.modules():
-        if isinstance(module, ShiftKernels):
+        if isinstance(module, Shifts):
             assert torch.equal(module.weight[0].flatten(1), torch.eye(9))
     if name == 'acmix_resnet26':
         assert all(block.last_norm.weight.abs().max() == 0 for block in model.layer2)
@@ -314,7 +314,7 @@ def test_layer_decay_and_spared_parameters(name):
     spared = model.no_weight_decay()
     tables = [key for key in spared if not key.endswith(('.rate1', '.rate2'))]
     assert len(spared) - len(tables) == 2 * len([
-        module for module in model.modules() if isinstance(module, ShiftKernels)])
+        module for module in model.modules() if isinstance(module, Shifts)])
     assert bool(tables) == (name in (SWIN, 'acmix_pvt_tiny'))
     for key, parameter in model.named_parameters():
         decays = groups[id(parameter)]['weight_decay'] > 0

@@ -79,7 +79,7 @@ class ACmixPVTBlock(nn.Module):
     def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int, drop_rate: float,
                  attn_drop_rate: float, drop_path_rate: float, qkv_bias: bool, act_cfg: dict,
                  norm_cfg: dict, sr_ratio: int, use_conv_ffn: bool, with_cp: bool,
-                 mix: str) -> None:
+                 acmix: dict) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
@@ -91,7 +91,7 @@ class ACmixPVTBlock(nn.Module):
             attn_drop_rate=attn_drop_rate,
             proj_drop_rate=drop_rate,
             norm=lambda channels: build_norm_layer(norm_cfg, channels)[1],
-            mix=mix)
+            **acmix)
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = MixFFN(embed_dims, feedforward_channels, drop_rate, drop_path_rate,
@@ -172,6 +172,8 @@ class ACmixPyramidVisionTransformer(BaseModule):
             the PVT authors' or MMDetection's plain PVT, or None. A plain PVT starts with rate1 = 1
             and rate2 = 0: the network computes at first what the plain one did.
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
+        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+            ``shift_groups``; see :class:`acmix_mm.layers.ReducedACmix`.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -204,7 +206,8 @@ class ACmixPyramidVisionTransformer(BaseModule):
                  pretrained: Optional[str] = None,
                  convert_weights: bool = True,
                  init_cfg: Optional[dict] = None,
-                 mix: str = 'acmix') -> None:
+                 mix: str = 'acmix',
+                 acmix_cfg: Optional[dict] = None) -> None:
         per_stage = dict(num_layers=num_layers, num_heads=num_heads, patch_sizes=patch_sizes,
                          strides=strides, sr_ratios=sr_ratios)
         for name, numbers in per_stage.items():
@@ -248,7 +251,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
                     sr_ratio=sr_ratios[stage],
                     use_conv_ffn=use_conv_ffn,
                     with_cp=with_cp,
-                    mix=mix))
+                    acmix=dict(mix=mix, **(acmix_cfg or {}))))
             norm = build_norm_layer(norm_cfg, channels)[1] if norm_after_stage else nn.Identity()
             self.layers.append(ModuleList([patch_embed, blocks, norm]))
             in_channels = channels

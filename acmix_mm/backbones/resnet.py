@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg
 from acmix_mm.layers import ACmixConv2d
 from acmix_mm.pretrained import Pretrained, read_pretrained
-from acmix_mm.pretrained.from_convolution import replace_convolution
+from acmix_mm.pretrained.from_convolution import RATES, replace_convolution
 
 # Blocks of the four stages, as in the authors' code.
 STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
@@ -104,13 +104,16 @@ class ACmixResNet(BaseModule):
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with the authors' ACmix-ResNet, or a
             plain ResNet's (torchvision, timm, MMDetection), or None. Of a plain ResNet each 3×3
             convolution becomes the nearest convolution path, with rate1 = 0; that is no exact
-            copy, and the log says what is lost. With ``mix='attn'`` they are dropped, and the norms
-            behind them.
+            copy, and the log says what is lost. Where the layers have no such path (``mix='attn'``,
+            or an ``acmix_cfg`` of shared or fixed shifts, or without rates) they are dropped, and
+            the norms behind them.
         stage_blocks: blocks of each stage, in place of what ``depth`` says.
         num_heads: attention heads of every ACmix layer.
         attn_kernel_size: side of attention's neighbourhood.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
+        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+            ``shift_groups``; see :class:`acmix_mm.layers.ACmixConv2d`.
         acmix_stages: stages that use ACmix; the others keep their 3×3 convolutions.
 
     Raises:
@@ -142,6 +145,7 @@ class ACmixResNet(BaseModule):
                  attn_kernel_size: int = 7,
                  drop_path_rate: float = 0.,
                  mix: str = 'acmix',
+                 acmix_cfg: Optional[dict] = None,
                  acmix_stages: Sequence[int] = (0, 1, 2, 3)) -> None:
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
@@ -159,7 +163,6 @@ class ACmixResNet(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
-        self.mix = mix
         self.deep_stem = deep_stem
 
         channels = stem_channels or base_channels
@@ -172,7 +175,8 @@ class ACmixResNet(BaseModule):
             self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        acmix = dict(num_heads=num_heads, attn_kernel_size=attn_kernel_size, mix=mix)
+        acmix = dict(num_heads=num_heads, attn_kernel_size=attn_kernel_size, mix=mix,
+                     **(acmix_cfg or {}))
         stage_blocks = tuple(stage_blocks or STAGE_BLOCKS[depth])[:num_stages]
         rates = torch.linspace(0, drop_path_rate, sum(stage_blocks), device='cpu').tolist()
         self.layers = []
@@ -268,19 +272,19 @@ class ACmixResNet(BaseModule):
         replaced = {} if found.is_acmix else {
             name: block for name, block in self.named_modules()
             if isinstance(block, ACmixBottleneck) and isinstance(block.conv2, ACmixConv2d)}
-        errors = {} if self.mix == 'attn' else {
-            name: replace_convolution(state_dict, name, block.norm_names,
-                                      block.conv2.num_heads, with_rates=self.mix == 'acmix')
-            for name, block in replaced.items()}
-        # What a 3×3 convolution, and the norm behind it, learned says nothing of attention.
-        unlike_attention = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
-                                    for name, block in replaced.items() if self.mix == 'attn')
+        errors = {
+            name: replace_convolution(state_dict, name, block.norm_names, block.conv2.num_heads,
+                                      [rate for rate in RATES if hasattr(block.conv2, rate)])
+            for name, block in replaced.items() if block.conv2.can_stand_in}
+        # What other convolutions, and the norms behind them, learned says nothing of these layers.
+        unlike = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
+                          for name, block in replaced.items() if name not in errors)
         load_with_account(
             self, state_dict, source=found.source,
             recognised=str(found),
             may_lack=r'num_batches_tracked$' + (r'|\.conv_p\.' if errors else ''),
             may_drop=r'^(fc|head)\.',
-            leave=unlike_attention)
+            leave=unlike)
         if errors:
             print_log('  3×3 convolutions became the nearest convolution paths, with rate1 = 0. '
                       'Expected error, of the standard deviation of their outputs:\n    ' +

@@ -28,7 +28,7 @@ class ACmixSANBlock(nn.Module):
     """x + linear(relu(norm(ACmix(relu(norm(x)))))), all on (batch, channels, height, width)."""
 
     def __init__(self, channels: int, kernel_size: int, norm_cfg: dict, drop_path_rate: float,
-                 with_cp: bool, mix: str) -> None:
+                 with_cp: bool, acmix: dict) -> None:
         super().__init__()
         mid_channels = channels // 4
         self.with_cp = with_cp
@@ -39,7 +39,7 @@ class ACmixSANBlock(nn.Module):
             out_channels=mid_channels,
             kernel_size=kernel_size,
             norm=lambda width: build_norm_layer(norm_cfg, width)[1],
-            mix=mix)
+            **acmix)
         self.bn2 = build_norm_layer(norm_cfg, mid_channels)[1]
         self.conv = nn.Conv2d(mid_channels, channels, 1)
         self.relu = nn.ReLU(inplace=True)
@@ -101,6 +101,8 @@ class ACmixSAN(BaseModule):
             the SAN authors' plain, patch-wise SAN, or None. A plain SAN starts with rate1 = 1 and
             rate2 = 0: the network computes at first what the plain one did.
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
+        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+            ``shift_groups``; see :class:`acmix_mm.layers.PatchwiseACmix`.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -118,7 +120,8 @@ class ACmixSAN(BaseModule):
                  drop_path_rate: float = 0.,
                  with_cp: bool = False,
                  init_cfg: Optional[dict] = None,
-                 mix: str = 'acmix') -> None:
+                 mix: str = 'acmix',
+                 acmix_cfg: Optional[dict] = None) -> None:
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
                              f'{depth}.')
@@ -142,7 +145,8 @@ class ACmixSAN(BaseModule):
             self.add_module(f'conv{stage}', nn.Conv2d(width, channels, 1, bias=False))
             self.add_module(f'bn{stage}', build_norm_layer(norm_cfg, channels)[1])
             self.add_module(f'layer{stage}', Sequential(*(
-                ACmixSANBlock(channels, STAGE_KERNELS[stage], norm_cfg, rates.pop(0), with_cp, mix)
+                ACmixSANBlock(channels, STAGE_KERNELS[stage], norm_cfg, rates.pop(0), with_cp,
+                              dict(mix=mix, **(acmix_cfg or {})))
                 for _ in range(blocks))))
             width = channels
         self.relu = nn.ReLU(inplace=True)

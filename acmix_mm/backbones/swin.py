@@ -43,7 +43,7 @@ class ACmixSwinBlock(nn.Module):
     def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int,
                  window_size: int, shift: bool, qkv_bias: bool, qk_scale: Optional[float],
                  drop_rate: float, attn_drop_rate: float, drop_path_rate: float, act_cfg: dict,
-                 norm_cfg: dict, with_cp: bool, mix: str) -> None:
+                 norm_cfg: dict, with_cp: bool, acmix: dict) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
@@ -57,7 +57,7 @@ class ACmixSwinBlock(nn.Module):
             qk_scale=qk_scale,
             attn_drop_rate=attn_drop_rate,
             proj_drop_rate=drop_rate,
-            mix=mix)
+            **acmix)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FFN(
             embed_dims=embed_dims,
@@ -131,6 +131,8 @@ class ACmixSwinTransformer(BaseModule):
             Microsoft's Swin, or MMDetection's Swin, or None. A plain Swin starts with rate1 = 1
             and rate2 = 0: the network computes at first what the plain one did.
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
+        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+            ``shift_groups``; see :class:`acmix_mm.layers.WindowACmix`.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -162,7 +164,8 @@ class ACmixSwinTransformer(BaseModule):
                  convert_weights: bool = False,
                  frozen_stages: int = -1,
                  init_cfg: Optional[dict] = None,
-                 mix: str = 'acmix') -> None:
+                 mix: str = 'acmix',
+                 acmix_cfg: Optional[dict] = None) -> None:
         if strides[0] != patch_size:
             raise ValueError('Patches do not overlap: patch_size must equal strides[0], got '
                              f'{patch_size} and {strides[0]}.')
@@ -212,7 +215,7 @@ class ACmixSwinTransformer(BaseModule):
                 act_cfg=act_cfg,
                 norm_cfg=norm_cfg,
                 with_cp=with_cp,
-                mix=mix))
+                acmix=dict(mix=mix, **(acmix_cfg or {}))))
         for index in out_indices:
             self.add_module(f'norm{index}', build_norm_layer(norm_cfg, self.num_features[index])[1])
         self.freeze_stages()
@@ -335,11 +338,14 @@ def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
 
 def fold_rate(state_dict: dict[str, Tensor], mix: str) -> dict[str, Tensor]:
     """Multiply the rate of the one path that is kept into its last linear layer."""
-    rate, ends = {'attn': ('rate1', ('proj.weight', 'proj.bias')),
-                  'conv': ('rate2', ('dep_conv.weight',))}[mix]
+    ends = {'attn': ('proj.weight', 'proj.bias'), 'conv': ('dep_conv.weight',)}[mix]
     folded = dict(state_dict)
     for key, value in state_dict.items():
         prefix, _, name = key.rpartition('.w_msa.')
-        if prefix and name in ends:
-            folded[key] = value * state_dict[f'{prefix}.w_msa.{rate}']
+        rate = state_dict.get(f'{prefix}.w_msa.rate1')
+        if rate is not None and mix == 'conv':
+            # There is one rate where the other is the rest of it.
+            rate = state_dict.get(f'{prefix}.w_msa.rate2', 1 - rate)
+        if prefix and name in ends and rate is not None:
+            folded[key] = value * rate
     return folded

@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_mm.ops import project, shift_conv, sliding_window_attention
+from acmix_mm.ops import project, sliding_window_attention
 from acmix_mm.ops.tables import per_size
 
-from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
+from .conv_path import FullyConnected, Shifts, TwoPaths
 
 Size = Union[int, tuple[int, int]]
 
 
-class ACmixConv2d(nn.Module):
+class ACmixConv2d(TwoPaths):
     """A drop-in for a padded ``nn.Conv2d`` of odd kernel: same arguments, same output size.
 
     Paper: arXiv 2111.14556, section 4.1; out = rate1 · attention + rate2 · convolution (+ bias).
@@ -42,6 +42,9 @@ class ACmixConv2d(nn.Module):
         attn_kernel_size: side of attention's neighbourhood, odd.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
+        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -50,9 +53,9 @@ class ACmixConv2d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: Size = 3,
                  stride: Size = 1, padding: Optional[Size] = None, dilation: Size = 1,
                  groups: int = 1, bias: bool = True, num_heads: int = 4,
-                 attn_kernel_size: int = 7, mix: str = 'acmix') -> None:
-        super().__init__()
-        check_mix(mix)
+                 attn_kernel_size: int = 7, mix: str = 'acmix', combine: str = 'rates',
+                 shift: str = 'learned', shift_groups: Optional[int] = None) -> None:
+        super().__init__(mix, combine)
         kernel = one_side('kernel_size', kernel_size)
         step, spread = one_side('stride', stride), one_side('dilation', dilation)
         if groups != 1:
@@ -75,7 +78,6 @@ class ACmixConv2d(nn.Module):
 
         self.num_heads = num_heads
         self.attn_kernel_size = attn_kernel_size
-        self.mix = mix
         head_dims = out_channels // num_heads
         self.conv1 = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
         self.conv2 = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
@@ -84,10 +86,8 @@ class ACmixConv2d(nn.Module):
             self.conv_p = nn.Conv2d(2, head_dims, 1)
         if mix != 'attn':
             self.fc = FullyConnected(3 * num_heads, kernel, bias=False)
-            self.dep_conv = ShiftKernels(out_channels, kernel)
-        if mix == 'acmix':
-            self.rate1 = initial_rate()
-            self.rate2 = initial_rate()
+            self.dep_conv = Shifts(head_dims, num_heads, kernel, shift, shift_groups)
+        self.add_rates()
 
     def init_weights(self) -> None:
         """Keep the initialisation of the constructor; OpenMMLab leaves layers alone that have it.
@@ -108,7 +108,9 @@ class ACmixConv2d(nn.Module):
         if self.mix != 'attn':
             out = convolution = self.convolve(qkv)
         if self.mix == 'acmix':
-            out = convolution.addcmul_(attention, self.rate1.to(attention.dtype))
+            rate = self.attention_rate
+            out = (convolution.add_(attention) if rate is None else
+                   convolution.addcmul_(attention, rate.to(attention.dtype)))
         # As nn.Conv2d does: what follows may not look at strides, as mmcv's RoIAlign.
         return out.contiguous() if x.is_contiguous() else out
 
@@ -124,12 +126,8 @@ class ACmixConv2d(nn.Module):
         """The convolution path, times its rate: (batch, height, width, 3, num_heads, head_dims) to
         channels.
         """
-        kernels = self.dep_conv.weight
-        if self.mix == 'acmix':
-            # The rate scales the small weight in place of the map.
-            kernels = self.rate2 * kernels
-        return shift_conv(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2), self.fc.matrix, kernels,
-                          stride=self.stride[0], dilation=self.dilation[0])
+        return self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2),
+                                  stride=self.stride[0], dilation=self.dilation[0])
 
     def extra_repr(self) -> str:
         return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
@@ -139,7 +137,8 @@ class ACmixConv2d(nn.Module):
 
 def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *args: Any,
                        num_heads: int = 4, attn_kernel_size: int = 7, mix: str = 'acmix',
-                       **kwargs: Any) -> nn.Module:
+                       combine: str = 'rates', shift: str = 'learned',
+                       shift_groups: Optional[int] = None, **kwargs: Any) -> nn.Module:
     """Build :class:`ACmixConv2d`, or ``nn.Conv2d`` where the kernel is 1×1.
 
     OpenMMLab's modules build both from one ``conv_cfg``; a 1×1 convolution has no neighbourhood
@@ -148,7 +147,8 @@ def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *
     if one_side('kernel_size', kernel_size) == 1:
         return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
     return ACmixConv2d(in_channels, out_channels, kernel_size, *args, num_heads=num_heads,
-                       attn_kernel_size=attn_kernel_size, mix=mix, **kwargs)
+                       attn_kernel_size=attn_kernel_size, mix=mix, combine=combine, shift=shift,
+                       shift_groups=shift_groups, **kwargs)
 
 
 def one_side(name: str, size: Size) -> int:

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from acmix_mm.ops import patch_aggregation, patch_features, shift_conv
+from acmix_mm.ops import patch_aggregation, patch_features
 from acmix_mm.ops.patchwise_attention import pad_mirrored
 
-from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
+from .conv_path import FullyConnected, Shifts, TwoPaths, scaled
 
 # Output channels that share one attention weight, in all published SANs.
 SHARE_CHANNELS = 8
 
 
-class PatchwiseACmix(nn.Module):
+class PatchwiseACmix(TwoPaths):
     """Mix patch-wise attention with a 3×3 convolution over the same projections.
 
     Papers: arXiv 2111.14556, section 4.1, and arXiv 2004.13621, section 3.2 (patch-wise
@@ -45,15 +45,19 @@ class PatchwiseACmix(nn.Module):
         norm: makes the batch norms on the way to the weights from their channels.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
+        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:
         ValueError: an argument is outside of what is said above.
     """
 
     def __init__(self, in_channels: int, rel_channels: int, out_channels: int, kernel_size: int,
-                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d, mix: str = 'acmix') -> None:
-        super().__init__()
-        check_mix(mix)
+                 norm: Callable[[int], nn.Module] = nn.BatchNorm2d, mix: str = 'acmix',
+                 combine: str = 'rates', shift: str = 'learned',
+                 shift_groups: Optional[int] = None) -> None:
+        super().__init__(mix, combine)
         if out_channels % rel_channels or out_channels % SHARE_CHANNELS:
             raise ValueError(f'rel_channels and {SHARE_CHANNELS} must divide out_channels, got '
                              f'{rel_channels} for {out_channels} channels.')
@@ -61,7 +65,6 @@ class PatchwiseACmix(nn.Module):
             raise ValueError(f'kernel_size must be odd, got {kernel_size}.')
         self.rel_channels = rel_channels
         self.kernel_size = kernel_size
-        self.mix = mix
 
         self.conv1 = nn.Conv2d(in_channels, rel_channels, 1)
         self.conv2 = nn.Conv2d(in_channels, rel_channels, 1)
@@ -76,12 +79,10 @@ class PatchwiseACmix(nn.Module):
                 raise ValueError('The keys around a position take a batch norm, got '
                                  f'{type(self.conv_w[0]).__name__}.')
         if mix != 'attn':
-            num_maps = 2 + out_channels // rel_channels
-            self.fc = FullyConnected(num_maps, kernel_size=3, bias=False)
-            self.dep_conv = ShiftKernels(out_channels, kernel_size=3)
-        if mix == 'acmix':
-            self.rate1 = initial_rate()
-            self.rate2 = initial_rate()
+            value_heads = out_channels // rel_channels
+            self.fc = FullyConnected(2 + value_heads, kernel_size=3, bias=False)
+            self.dep_conv = Shifts(rel_channels, value_heads, 3, shift, shift_groups)
+        self.add_rates()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in_channels, height, width) to out_channels, at any size from 1×1."""
@@ -106,18 +107,14 @@ class PatchwiseACmix(nn.Module):
         out = patch_features(q, k, scale, shift, mixing.weight.flatten(1), self.kernel_size)
         for module in to_features:
             out = module(out)
-        weight, bias = last.weight.flatten(1), last.bias
-        if self.mix == 'acmix':
-            # The rate scales the small weight in place of the map.
-            weight, bias = self.rate1 * weight, self.rate1 * bias
-        return patch_aggregation(v, out, weight, bias, self.kernel_size)
+        # The rate scales the small weight in place of the map.
+        rate = self.attention_rate
+        return patch_aggregation(v, out, scaled(rate, last.weight.flatten(1)),
+                                 scaled(rate, last.bias), self.kernel_size)
 
     def convolve(self, qkv: Tensor) -> Tensor:
         """The convolution path, times its rate, on what :meth:`attend` takes."""
-        kernels = self.dep_conv.weight
-        if self.mix == 'acmix':
-            kernels = self.rate2 * kernels
-        return shift_conv(qkv.unflatten(1, (-1, self.rel_channels)), self.fc.matrix, kernels)
+        return self.shift_and_sum(qkv.unflatten(1, (-1, self.rel_channels)))
 
 
 def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,

@@ -1,17 +1,15 @@
 """ACmix in a PVT host: attention to a spatially reduced map beside the convolution path."""
 
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_mm.ops import shift_conv
-
-from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
+from .conv_path import FullyConnected, Shifts, TwoPaths, scaled
 
 
-class ReducedACmix(nn.Module):
+class ReducedACmix(TwoPaths):
     """Mix attention to a reduced map with a 3×3 convolution over the same queries, keys, values.
 
     Papers: arXiv 2111.14556, section 4.1, and arXiv 2102.12122, section 3.3 (spatial-reduction
@@ -39,6 +37,9 @@ class ReducedACmix(nn.Module):
         norm: makes the norm of the reduced map from its channels.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
+        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -46,9 +47,10 @@ class ReducedACmix(nn.Module):
 
     def __init__(self, embed_dims: int, num_heads: int, sr_ratio: int = 1, qkv_bias: bool = True,
                  attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
-                 norm: Callable[[int], nn.Module] = nn.LayerNorm, mix: str = 'acmix') -> None:
-        super().__init__()
-        check_mix(mix)
+                 norm: Callable[[int], nn.Module] = nn.LayerNorm, mix: str = 'acmix',
+                 combine: str = 'rates', shift: str = 'learned',
+                 shift_groups: Optional[int] = None) -> None:
+        super().__init__(mix, combine)
         if embed_dims % num_heads:
             raise ValueError(f'num_heads must divide embed_dims, got {num_heads} heads for '
                              f'{embed_dims} channels.')
@@ -56,7 +58,6 @@ class ReducedACmix(nn.Module):
         self.head_dims = embed_dims // num_heads
         self.sr_ratio = sr_ratio
         self.attn_drop_rate = attn_drop_rate
-        self.mix = mix
 
         self.attn = AttentionProjections(embed_dims, qkv_bias, project_out=mix != 'conv')
         if sr_ratio > 1:
@@ -64,10 +65,8 @@ class ReducedACmix(nn.Module):
             self.norm = norm(embed_dims)
         if mix != 'attn':
             self.fc = FullyConnected(3 * num_heads, kernel_size=3, bias=True)
-            self.dep_conv = ShiftKernels(embed_dims, kernel_size=3)
-        if mix == 'acmix':
-            self.rate1 = initial_rate()
-            self.rate2 = initial_rate()
+            self.dep_conv = Shifts(self.head_dims, num_heads, 3, shift, shift_groups)
+        self.add_rates()
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,21 +107,15 @@ class ReducedACmix(nn.Module):
         out = F.scaled_dot_product_attention(
             queries, keys, values, dropout_p=self.attn_drop_rate if self.training else 0.0)
         out = out.transpose(1, 2).reshape(q.shape)
-        weight, bias = self.attn.out_proj.weight, self.attn.out_proj.bias
-        if self.mix == 'acmix':
-            # The rate scales the small weight in place of the map.
-            weight, bias = self.rate1 * weight, None if bias is None else self.rate1 * bias
-        return F.linear(out, weight, bias)
+        # The rate scales the small weight in place of the map.
+        rate, out_proj = self.attention_rate, self.attn.out_proj
+        return F.linear(out, scaled(rate, out_proj.weight), scaled(rate, out_proj.bias))
 
     def convolve(self, q: Tensor, kv: Tensor) -> Tensor:
         """The convolution path, times its rate, on what :meth:`attend` takes."""
         qkv = torch.cat([q, spread(kv, q.shape[1:3], self.sr_ratio)], 3)
         maps = qkv.unflatten(3, (3 * self.num_heads, self.head_dims)).permute(0, 3, 4, 1, 2)
-        kernels = self.dep_conv.weight
-        if self.mix == 'acmix':
-            kernels = self.rate2 * kernels
-        out = shift_conv(maps, self.fc.matrix, kernels, self.fc.bias)
-        return out.permute(0, 2, 3, 1)
+        return self.shift_and_sum(maps).permute(0, 2, 3, 1)
 
 
 class AttentionProjections(nn.Module):

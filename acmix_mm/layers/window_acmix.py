@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_mm.ops import project, shift_conv, window_attention
+from acmix_mm.ops import project, window_attention
 
-from .conv_path import FullyConnected, ShiftKernels, check_mix, initial_rate
+from .conv_path import FullyConnected, Shifts, TwoPaths, scaled
 
 
-class WindowACmix(nn.Module):
+class WindowACmix(TwoPaths):
     """Mix attention in (shifted) windows with a 3×3 convolution over the same projections.
 
     Paper: arXiv 2111.14556, section 4.1; out = rate1 · proj(attention) + rate2 · convolution.
@@ -35,6 +35,9 @@ class WindowACmix(nn.Module):
         proj_drop_rate: dropout of the output.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
+        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -43,9 +46,9 @@ class WindowACmix(nn.Module):
     def __init__(self, embed_dims: int, num_heads: int, window_size: int, shift_size: int = 0,
                  qkv_bias: bool = True, qk_scale: Optional[float] = None,
                  attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
-                 mix: str = 'acmix') -> None:
-        super().__init__()
-        check_mix(mix)
+                 mix: str = 'acmix', combine: str = 'rates',
+                 shift: str = 'learned', shift_groups: Optional[int] = None) -> None:
+        super().__init__(mix, combine)
         if embed_dims % num_heads:
             raise ValueError(f'num_heads must divide embed_dims, got {num_heads} heads for '
                              f'{embed_dims} channels.')
@@ -57,7 +60,6 @@ class WindowACmix(nn.Module):
         self.window_size = window_size
         self.shift_size = shift_size
         self.scale = qk_scale or self.head_dims**-0.5
-        self.mix = mix
 
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
         if mix != 'conv':
@@ -68,10 +70,8 @@ class WindowACmix(nn.Module):
             self.proj = nn.Linear(embed_dims, embed_dims)
         if mix != 'attn':
             self.fc = FullyConnected(3 * num_heads, kernel_size=3, bias=True)
-            self.dep_conv = ShiftKernels(embed_dims, kernel_size=3)
-        if mix == 'acmix':
-            self.rate1 = initial_rate()
-            self.rate2 = initial_rate()
+            self.dep_conv = Shifts(self.head_dims, num_heads, 3, shift, shift_groups)
+        self.add_rates()
         self.proj_drop = nn.Dropout(proj_drop_rate)
         self.reset_parameters()
 
@@ -82,9 +82,7 @@ class WindowACmix(nn.Module):
         if self.mix != 'attn':
             self.fc.reset_parameters()
             self.dep_conv.reset_parameters()
-        if self.mix == 'acmix':
-            nn.init.constant_(self.rate1, 0.5)
-            nn.init.constant_(self.rate2, 0.5)
+        self.reset_rates()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, height, width, embed_dims) to the same shape and dtype, at any size."""
@@ -121,21 +119,15 @@ class WindowACmix(nn.Module):
         out = window_attention(qkv, self.position_bias(window_size), window_size,
                                shift_size=shift_size, scale=self.scale,
                                dropout_p=self.attn_drop.p if self.training else 0.0)
-        if self.mix == 'attn':
-            return self.proj(out)
         # The rate scales the small weight in place of the map.
-        return F.linear(out, self.rate1 * self.proj.weight, self.rate1 * self.proj.bias)
+        rate = self.attention_rate
+        return F.linear(out, scaled(rate, self.proj.weight), scaled(rate, self.proj.bias))
 
     def convolve(self, qkv: Tensor) -> Tensor:
         """The convolution path, times its rate: (batch, height, width, 3, num_heads, head_dims) to
         channels.
         """
-        maps = qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)
-        kernels = self.dep_conv.weight
-        if self.mix == 'acmix':
-            kernels = self.rate2 * kernels
-        out = shift_conv(maps, self.fc.matrix, kernels, self.fc.bias)
-        return out.permute(0, 2, 3, 1)
+        return self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)).permute(0, 2, 3, 1)
 
     def position_bias(self, window_size: tuple[int, int]) -> Tensor:
         """Bias between the positions of a window, (num_heads, area, area)."""

@@ -5,9 +5,9 @@ They need torch alone.
 
 from .patchwise_attention import patch_aggregation, patch_features
 from .projections import project
-from .shift_conv import shift_conv
+from .shift_conv import shift_conv, shift_sum
 from .sliding_attention import sliding_window_attention
 from .window_attention import window_attention
 
-__all__ = ['patch_aggregation', 'patch_features', 'project', 'shift_conv',
+__all__ = ['patch_aggregation', 'patch_features', 'project', 'shift_conv', 'shift_sum',
            'sliding_window_attention', 'window_attention']

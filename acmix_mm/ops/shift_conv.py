@@ -4,6 +4,7 @@ Paper: arXiv 2111.14556, section 4.1 (stage II of the convolution path) and sect
 the fixed shifts become a grouped convolution whose kernels start as shifts and are learned.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -87,6 +88,36 @@ def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
             shifted = padded[..., down:down + height:stride, across:across + width:stride]
             out = out + torch.einsum('dnj,bdjhw->bdnhw', kernels[..., row, column], shifted)
     return out.flatten(1, 2)
+
+
+def shift_sum(maps: Tensor, fc_weight: Tensor, fc_bias: Optional[Tensor] = None, *,
+              stride: int = 1, dilation: int = 1) -> Tensor:
+    """Mix the maps of all heads into k² maps, move each, and sum them.
+
+    This is the paper's shift by tensor operations (section 4.2): what :func:`shift_conv` computes
+    for every output head where its kernels are pure shifts.
+
+    Args:
+        maps: (batch, num_maps, head_dims, height, width).
+        fc_weight: (k², num_maps), k odd.
+        fc_bias: (k²,), or None.
+        stride: distance of the positions that give an output.
+        dilation: length of a shift by one.
+
+    Returns:
+        (batch, head_dims, ⌈height / stride⌉, ⌈width / stride⌉).
+    """
+    height, width = maps.shape[-2:]
+    kernel_size = math.isqrt(len(fc_weight))
+    reach = dilation * (kernel_size // 2)
+    mixed = torch.einsum('jm,bmdhw->bjdhw', fc_weight, maps)
+    if fc_bias is not None:
+        mixed = mixed + fc_bias.to(mixed.dtype)[:, None, None, None]
+    padded = F.pad(mixed, (reach, reach, reach, reach))
+    return sum(padded[:, row * kernel_size + column, :,
+                      dilation * row:dilation * row + height:stride,
+                      dilation * column:dilation * column + width:stride]
+               for row in range(kernel_size) for column in range(kernel_size))
 
 
 def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,

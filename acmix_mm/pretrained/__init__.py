@@ -3,6 +3,7 @@
 One file for each host tells its namings apart and renames.
 """
 
+import re
 from typing import NamedTuple, Optional
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from acmix_mm.errors import CheckpointError
 
 from . import pvt, resnet, san, swin
 
+# The light fully connected layer, which every ACmix layer with a convolution path has.
+OF_ACMIX = re.compile(r'\.(w_msa|attn|sam|conv2)\.fc\.weight$')
 HOSTS = {
     'Swin': swin.to_backbone_names,
     'PVT': pvt.to_backbone_names,
@@ -64,7 +67,7 @@ def read_pretrained(source: str, host: Optional[str] = None) -> Pretrained:
         if renamed is None:
             continue
         naming, state_dict = renamed
-        is_acmix = any(key.endswith('.dep_conv.weight') for key in state_dict)
+        is_acmix = any(map(OF_ACMIX.search, state_dict))
         found = Pretrained(name, is_acmix, naming, weights._replace(state_dict=state_dict))
         if host not in (None, name):
             raise CheckpointError(f'The checkpoint {source} is of another network ({found}): what '

@@ -7,6 +7,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+# Of attention and of the convolution path, where the latter is to be alone.
+RATES = {'rate1': 0., 'rate2': 1.}
+
 
 class Expression(NamedTuple):
     """Parameters of an ``ACmixConv2d`` whose convolution path stands in for a convolution.
@@ -96,7 +99,7 @@ def express_convolution(kernel: Tensor, num_heads: int, input_scale: Optional[Te
 
 
 def replace_convolution(state_dict: dict[str, Tensor], block: str, norms: Sequence[str],
-                        num_heads: int, with_rates: bool) -> float:
+                        num_heads: int, rates: Sequence[str]) -> float:
     """Put the nearest ACmix in the place of the 3×3 convolution of a ResNet's bottleneck.
 
     How much the inputs of the convolution vary follows from the norm before it, and how much its
@@ -109,7 +112,7 @@ def replace_convolution(state_dict: dict[str, Tensor], block: str, norms: Sequen
         block: name of the bottleneck.
         norms: names of its norms.
         num_heads: attention heads of the ACmix layer.
-        with_rates: whether the layer has rates: attention's becomes 0 and the path's 1.
+        rates: which of ``RATES`` the layer has; they leave attention out.
 
     Returns:
         The error, as :class:`Expression` has it; nan if the kernel stays.
@@ -132,9 +135,7 @@ def replace_convolution(state_dict: dict[str, Tensor], block: str, norms: Sequen
     state_dict.update({f'{conv}.{name}': value for name, value in expression.parameters.items()})
     for projection in ('conv1', 'conv2', 'conv3'):
         state_dict[f'{conv}.{projection}.bias'] = kernel.new_zeros(len(kernel))
-    if with_rates:
-        state_dict[f'{conv}.rate1'] = kernel.new_zeros(1)
-        state_dict[f'{conv}.rate2'] = kernel.new_ones(1)
+    state_dict.update({f'{conv}.{name}': kernel.new_full((1,), RATES[name]) for name in rates})
     if f'{behind}.running_mean' in state_dict:
         added = (expression.kernel - kernel).sum((2, 3)) @ mean
         state_dict[f'{behind}.running_mean'] = state_dict[f'{behind}.running_mean'] + added
