@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import AdaptivePadding
 from mmengine.config import Config
+from sympy import Integer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -30,6 +32,8 @@ Size = tuple[int, int]
 OPSET = 20
 # Largest difference from torch's outputs, over the largest output, with which a file is kept.
 TOLERANCE = 1e-3
+TIED = ('This network ties itself to the sizes of an example; for pictures of one size pass '
+        '--fixed-size and --shape H W.')
 
 
 class ClassMap(nn.Module):
@@ -204,14 +208,36 @@ def export_program(network: nn.Module, fixed: Optional[Size] = None) -> Exported
     axes = {0: Dim('batch'), 2: Dim('height', min=side), 3: Dim('width', min=side)}
     try:
         with torch.no_grad():
-            # Some conditions hold for all sizes, and torch cannot prove it: it is to check them
-            # when the program runs.
-            return torch.export.export(traceable(network), (example,), dynamic_shapes=(axes,),
-                                       prefer_deferred_runtime_asserts_over_guards=True)
+            # Some conditions hold for all sizes, and torch cannot prove it: it writes them into the
+            # program, and translations leave them out.
+            program = torch.export.export(traceable(network), (example,), dynamic_shapes=(axes,),
+                                          prefer_deferred_runtime_asserts_over_guards=True)
     except (torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
-        raise UsageError('This network ties itself to the sizes of an example; for pictures of one '
-                         'size pass --fixed-size and --shape H W. What torch.export says: '
-                         f'{" ".join(str(error).split()):.300} …') from error
+        raise UsageError(f'{TIED} torch.export says: {" ".join(str(error).split()):.300} …'
+                         ) from error
+    check_conditions(program, side)
+    return program
+
+
+def check_conditions(program: ExportedProgram, side: int) -> None:
+    """Try the conditions that torch could not prove, at many sizes.
+
+    Raises:
+        UsageError: one of them does not hold, and the program is right for some sizes alone.
+    """
+    name, = program.graph_signature.user_inputs
+    image = next(node.meta['val'] for node in program.graph.nodes if node.name == name)
+    symbols = [image.shape[axis].node.expr for axis in (0, 2, 3)]
+    conditions = {node.args[0].meta['val'].node.expr for node in program.graph.nodes
+                  if node.target is torch.ops.aten._assert_scalar.default}
+    draw = Random(0).randrange
+    for size in ((1, side, side), *((draw(1, 9), side + draw(999), side + draw(999))
+                                    for _ in range(31))):
+        given = {symbol: Integer(extent) for symbol, extent in zip(symbols, size)}
+        for condition in conditions:
+            if not condition.xreplace(given):
+                raise UsageError(f'{TIED} Of {size[0]} × 3 × {size[1]} × {size[2]} this does not '
+                                 f'hold: {condition}.')
 
 
 def network_of(cfg: Config, checkpoint: Optional[str], backbone_only: bool) -> nn.Module:
@@ -279,7 +305,7 @@ def export_onnx(network: nn.Module, out: str, shape: Size, fixed_size: bool) -> 
                              '--fixed-size for pictures of that size alone.')
         between = (side + shape[0]) // 2 | 1, (side + 2 * shape[1]) // 3 | 1
         sizes += [(2, side, side + 1), (1, *between)]
-    print('Tracing with torch.export; this takes a minute or two …', flush=True)
+    print('Tracing with torch.export; this and the next step take minutes …', flush=True)
     program = export_program(network, shape if fixed_size else None)
     print(f'Translating {len(program.graph.nodes)} steps into ONNX …', flush=True)
     partial = path.with_name(path.name + '.partial')
