@@ -119,21 +119,25 @@ def sliding_window_attention_at_once(qkv: Tensor, positions: Tensor, kernel_size
     out_height, out_width = ((extent + stride - 1) // stride for extent in (height, width))
     rows, columns = ((extent + tile - 1) // tile for extent in (out_height, out_width))
 
-    def matrices(maps: Tensor, side: int, step: int, before: int) -> Tensor:
+    def of_tiles(side: int, step: int, before: int) -> Tensor:
         # All tiles along one axis: torch.export takes an axis of length one for a case of its own,
         # and one of rows or columns of tiles may be that.
-        tiles, place = place_in(torch.arange(rows * columns * side**2, device=maps.device), side**2)
+        tiles, place = place_in(torch.arange(rows * columns * side**2, device=qkv.device), side**2)
         row, column = (
             folded(tile * stride * which + step * offset - before, extent) for which, offset, extent
             in zip(place_in(tiles, columns), place_in(place, side), (height, width)))
-        taken = maps.flatten(1, 2).index_select(1, row * width + column).flatten(0, 1)
-        return taken.unflatten(0, (batch * rows * columns, side**2)).transpose(1, 2)
+        return row * width + column
 
-    reach = dilation * (kernel_size // 2)
+    def matrices(maps: Tensor, index: Tensor, area: int) -> Tensor:
+        taken = maps.flatten(1, 2).index_select(1, index).flatten(0, 1)
+        return taken.unflatten(0, (batch * rows * columns, area)).transpose(1, 2)
+
+    around = of_tiles(span, 1, dilation * (kernel_size // 2))
     mask = tile_mask(tile, span, kernel_size, stride, dilation, qkv.dtype, qkv.device)
     out = F.scaled_dot_product_attention(
-        matrices(q, tile, stride, 0), matrices(k - positions.unsqueeze(2), span, 1, reach),
-        matrices(v, span, 1, reach), mask, scale=scale)
+        matrices(q, of_tiles(tile, stride, 0), tile**2),
+        matrices(k - positions.unsqueeze(2), around, span**2), matrices(v, around, span**2), mask,
+        scale=scale)
     out = out.transpose(1, 2).flatten(0, 1).unflatten(0, (batch, rows * columns * tile**2))
     row, column = place_in(torch.arange(out_height * out_width, device=out.device), out_width)
     (row, down), (column, across) = place_in(row, tile), place_in(column, tile)
