@@ -5,6 +5,7 @@
 
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .errors import UsageError
@@ -14,6 +15,18 @@ BUILT_FOR = Path(sys.prefix) / '.acmix-mm-stack'
 REBUILD = ('with torch, setuptools below 81, wheel, ninja and psutil in place, run '
            'pip install --no-build-isolation --no-cache-dir --no-deps '
            '--force-reinstall mmcv==2.1.0')
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, and of those installed that a training rests on."""
+    from . import __version__
+    found = dict(acmix_mm=__version__)
+    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def check_mmcv() -> None:

@@ -48,6 +48,22 @@ def test_backbones_are_one_graph(backbone):
     assert_compiled_is_equal(module, torch.randn(1, 3, 64, 80), 'aot_eager')
 
 
+def test_operators_stay_one_step():
+    """What is for exports alone does not come in: there, operators are written out."""
+    steps = set()
+
+    def backend(graph, inputs):
+        steps.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for layer, shape in ((WindowACmix(12, 3, window_size=7, shift_size=3), (1, 16, 21, 12)),
+                         (ACmixConv2d(4, 8), (1, 4, 19, 16))):
+        torch._dynamo.reset()
+        torch.compile(layer.requires_grad_(False), backend=backend, fullgraph=True)(
+            torch.randn(shape))
+    assert {'acmix_mm.attend_row_by_row.default', 'acmix_mm.attend_tiled.default'} <= steps
+
+
 def test_operators_are_registered_rightly():
     """Shapes, strides and schema as they are promised to the compiler."""
     operators, opcheck = torch.ops.acmix_mm, torch.library.opcheck

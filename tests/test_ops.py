@@ -53,7 +53,7 @@ def conv_tensors(batch, heads, head_dims, height, width, kernel_size, bias, chan
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('form', ['two_step', 'folded'])
+@pytest.mark.parametrize('form', ['two_step', 'folded', 'plain'])
 @pytest.mark.parametrize(('heads', 'head_dims', 'height', 'width', 'kernel_size', 'bias'), [
     (1, 4, 1, 1, 3, True),
     (3, 8, 1, 6, 3, True),
@@ -73,7 +73,7 @@ def test_shift_conv_equals_reference(dtype, form, heads, head_dims, height, widt
         compare(shift_conv, tensors, form, dtype)
 
 
-@pytest.mark.parametrize('form', ['two_step', 'folded'])
+@pytest.mark.parametrize('form', ['two_step', 'folded', 'plain'])
 @pytest.mark.parametrize(('stride', 'dilation'), [(2, 1), (3, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize(('height', 'width', 'kernel_size'), [(1, 1, 3), (8, 5, 3), (13, 12, 5)])
 def test_shift_conv_with_stride_and_dilation(form, stride, dilation, height, width, kernel_size):
@@ -178,6 +178,7 @@ def slide(kernel_size, stride=1, dilation=1):
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('form', ['tiled', 'at_once'])
 @pytest.mark.parametrize(('heads', 'head_dims', 'height', 'width', 'kernel_size'), [
     (1, 4, 1, 1, 7),
     (2, 8, 1, 12, 7),
@@ -186,17 +187,20 @@ def slide(kernel_size, stride=1, dilation=1):
     (1, 16, 17, 30, 3),
     (2, 8, 65, 97, 7),
 ])
-def test_sliding_attention_equals_reference(dtype, heads, head_dims, height, width, kernel_size):
+def test_sliding_attention_equals_reference(dtype, form, heads, head_dims, height, width,
+                                            kernel_size):
     for heads_last in (True, False):
         tensors = sliding_tensors(2, heads, head_dims, height, width, heads_last)
-        compare(slide(kernel_size), tensors, 'tiled', dtype)
+        compare(slide(kernel_size), tensors, form, dtype)
 
 
+@pytest.mark.parametrize('form', ['tiled', 'at_once'])
 @pytest.mark.parametrize(('stride', 'dilation'), [(2, 1), (3, 1), (1, 2), (1, 4), (2, 3)])
 @pytest.mark.parametrize(('height', 'width', 'kernel_size'), [(1, 1, 3), (9, 4, 7), (30, 33, 7)])
-def test_sliding_attention_with_stride_and_dilation(stride, dilation, height, width, kernel_size):
+def test_sliding_attention_with_stride_and_dilation(form, stride, dilation, height, width,
+                                                    kernel_size):
     tensors = sliding_tensors(2, 2, 4, height, width)
-    compare(slide(kernel_size, stride, dilation), tensors, 'tiled', torch.float32)
+    compare(slide(kernel_size, stride, dilation), tensors, form, torch.float32)
 
 
 def test_sliding_attention_gradcheck():
@@ -244,6 +248,8 @@ def test_patch_operators_equal_reference(dtype, operator, tensors_of, height, wi
     monkeypatch.setattr(patch_module, 'COPIED_AT_ONCE', 2 * 4 * width * kernel_size**2 * 3)
     run = functools.partial(operator, kernel_size=kernel_size)
     compare(run, tensors_of(2, 4, height, width, kernel_size), 'row_by_row', dtype)
+    if operator is patch_aggregation:
+        compare(run, tensors_of(2, 4, height, width, kernel_size), 'by_kernel_row', dtype)
 
 
 def test_patch_operators_gradcheck(monkeypatch):
@@ -291,7 +297,7 @@ def test_patch_features_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fused'), 'has no form .fused.; it has reference, row_by_row'),
+    (dict(form='fused'), 'has no form .fused.; it has by_kernel_row, reference, row_by_row'),
     (dict(features=torch.zeros(1, 3, 5, 5)), 'takes v and features of shape'),
     (dict(weight=torch.zeros(27, 3), bias=torch.zeros(27)), 'groups dividing 4'),
     (dict(bias=torch.zeros(9)), 'and a bias to it'),
@@ -305,7 +311,7 @@ def test_patch_aggregation_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fused'), 'has no form .fused.; it has reference, tiled, triton'),
+    (dict(form='fused'), 'has no form .fused.; it has at_once, reference, tiled, triton'),
     (dict(qkv=torch.zeros(1, 5, 6, 24)), 'takes qkv of shape'),
     (dict(positions=torch.zeros(4, 5, 5)), 'positions must be of shape'),
     (dict(kernel_size=4), 'takes odd kernels, got one of 4'),
@@ -318,7 +324,8 @@ def test_sliding_attention_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fastest'), 'has no form .fastest.; it has folded, reference, triton, two_step'),
+    (dict(form='fastest'), 'has no form .fastest.; it has folded, plain, reference, triton, '
+                              'two_step'),
     (dict(maps=torch.zeros(1, 9, 4, 5)), 'takes maps of shape'),
     (dict(shift_weight=torch.zeros(10, 9, 3, 3)), 'need a shift_weight of shape'),
     (dict(shift_weight=torch.zeros(12, 4, 2, 2), fc_weight=torch.zeros(4, 9)), 'odd kernels'),

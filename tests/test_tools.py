@@ -335,7 +335,8 @@ def test_mmcv_of_another_torch_is_said(tmp_path, monkeypatch):
         environment.check_mmcv()
 
 
-@pytest.mark.parametrize('tool', ['train.py', 'test.py', 'make_shapes.py'])
+@pytest.mark.parametrize('tool', ['train.py', 'test.py', 'make_shapes.py', 'export_onnx.py',
+                                  'publish_model.py'])
 def test_help_shows_an_example(tool, run_tool):
     done = run_tool(f'tools/{tool}', '--help')
     assert done.returncode == 0

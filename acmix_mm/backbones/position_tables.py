@@ -3,13 +3,15 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from acmix_mm.ops.sizes import surely
+
 
 def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
     """Interpolate (1, old area, channels), row-major over a grid, to (1, new area, channels).
 
     ``mode`` is the host's: ``'bicubic'`` or ``'bilinear'``.
     """
-    if tuple(old) == tuple(new):
+    if surely(old[0] == new[0]) and surely(old[1] == new[1]):
         return rows
     grid = rows.unflatten(1, old).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=tuple(new), mode=mode, align_corners=False)

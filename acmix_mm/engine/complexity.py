@@ -5,12 +5,12 @@ from typing import Any, Optional
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from acmix_mm.errors import UsageError
 from acmix_mm.flops import CLASSES, Count, count, total
+
+from .config import build_model
 
 # What a picture of COCO's usual scale is padded to.
 DETECTION_SIZE = (800, 1344)
@@ -45,10 +45,7 @@ def complexity_report(cfg: Config, shape: Optional[tuple[int, int]]) -> str:
     Raises:
         UsageError: the config has no model, or one that does not run on shapes alone.
     """
-    if not cfg.get('model'):
-        raise UsageError(f'The config {cfg.filename} has no model; name one that trains one.')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval().to('meta')
+    model = build_model(cfg).to('meta')
     if getattr(model, 'auxiliary_head', None) is not None:
         model.auxiliary_head = None
     height, width = shape or cfg.model.get('data_preprocessor', {}).get('size') or DETECTION_SIZE

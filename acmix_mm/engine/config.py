@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DATASETS
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from torch import nn
 
 from acmix_mm.errors import UsageError
 
@@ -37,6 +39,18 @@ def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
         except (KeyError, IndexError, TypeError) as error:
             raise UsageError(f'--cfg-options do not fit the config {path}: {error}') from error
     return cfg
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a config for predictions in one process; nothing is downloaded.
+
+    Raises:
+        UsageError: the config has none.
+    """
+    if not cfg.get('model'):
+        raise UsageError(f'The config {cfg.filename} has no model; name one that trains one.')
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
 
 
 def datasets(cfg: Config, splits: Sequence[str] = SPLITS) -> Iterator[ConfigDict]:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Optional
 from urllib.error import URLError
@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import Tensor, nn
 
 from acmix_mm.checkpoint import (
     HAS_ALLOW_LIST,
@@ -19,9 +20,11 @@ from acmix_mm.checkpoint import (
     allow_mmengine_checkpoints,
     explain_load_error,
     is_path,
+    read_checkpoint,
     summary,
     weights_only,
 )
+from acmix_mm.environment import versions
 from acmix_mm.errors import CheckpointError, UsageError
 
 from .config import check_data
@@ -46,15 +49,36 @@ class DataOnlyRunner(Runner):
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
-        weights = checkpoint.get('state_dict', checkpoint)
-        # What wraps a model, for several processes or for augmented tests, calls it "module".
-        own = {key.removeprefix('module.'): value for key, value in self.model.state_dict().items()}
-        unfit = [key for key, value in own.items()
-                 if key not in weights or weights[key].shape != value.shape]
-        if len(unfit) == len(own) or (self.takes_whole_checkpoints_only and unfit):
-            raise CheckpointError(f'The checkpoint {filename} is of another network than the '
-                                  f"config's: missing or of another shape: {summary(unfit)}.")
+        check_fit(self.model, checkpoint.get('state_dict', checkpoint), filename,
+                  whole=self.takes_whole_checkpoints_only)
         return checkpoint
+
+    def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
+        """Save as :meth:`Runner.save_checkpoint`, and write down which versions trained this."""
+        super().save_checkpoint(*args, meta={**(meta or {}), 'versions': versions()}, **kwargs)
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor], source: str, whole: bool) -> None:
+    """Raise CheckpointError if none of a model's weights is there, or where ``whole`` not all."""
+    # What wraps a model, for several processes or for augmented tests, calls it "module".
+    own = {key.removeprefix('module.'): value for key, value in model.state_dict().items()}
+    unfit = [key for key, value in own.items()
+             if key not in weights or weights[key].shape != value.shape]
+    if len(unfit) == len(own) or (whole and unfit):
+        raise CheckpointError(f'The checkpoint {source} is of another network than the config\'s: '
+                              f'missing or of another shape: {summary(unfit)}.')
+
+
+def load_weights(model: nn.Module, source: str) -> None:
+    """Load all weights of a model from a checkpoint of a training run, as data.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another network.
+    """
+    checkpoint = read_checkpoint(source)
+    weights = checkpoint.get('state_dict', checkpoint)
+    check_fit(model, weights, source, whole=True)
+    model.load_state_dict(weights, strict=False)
 
 
 def train(cfg: Config) -> None:

@@ -166,5 +166,7 @@ def one_side(name: str, size: Size) -> int:
 @per_size
 def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """x and y of every position, (height, width, 2), from -1 to 1 over each axis."""
-    x, y = (torch.linspace(-1, 1, extent, device=device) for extent in (width, height))
+    # linspace takes no open size.
+    x, y = (torch.arange(extent, device=device) * (2 / max(extent - 1, 1)) - 1
+            for extent in (width, height))
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).to(dtype)

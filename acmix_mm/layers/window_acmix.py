@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.ops import project, window_attention
+from acmix_mm.ops.forms import is_exporting
+from acmix_mm.ops.sizes import surely
 
 from .conv_path import FullyConnected, Shifts, TwoPaths, scaled
 
@@ -87,16 +89,14 @@ class WindowACmix(TwoPaths):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, height, width, embed_dims) to the same shape and dtype, at any size."""
         size = x.shape[1:3]
-        if max(size) <= self.window_size:
+        if size[0] <= self.window_size and size[1] <= self.window_size:
             window_size, shift_size = tuple(size), 0
         else:
             window_size, shift_size = (self.window_size, self.window_size), self.shift_size
 
-        bottom, right = -size[0] % window_size[0], -size[1] % window_size[1]
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = pad_to_windows(x, window_size)
         if shift_size:
-            x = x.roll((-shift_size, -shift_size), (1, 2))
+            x = roll(x, -shift_size)
         qkv = project(x, self.qkv.weight, self.qkv.bias, self.num_heads,
                       for_convolution=self.mix != 'attn')
 
@@ -109,7 +109,7 @@ class WindowACmix(TwoPaths):
             out = attention + convolution
 
         if shift_size:
-            out = out.roll((shift_size, shift_size), (1, 2))
+            out = roll(out, shift_size)
         return self.proj_drop(out)
 
     def attend(self, qkv: Tensor, window_size: tuple[int, int], shift_size: int) -> Tensor:
@@ -152,6 +152,25 @@ def relative_position_index(window_size: int) -> Tensor:
     return down * (2 * window_size - 1) + across
 
 
+def pad_to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Pad (batch, height, width, channels) with zeros at its bottom and right to whole windows."""
+    bottom, right = ((extent + side - 1) // side * side - extent
+                     for extent, side in zip(x.shape[1:3], window_size))
+    if surely(bottom == 0) and surely(right == 0):
+        return x
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+
+def roll(x: Tensor, shift: int) -> Tensor:
+    """Roll (batch, height, width, …) along both axes, by less than their extents."""
+    if not is_exporting():
+        return x.roll((shift, shift), (1, 2))
+    for axis in (1, 2):
+        first = -shift if shift < 0 else x.shape[axis] - shift
+        x = joined(x, axis, (first, x.shape[axis] - first), (0, first))
+    return x
+
+
 def drop_padding(x: Tensor, size: tuple[int, int], shift_size: int) -> Tensor:
     """Undo bottom and right padding on a map that was rolled by ``-shift_size`` afterwards.
 
@@ -163,15 +182,28 @@ def drop_padding(x: Tensor, size: tuple[int, int], shift_size: int) -> Tensor:
     Returns:
         (batch, height, width, …): the map as if it had been rolled without padding.
     """
-    # torch.cat lays its result out in the order of the axes: that of memory is to stay.
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    # torch.cat lays its result out in the order of the axes: that of memory is to stay. Strides of
+    # open sizes do not compare.
+    axes = list(range(x.dim()))
+    order = axes if is_exporting() else sorted(axes, key=x.stride, reverse=True)
     x = x.permute(order)
     for axis, extent in zip((order.index(1), order.index(2)), size):
         padded = x.shape[axis]
-        if padded > extent:
-            shift = shift_size % extent
-            x = torch.cat([
-                x.narrow(axis, (shift - shift_size) % padded, extent - shift),
-                x.narrow(axis, -shift_size % padded, shift),
-            ], axis) if shift else x.narrow(axis, -shift_size % padded, extent)
+        if surely(padded == extent):
+            continue
+        shift = shift_size if shift_size < extent else shift_size % extent
+        pieces = [((shift - shift_size) % padded, extent - shift)]
+        if shift:
+            pieces.append((padded - shift_size, shift))
+        x = joined(x, axis, *pieces)
     return x.permute([order.index(axis) for axis in range(x.dim())])
+
+
+def joined(x: Tensor, axis: int, *pieces: tuple[int, int]) -> Tensor:
+    """Pieces of an axis, each as its (first position, length), one behind the other."""
+    if is_exporting():
+        # What torch asks of a view's strides would tie an export to the sizes of its example.
+        return x.index_select(axis, torch.cat([
+            torch.arange(first, first + length, device=x.device) for first, length in pieces]))
+    stretches = [x.narrow(axis, *piece) for piece in pieces]
+    return torch.cat(stretches, axis) if len(stretches) > 1 else stretches[0]

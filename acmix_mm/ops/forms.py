@@ -9,18 +9,32 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
+# Torch has these from 2.7 and 2.3 on; before, an export takes what torch.compile does.
+torch_exports = getattr(torch.compiler, 'is_exporting', lambda: False)
+dynamo_traces = getattr(torch.compiler, 'is_dynamo_compiling', lambda: True)
+
 
 def named_form(operator: str, forms: Mapping[str, Callable], form: Optional[str],
-               default: str) -> Callable:
-    """Return the form of ``operator`` called ``form``, or ``default`` where it is None.
+               default: str, exported: str) -> Callable:
+    """Return the form of ``operator`` called ``form``.
+
+    Where it is None that is ``default``, or in an export ``exported``: a form that is written in
+    torch's own operations and in sizes that stay open, so that other runtimes can take it.
 
     Raises:
         ValueError: ``form`` is not one of ``forms``.
     """
-    chosen = default if form is None else form
-    if chosen not in forms:
-        raise ValueError(f'{operator} has no form {chosen!r}; it has {", ".join(sorted(forms))}.')
-    return forms[chosen]
+    if form is None:
+        form = exported if is_exporting() else default
+    if form not in forms:
+        raise ValueError(f'{operator} has no form {form!r}; it has {", ".join(sorted(forms))}.')
+    return forms[form]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing, other than with ``strict=True``."""
+    # Under torch.compile torch says that it is exporting, too.
+    return torch_exports() and not dynamo_traces()
 
 
 def runs_triton(tensor: Tensor) -> bool:

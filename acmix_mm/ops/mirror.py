@@ -3,14 +3,21 @@
 import torch
 from torch import Tensor
 
+from .sizes import place_in
+
 
 def mirrored(start: int, stop: int, extent: int, device: torch.device) -> Tensor:
     """Positions start … stop − 1 folded back into an axis of ``extent``, as often as it takes.
 
     As reflection padding does, the edge itself is not repeated; an axis of one has only that.
     """
+    return folded(torch.arange(start, stop, device=device), extent)
+
+
+def folded(position: Tensor, extent: int) -> Tensor:
+    """Any positions, int64, folded back into an axis of ``extent`` as :func:`mirrored` does."""
     period = max(2 * (extent - 1), 1)
-    position = torch.arange(start, stop, device=device) % period
+    position = place_in(position, period)[1]
     return torch.minimum(position, period - position) if extent > 1 else position
 
 

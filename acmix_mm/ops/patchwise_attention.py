@@ -36,7 +36,7 @@ def patch_features(q: Tensor, k: Tensor, scale: Tensor, shift: Tensor, weight: T
         shift: of the same shape.
         weight: (features, channels + key channels · kernel_size²).
         kernel_size: side of the neighbourhood, odd.
-        form: ``'reference'`` or ``'row_by_row'``; the latter if None.
+        form: ``'reference'`` or ``'row_by_row'``; if None the latter, but the former in an export.
 
     Returns:
         (batch, features, height, width), in the dtype of ``q``.
@@ -53,7 +53,7 @@ def patch_features(q: Tensor, k: Tensor, scale: Tensor, shift: Tensor, weight: T
         raise ValueError(f'These maps need scale and shift of shape {(width,)} and a weight of '
                          f'shape (features, {width}), got {tuple(scale.shape)}, '
                          f'{tuple(shift.shape)} and {tuple(weight.shape)}.')
-    run = named_form('patch_features', FORMS, form, 'row_by_row')
+    run = named_form('patch_features', FORMS, form, 'row_by_row', exported='reference')
     return run(features_of_rows, kernel_size, k, q, scale, shift, weight)
 
 
@@ -71,7 +71,8 @@ def patch_aggregation(v: Tensor, features: Tensor, weight: Tensor, bias: Tensor,
             run fastest.
         bias: (groups · kernel_size²,).
         kernel_size: side of the neighbourhood, odd.
-        form: ``'reference'`` or ``'row_by_row'``; the latter if None.
+        form: ``'reference'``, ``'by_kernel_row'`` or ``'row_by_row'``; if None the last, but
+            ``'by_kernel_row'`` in an export.
 
     Returns:
         (batch, channels, height, width), in the dtype of ``v``.
@@ -91,7 +92,8 @@ def patch_aggregation(v: Tensor, features: Tensor, weight: Tensor, bias: Tensor,
         raise ValueError(f'These maps need a weight of shape (groups · {area}, '
                          f'{features.shape[1]}) and a bias to it, groups dividing {v.shape[1]}, '
                          f'got {tuple(weight.shape)} and {tuple(bias.shape)}.')
-    run = named_form('patch_aggregation', FORMS, form, 'row_by_row')
+    run = named_form('patch_aggregation', AGGREGATION_FORMS, form, 'row_by_row',
+                     exported='by_kernel_row')
     return run(aggregate_rows, kernel_size, v, features, weight, bias)
 
 
@@ -133,6 +135,24 @@ def whole_map(equation: Equation, kernel_size: int, neighbours: Tensor, own: Ten
     """Copy every neighbourhood of the map and follow the equation once: the reference form."""
     padded = pad_mirrored(neighbours, kernel_size // 2)
     return on_rows(equation, kernel_size, padded, own, *parameters)
+
+
+def by_kernel_row(equation: Equation, kernel_size: int, neighbours: Tensor, own: Tensor,
+                  *parameters: Tensor) -> Tensor:
+    """Follow the equation for one row of all neighbourhoods at a time, and sum.
+
+    This is for an equation that is a sum over neighbours, with parameters (groups · kernel_size²,
+    …), and written in torch's own operations.
+    """
+    height, width = own.shape[2:]
+    padded = pad_mirrored(neighbours, kernel_size // 2)
+    across = torch.stack([padded[..., column:column + width] for column in range(kernel_size)], 2)
+    rows = [each.unflatten(0, (-1, kernel_size, kernel_size)).unbind(1) for each in parameters]
+    own = own.flatten(2)
+    out = sum(equation(across[..., row:row + height, :].flatten(3), own,
+                       *(each.flatten(0, 1) for each in parameters_of_row))
+              for row, parameters_of_row in enumerate(zip(*rows)))
+    return out.unflatten(2, (height, width))
 
 
 def row_by_row(equation: Equation, kernel_size: int, neighbours: Tensor, own: Tensor,
@@ -210,3 +230,4 @@ FORMS = {
     'reference': whole_map,
     'row_by_row': row_by_row,
 }
+AGGREGATION_FORMS = {**FORMS, 'by_kernel_row': by_kernel_row}

@@ -32,8 +32,9 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         fc_bias: (k²,), or None.
         stride: distance of the positions that give an output; the others are left out.
         dilation: distance of one tap of the kernel from the next.
-        form: ``'reference'``, ``'two_step'``, ``'folded'`` or ``'triton'``; if None the last on a
-            GPU that can run it, and else the cheaper of the other two.
+        form: ``'reference'``, ``'two_step'``, ``'folded'``, ``'plain'`` or ``'triton'``; if None
+            the last on a GPU that can run it, ``'plain'`` in an export, and else the cheaper of
+            ``'two_step'`` and ``'folded'``.
 
     Returns:
         (batch, head_dims · num_heads, ⌈height / stride⌉, ⌈width / stride⌉), in the dtype of
@@ -62,7 +63,7 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     default = 'folded' if num_heads <= 6 else 'two_step'
     if maps.is_cuda and runs_triton(maps):
         default = 'triton'
-    run = named_form('shift_conv', FORMS, form, default)
+    run = named_form('shift_conv', FORMS, form, default, exported='plain')
     return run(maps, fc_weight, shift_weight, fc_bias, stride, dilation)
 
 
@@ -134,6 +135,19 @@ def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     kernels = folded_kernels(fc_weight, shift_weight)
     bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
     return _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), kernels, bias, stride, dilation)
+
+
+def shift_conv_plain(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                     fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
+    """Do as the folded form does, in torch's own convolutions."""
+    geometry = dict(stride=stride, dilation=dilation,
+                    padding=dilation * (shift_weight.shape[-1] // 2))
+    kernels = folded_kernels(fc_weight, shift_weight).to(maps.dtype)
+    out = F.conv2d(maps.transpose(1, 2).flatten(1, 2), kernels, groups=maps.shape[2], **geometry)
+    if fc_bias is None:
+        return out
+    ones = maps.new_ones(1, 1, *maps.shape[-2:])
+    return out + F.conv2d(ones, bias_taps(fc_bias, shift_weight).to(maps.dtype), **geometry)
 
 
 def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
@@ -278,10 +292,15 @@ def convolved_bias(fc_bias: Optional[Tensor], shift_weight: Tensor, size: tuple[
     """
     if fc_bias is None:
         return None
-    taps = torch.einsum('cjyx,j->cyx', shift_weight, fc_bias)[:, None]
+    taps = bias_taps(fc_bias, shift_weight)
     reach = dilation * (shift_weight.shape[-1] // 2)
     ones = taps.new_ones(1, 1, *(min(extent, 2 * reach + 1) for extent in size))
     return F.conv2d(ones, taps, padding=reach, dilation=dilation)[0]
+
+
+def bias_taps(fc_bias: Tensor, shift_weight: Tensor) -> Tensor:
+    """What each tap of the kernels makes of the fc bias, (channels, 1, k, k)."""
+    return torch.einsum('cjyx,j->cyx', shift_weight, fc_bias)[:, None]
 
 
 class Border:
@@ -338,5 +357,6 @@ FORMS = {
     'reference': shift_conv_reference,
     'two_step': shift_conv_two_step,
     'folded': shift_conv_folded,
+    'plain': shift_conv_plain,
     'triton': shift_conv_triton,
 }

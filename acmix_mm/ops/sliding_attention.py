@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forms import named_form, require_triton, runs_triton
-from .mirror import mirrored
+from .mirror import folded, mirrored
 from .opaque import opaque
+from .sizes import place_in
 from .softmax import attention_weights, logits_gradient
 from .tables import per_size
 
@@ -39,8 +40,8 @@ def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *
         stride: distance of the queries that give an output; the others are left out.
         dilation: distance of neighbours.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
-        form: ``'reference'``, ``'tiled'`` or ``'triton'``; if None the last on a GPU that can
-            run it, and else ``'tiled'``.
+        form: ``'reference'``, ``'tiled'``, ``'at_once'`` or ``'triton'``; if None the last on a
+            GPU that can run it, ``'at_once'`` in an export, and else ``'tiled'``.
 
     Returns:
         (batch, ⌈height / stride⌉, ⌈width / stride⌉, num_heads · head_dims), in the dtype of
@@ -61,7 +62,7 @@ def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *
     if scale is None:
         scale = qkv.shape[5]**-0.5
     default = 'triton' if qkv.is_cuda and has_kernel(qkv, stride, dilation) else 'tiled'
-    run = named_form('sliding_window_attention', FORMS, form, default)
+    run = named_form('sliding_window_attention', FORMS, form, default, exported='at_once')
     out = run(qkv, positions.to(qkv.dtype), kernel_size, stride, dilation, scale)
     return out.flatten(3)
 
@@ -104,6 +105,44 @@ def sliding_window_attention_tiled(qkv: Tensor, positions: Tensor, kernel_size: 
     and no copy of the maps for every neighbour.
     """
     return _TiledAttention.apply(qkv, positions, kernel_size, stride, dilation, scale)
+
+
+def sliding_window_attention_at_once(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
+                                     dilation: int, scale: float) -> Tensor:
+    """Do as the tiled form does for all tiles of the map at once, in torch's own operations.
+
+    It holds the logits of the whole map, masked pairs included.
+    """
+    q, k, v = qkv.unbind(3)
+    batch, height, width = q.shape[:3]
+    tile, span = tile_and_span(kernel_size, stride, dilation)
+    out_height, out_width = ((extent + stride - 1) // stride for extent in (height, width))
+    rows, columns = ((extent + tile - 1) // tile for extent in (out_height, out_width))
+
+    def of_tiles(side: int, step: int, before: int) -> Tensor:
+        # All tiles along one axis: torch.export takes an axis of length one for a case of its own,
+        # and one of rows or columns of tiles may be that.
+        tiles, place = place_in(torch.arange(rows * columns * side**2, device=qkv.device), side**2)
+        row, column = (
+            folded(tile * stride * which + step * offset - before, extent) for which, offset, extent
+            in zip(place_in(tiles, columns), place_in(place, side), (height, width)))
+        return row * width + column
+
+    def matrices(maps: Tensor, index: Tensor, area: int) -> Tensor:
+        taken = maps.flatten(1, 2).index_select(1, index).flatten(0, 1)
+        return taken.unflatten(0, (batch * rows * columns, area)).transpose(1, 2)
+
+    around = of_tiles(span, 1, dilation * (kernel_size // 2))
+    mask = tile_mask(tile, span, kernel_size, stride, dilation, qkv.dtype, qkv.device)
+    out = F.scaled_dot_product_attention(
+        matrices(q, of_tiles(tile, stride, 0), tile**2),
+        matrices(k - positions.unsqueeze(2), around, span**2), matrices(v, around, span**2), mask,
+        scale=scale)
+    out = out.transpose(1, 2).flatten(0, 1).unflatten(0, (batch, rows * columns * tile**2))
+    row, column = place_in(torch.arange(out_height * out_width, device=out.device), out_width)
+    (row, down), (column, across) = place_in(row, tile), place_in(column, tile)
+    out = out.index_select(1, (row * columns + column) * tile**2 + down * tile + across)
+    return out.unflatten(1, (out_height, out_width))
 
 
 def sliding_window_attention_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
@@ -238,9 +277,7 @@ def attend_triton_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out
 def blocks_of_tiles(q: Tensor, kernel_size: int, stride: int, dilation: int) -> Iterator['_Tiles']:
     """All tiles of a map, as many of a row at a time as a processor's cache holds logits of."""
     batch, height, width, num_heads, _ = q.shape
-    # A tile's surroundings grow with the dilation; larger tiles share them among more queries.
-    tile = 8 if dilation == 1 else 16
-    span = (tile - 1) * stride + dilation * (kernel_size - 1) + 1
+    tile, span = tile_and_span(kernel_size, stride, dilation)
     rows, columns = (-(-extent // (tile * stride)) for extent in (height, width))
     at_once = max(LOGITS_AT_ONCE // (batch * num_heads * tile**2 * span**2), 1)
     mask = tile_mask(tile, span, kernel_size, stride, dilation, q.dtype, q.device)
@@ -251,6 +288,13 @@ def blocks_of_tiles(q: Tensor, kernel_size: int, stride: int, dilation: int) -> 
               for column in range(0, columns, at_once)]
     for stretches in itertools.product(down, across):
         yield _Tiles(q, *stretches, mask)
+
+
+def tile_and_span(kernel_size: int, stride: int, dilation: int) -> tuple[int, int]:
+    """Sides of a tile of queries, and of all that they see."""
+    # A tile's surroundings grow with the dilation; larger tiles share them among more queries.
+    tile = 8 if dilation == 1 else 16
+    return tile, (tile - 1) * stride + dilation * (kernel_size - 1) + 1
 
 
 class _Tiles:
@@ -363,5 +407,6 @@ def tile_mask(tile: int, span: int, kernel_size: int, stride: int, dilation: int
 FORMS = {
     'reference': sliding_window_attention_reference,
     'tiled': sliding_window_attention_tiled,
+    'at_once': sliding_window_attention_at_once,
     'triton': sliding_window_attention_triton,
 }

@@ -62,7 +62,7 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
     if scale is None:
         scale = head_dims**-0.5
     default = 'row_by_row' if qkv.device.type == 'cpu' and not dropout_p else 'sdpa'
-    run = named_form('window_attention', FORMS, form, default)
+    run = named_form('window_attention', FORMS, form, default, exported='sdpa')
     return run(qkv, bias.to(qkv.dtype), window_size, shift_size, scale, dropout_p)
 
 
