@@ -26,7 +26,7 @@ demo: env $(DEMO_CHECKPOINT)
 
 test: env
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 env: $(VENV)/.acmix-mm-stack
 	@$(RUN) -m acmix_mm.environment
@@ -43,8 +43,8 @@ $(VENV)/.acmix-mm-stack: constraints.txt
 	if [ "$$before" != "$$($(TORCH_VERSION))" ]; then $(RUN) -m pip uninstall -q -y mmcv; fi
 	@echo "Installing mmcv; where it has to be compiled, that takes some six minutes on two cores."
 	$(INSTALL) --no-build-isolation --no-cache-dir mmcv
-	$(INSTALL) mmengine mmdet mmsegmentation timm ftfy regex onnx onnxruntime onnxscript pytest hypothesis \
-		ruff
+	$(INSTALL) mmengine mmdet mmsegmentation timm ftfy regex onnx onnxruntime onnxscript \
+		pytest pytest-xdist hypothesis ruff
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
 	$(if $(filter .venv,$(VENV)),$(INSTALL) --no-deps --no-build-isolation -e .)
 	$(TORCH_VERSION) > $@
