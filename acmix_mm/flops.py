@@ -1,13 +1,14 @@
 """Parameters and multiply-adds of a network, by operator class, whichever forms its operators run.
 
-Inside the four ACmix layers multiply-adds follow from the paper's equations (arXiv 2111.14556,
-section 4.1, and the hosts' papers), and not from the arithmetic of a form: a query has
-kernel_size² neighbours, or those of its window or of the reduced map, and pairs that a tiled form
-multiplies and masks do not count. The convolution path counts as the authors' code for Swin counts
-it, in two steps: k² for each channel of queries, keys and values in the fc, and k⁴ for each output
-channel in the shifts, though some forms run both as one convolution. Outside the layers torch's
-``FlopCounterMode`` counts. One multiplication and one addition are one; norms, activations,
-pooling, interpolation, biases and softmax are none.
+Inside the four ACmix layers and involution multiply-adds follow from the papers' equations (arXiv
+2111.14556, section 4.1, the hosts' papers, and arXiv 2103.06255, section 3.1), and not from the
+arithmetic of a form: a query has kernel_size² neighbours, or those of its window or of the reduced
+map, and pairs that a tiled form multiplies and masks do not count. The convolution path counts as
+the authors' code for Swin counts it, in two steps: k² for each channel of queries, keys and values
+in the fc, and k⁴ for each output channel in the shifts, though some forms run both as one
+convolution. Involution counts kernel_size² for each output, beside the two convolutions that make
+its kernels. Outside the layers torch's ``FlopCounterMode`` counts. One multiplication and one
+addition are one; norms, activations, pooling, interpolation, biases and softmax are none.
 
 It needs torch alone.
 """
@@ -19,7 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers import (
+    ACmixConv2d,
+    Involution2d,
+    PatchwiseACmix,
+    ReducedACmix,
+    WindowACmix,
+)
 
 PROJECTIONS, ATTENTION, CONVOLUTION, REST = CLASSES = (
     'projections', 'attention', 'convolution path', 'rest')
@@ -44,7 +51,7 @@ def count(model: nn.Module, run: Callable[[], Any]) -> dict[str, Count]:
 
     ``projections`` are ACmix's q, k and v, the one out of attention, and the reduction in front of
     keys and values in PVT; ``attention`` is all else of the attention path; ``convolution path`` is
-    fc and shifts; ``rest`` is everything outside ACmix layers, and their rates.
+    fc and shifts; ``rest`` is their rates and everything outside ACmix layers, involution included.
 
     Args:
         model: on any device; on ``meta`` nothing is computed.
@@ -69,7 +76,7 @@ def count(model: nn.Module, run: Callable[[], Any]) -> dict[str, Count]:
             multiply_adds[name] += number
 
     handles = []
-    for layer in acmix_layers(model).values():
+    for layer in counted_layers(model).values():
         handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -77,7 +84,7 @@ def count(model: nn.Module, run: Callable[[], Any]) -> dict[str, Count]:
     finally:
         for handle in handles:
             handle.remove()
-    multiply_adds[REST] = (counter.get_total_flops() - flops_inside) // 2
+    multiply_adds[REST] += (counter.get_total_flops() - flops_inside) // 2
     parameters = count_parameters(model)
     return {name: Count(parameters[name], multiply_adds[name]) for name in CLASSES}
 
@@ -87,15 +94,15 @@ def total(counts: Mapping[str, Count]) -> Count:
     return Count(*map(sum, zip(*counts.values())))
 
 
-def acmix_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The ACmix layers of a network, by name."""
+def counted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a network that have a formula, by name."""
     return {name: module for name, module in model.named_modules() if type(module) in FORMULAS}
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """The parameters of a network, by operator class."""
     parameters = dict.fromkeys(CLASSES, 0)
-    for layer in acmix_layers(model).values():
+    for layer in counted_layers(model).values():
         for name, parameter in layer.named_parameters():
             parameters[CLASS_OF_PARAMETER.get(name.split('.')[0], REST)] += parameter.numel()
     everything = sum(parameter.numel() for parameter in model.parameters())
@@ -192,9 +199,20 @@ def count_patchwise_acmix(layer: PatchwiseACmix, x: Tensor, out: Tensor) -> dict
     return counts
 
 
+def count_involution(layer: Involution2d, x: Tensor, out: Tensor) -> dict[str, int]:
+    """Each output position makes kernel_size² weights for each group, and applies them.
+
+    x: (batch, channels, height, width); out: (batch, channels, out height, out width).
+    """
+    generation = layer.reduce[0].weight.numel() + layer.span.weight.numel()
+    application = layer.kernel_size[0]**2 * out.shape[1]
+    return {REST: out[:, 0].numel() * (generation + application)}
+
+
 FORMULAS = {
     ACmixConv2d: count_acmix_conv,
     WindowACmix: count_window_acmix,
     ReducedACmix: count_reduced_acmix,
     PatchwiseACmix: count_patchwise_acmix,
+    Involution2d: count_involution,
 }

@@ -35,11 +35,17 @@ from acmix_mm.backbones import (
 )
 from acmix_mm.backbones.pvt import AbsolutePositionEmbedding
 from acmix_mm.backbones.swin import norm_channels
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers import (
+    ACmixConv2d,
+    Involution2d,
+    PatchwiseACmix,
+    ReducedACmix,
+    WindowACmix,
+)
 
 # torch.fx takes these whole: what they do depends on the size of the map.
-for each in (ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix, AbsolutePositionEmbedding,
-             PatchEmbed, PatchMerging, DropPath):
+for each in (ACmixConv2d, Involution2d, PatchwiseACmix, ReducedACmix, WindowACmix,
+             AbsolutePositionEmbedding, PatchEmbed, PatchMerging, DropPath):
     register_notrace_module(each)
 
 # Rates and position tables; biases and norms are spared by timm itself.

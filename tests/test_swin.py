@@ -133,7 +133,7 @@ def test_takes_the_arguments_of_plain_swin(rival):
     own = inspect.signature(ACmixSwinTransformer.__init__).parameters
     for name, parameter in theirs.items():
         assert own[name].default == parameter.default, name
-    assert set(own) - set(theirs) <= {'acmix_cfg', 'mix', 'convert_weights'}
+    assert set(own) - set(theirs) <= {'acmix_cfg', 'mix', 'mixer', 'convert_weights'}
 
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])

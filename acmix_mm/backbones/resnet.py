@@ -17,32 +17,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
 from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg
-from acmix_mm.layers import ACmixConv2d
 from acmix_mm.pretrained import Pretrained, read_pretrained
 from acmix_mm.pretrained.from_convolution import RATES, replace_convolution
+
+from .mixer import build_mixer, check_one_mixer, has_other_names
 
 # Blocks of the four stages, as in the authors' code.
 STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
 
 
 class ACmixBottleneck(nn.Module):
-    """1×1 convolution, ACmix (or a 3×3 convolution), 1×1 convolution, around a shortcut."""
+    """1×1 convolution, ACmix (or another mixer), 1×1 convolution, around a shortcut."""
 
     expansion = 4
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
                  downsample: Optional[nn.Module], norm_cfg: dict, drop_path_rate: float,
-                 with_cp: bool, acmix: Optional[dict]) -> None:
+                 with_cp: bool, mixer: dict) -> None:
         super().__init__()
         out_channels = channels * self.expansion
         first_stride, second_stride = (1, stride) if style == 'pytorch' else (stride, 1)
         self.conv1 = nn.Conv2d(in_channels, channels, 1, stride=first_stride, bias=False)
-        if acmix is None:
-            self.conv2 = nn.Conv2d(channels, channels, 3, stride=second_stride, padding=dilation,
-                                   dilation=dilation, bias=False)
-        else:
-            self.conv2 = ACmixConv2d(channels, channels, stride=second_stride, dilation=dilation,
-                                     **acmix)
+        self.conv2 = build_mixer(mixer, channels, second_stride, dilation)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         # Named for their kind, bn1 or gn1, as in torchvision and MMDetection.
         self.norm_names = []
@@ -80,8 +76,8 @@ class ACmixResNet(BaseModule):
 
     Takes the arguments of MMDetection's ``ResNet`` that are listed here, with the same meaning,
     and ``stage_blocks``, ``num_heads``, ``attn_kernel_size``, ``drop_path_rate``, ``mix``,
-    ``acmix_stages``. Parameter names are those of the authors' code. ``conv_cfg``, ``dcn`` and
-    ``plugins`` are not taken: they are about the convolutions that ACmix replaces.
+    ``acmix_stages``, ``mixer``. Parameter names are those of the authors' code. ``conv_cfg``,
+    ``dcn`` and ``plugins`` are not taken: they are about the convolutions that ACmix replaces.
 
     Args:
         depth: 26, 38 or 50: which ``stage_blocks`` to take.
@@ -115,6 +111,10 @@ class ACmixResNet(BaseModule):
         acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
             ``shift_groups``; see :class:`acmix_mm.layers.ACmixConv2d`.
         acmix_stages: stages that use ACmix; the others keep their 3×3 convolutions.
+        mixer: an OpenMMLab convolution type in the place of ACmix, with the stride and dilation of
+            ACmix: ``dict(type='Involution', kernel_size=7)``. Where it does not say, its
+            ``kernel_size`` is 3, and ``bias`` is False. Of a checkpoint with another mixer, or of
+            a plain ResNet, all else is loaded, but for the norms behind the mixers.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -146,7 +146,8 @@ class ACmixResNet(BaseModule):
                  drop_path_rate: float = 0.,
                  mix: str = 'acmix',
                  acmix_cfg: Optional[dict] = None,
-                 acmix_stages: Sequence[int] = (0, 1, 2, 3)) -> None:
+                 acmix_stages: Sequence[int] = (0, 1, 2, 3),
+                 mixer: Optional[dict] = None) -> None:
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
                              f'{depth}; other depths go by stage_blocks.')
@@ -158,11 +159,13 @@ class ACmixResNet(BaseModule):
                              f'{tuple(out_indices)}.')
         if style not in ('pytorch', 'caffe'):
             raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}.")
+        check_one_mixer(mixer, mix, acmix_cfg)
         super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
+        self.mixer = mixer
         self.deep_stem = deep_stem
 
         channels = stem_channels or base_channels
@@ -175,8 +178,9 @@ class ACmixResNet(BaseModule):
             self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        acmix = dict(num_heads=num_heads, attn_kernel_size=attn_kernel_size, mix=mix,
-                     **(acmix_cfg or {}))
+        if mixer is None:
+            mixer = dict(type='ACmix', bias=True, num_heads=num_heads,
+                         attn_kernel_size=attn_kernel_size, mix=mix, **(acmix_cfg or {}))
         stage_blocks = tuple(stage_blocks or STAGE_BLOCKS[depth])[:num_stages]
         rates = torch.linspace(0, drop_path_rate, sum(stage_blocks), device='cpu').tolist()
         self.layers = []
@@ -191,7 +195,8 @@ class ACmixResNet(BaseModule):
                     shortcut = downsampling(channels, out_channels, stride, avg_down, norm_cfg)
                 stage_layers.append(ACmixBottleneck(
                     channels, width, stride, dilations[stage], style, shortcut, norm_cfg,
-                    rates.pop(0), with_cp, acmix if stage in acmix_stages else None))
+                    rates.pop(0), with_cp,
+                    mixer if stage in acmix_stages else dict(type='Conv2d')))
                 channels = out_channels
             self.layers.append(f'layer{stage + 1}')
             self.add_module(self.layers[-1], Sequential(*stage_layers))
@@ -269,14 +274,16 @@ class ACmixResNet(BaseModule):
             CheckpointError: they do not fit.
         """
         state_dict = dict(found.state_dict)
-        replaced = {} if found.is_acmix else {
+        replaced = {} if found.is_acmix and self.mixer is None else {
             name: block for name, block in self.named_modules()
-            if isinstance(block, ACmixBottleneck) and isinstance(block.conv2, ACmixConv2d)}
+            if isinstance(block, ACmixBottleneck) and not isinstance(block.conv2, nn.Conv2d)
+            and has_other_names(block.conv2, f'{name}.conv2.', state_dict)}
         errors = {
             name: replace_convolution(state_dict, name, block.norm_names, block.conv2.num_heads,
                                       [rate for rate in RATES if hasattr(block.conv2, rate)])
-            for name, block in replaced.items() if block.conv2.can_stand_in}
-        # What other convolutions, and the norms behind them, learned says nothing of these layers.
+            for name, block in replaced.items()
+            if self.mixer is None and block.conv2.can_stand_in}
+        # What another mixer, and the norm behind it, learned says nothing of this one.
         unlike = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
                           for name, block in replaced.items() if name not in errors)
         load_with_account(

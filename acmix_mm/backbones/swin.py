@@ -18,6 +18,7 @@ from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as
 from acmix_mm.layers import WindowACmix
 from acmix_mm.pretrained import Pretrained, read_pretrained
 
+from .mixer import build_mixer, check_one_mixer, has_other_names
 from .position_tables import resize_grid
 
 
@@ -37,27 +38,54 @@ class ShiftWindowACmix(nn.Module):
         return self.drop(out.flatten(1, 2))
 
 
+class ConvolutionMixer(nn.Module):
+    """A convolution on a token sequence, a linear layer as it follows attention, then drop path.
+
+    Nothing is shifted: a convolution has no windows.
+    """
+
+    def __init__(self, embed_dims: int, mixer: dict, drop_rate: float,
+                 drop_path_rate: float) -> None:
+        super().__init__()
+        self.conv = build_mixer(mixer, embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(drop_rate)
+        self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        maps = self.conv(x.unflatten(1, hw_shape).permute(0, 3, 1, 2))
+        out = self.proj_drop(self.proj(maps.permute(0, 2, 3, 1)))
+        return self.drop(out.flatten(1, 2))
+
+
 class ACmixSwinBlock(nn.Module):
-    """x + ACmix(norm(x)), then x + FFN(norm(x)), on (batch, height · width, embed_dims)."""
+    """x + ACmix(norm(x)), then x + FFN(norm(x)), on (batch, height · width, embed_dims).
+
+    ``mixer`` is another operator in the place of ACmix, or None.
+    """
 
     def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int,
                  window_size: int, shift: bool, qkv_bias: bool, qk_scale: Optional[float],
                  drop_rate: float, attn_drop_rate: float, drop_path_rate: float, act_cfg: dict,
-                 norm_cfg: dict, with_cp: bool, acmix: dict) -> None:
+                 norm_cfg: dict, with_cp: bool, acmix: dict,
+                 mixer: Optional[dict] = None) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.attn = ShiftWindowACmix(
-            drop_path_rate,
-            embed_dims=embed_dims,
-            num_heads=num_heads,
-            window_size=window_size,
-            shift_size=window_size // 2 if shift else 0,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            attn_drop_rate=attn_drop_rate,
-            proj_drop_rate=drop_rate,
-            **acmix)
+        if mixer is None:
+            self.attn = ShiftWindowACmix(
+                drop_path_rate,
+                embed_dims=embed_dims,
+                num_heads=num_heads,
+                window_size=window_size,
+                shift_size=window_size // 2 if shift else 0,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                attn_drop_rate=attn_drop_rate,
+                proj_drop_rate=drop_rate,
+                **acmix)
+        else:
+            self.attn = ConvolutionMixer(embed_dims, mixer, drop_rate, drop_path_rate)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FFN(
             embed_dims=embed_dims,
@@ -98,8 +126,8 @@ class ACmixSwinTransformer(BaseModule):
     """Swin Transformer whose blocks mix windowed attention with convolution.
 
     Takes the arguments of MMDetection's and MMSegmentation's ``SwinTransformer`` with the same
-    meaning, and ``mix``. Parameter names are MMDetection's, with the authors' names for what
-    ACmix adds under ``attn.w_msa``. Images of any size from 1×1 up.
+    meaning, ``mix`` and ``mixer``. Parameter names are MMDetection's, with the authors' names for
+    what ACmix adds under ``attn.w_msa``. Images of any size from 1×1 up.
 
     Args:
         pretrain_img_size: image size that the absolute position embedding is made for, in
@@ -133,6 +161,11 @@ class ACmixSwinTransformer(BaseModule):
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
         acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
             ``shift_groups``; see :class:`acmix_mm.layers.WindowACmix`.
+        mixer: an OpenMMLab convolution type in the place of ACmix and its shifted windows:
+            ``dict(type='Involution', kernel_size=7)``. It sees the map channels first, and a linear
+            layer follows, as behind attention. Where it does not say, its ``kernel_size`` is 3, and
+            ``bias`` is False. Of a checkpoint with another mixer, or of a plain Swin, all else is
+            loaded.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -165,14 +198,17 @@ class ACmixSwinTransformer(BaseModule):
                  frozen_stages: int = -1,
                  init_cfg: Optional[dict] = None,
                  mix: str = 'acmix',
-                 acmix_cfg: Optional[dict] = None) -> None:
+                 acmix_cfg: Optional[dict] = None,
+                 mixer: Optional[dict] = None) -> None:
         if strides[0] != patch_size:
             raise ValueError('Patches do not overlap: patch_size must equal strides[0], got '
                              f'{patch_size} and {strides[0]}.')
+        check_one_mixer(mixer, mix, acmix_cfg)
         super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.mix = mix
+        self.mixer = mixer
         self.num_features = [int(embed_dims * 2**stage) for stage in range(len(depths))]
         merging_norm_cfg = norm_cfg if patch_norm else None
 
@@ -215,7 +251,8 @@ class ACmixSwinTransformer(BaseModule):
                 act_cfg=act_cfg,
                 norm_cfg=norm_cfg,
                 with_cp=with_cp,
-                acmix=dict(mix=mix, **(acmix_cfg or {}))))
+                acmix=dict(mix=mix, **(acmix_cfg or {})),
+                mixer=mixer))
         for index in out_indices:
             self.add_module(f'norm{index}', build_norm_layer(norm_cfg, self.num_features[index])[1])
         self.freeze_stages()
@@ -304,14 +341,18 @@ class ACmixSwinTransformer(BaseModule):
 
         mixing = r'\.w_msa\.(fc\.|dep_conv\.|rate[12]$)'
         attending = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
+        replaced = [] if self.mixer is None else [
+            name for name, mixer in self.named_modules() if isinstance(mixer, ConvolutionMixer)
+            and has_other_names(mixer, f'{name}.', state_dict)]
         own_tables = r'^norm\d\.|^absolute_pos_embed$'
         load_with_account(
             self, state_dict, source=found.source,
             recognised=str(found),
             may_lack=own_tables if is_acmix else f'{own_tables}|{mixing}',
             may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
-            {'acmix': '', 'attn': f'|{mixing}', 'conv': f'|{attending}'}[self.mix])
-        if not is_acmix and self.mix == 'acmix':
+            {'acmix': '', 'attn': f'|{mixing}', 'conv': f'|{attending}'}[self.mix],
+            leave='|'.join(rf'^{name}\.' for name in replaced))
+        if not is_acmix and self.mix == 'acmix' and self.mixer is None:
             start_as_plain(self, 'Swin')
 
     def fit_position_tables(self, state_dict: dict[str, Tensor]) -> None:

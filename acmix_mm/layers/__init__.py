@@ -1,8 +1,10 @@
 """Modules built on the operators, one for each kind of host. They need torch alone."""
 
 from .acmix_conv import ACmixConv2d, acmix_or_pointwise
+from .involution import Involution2d, involution_or_pointwise
 from .patchwise_acmix import PatchwiseACmix
 from .reduced_acmix import ReducedACmix
 from .window_acmix import WindowACmix
 
-__all__ = ['ACmixConv2d', 'PatchwiseACmix', 'ReducedACmix', 'WindowACmix', 'acmix_or_pointwise']
+__all__ = ['ACmixConv2d', 'Involution2d', 'PatchwiseACmix', 'ReducedACmix', 'WindowACmix',
+           'acmix_or_pointwise', 'involution_or_pointwise']

@@ -1,6 +1,6 @@
 """ACmix in the place of a convolution: local attention beside shift-and-sum."""
 
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,10 @@ from acmix_mm.ops import project, sliding_window_attention
 from acmix_mm.ops.tables import per_size
 
 from .conv_path import FullyConnected, Shifts, TwoPaths
+from .padded_conv import PaddedConvolution, Size, check_odd, one_side
 
-Size = Union[int, tuple[int, int]]
 
-
-class ACmixConv2d(TwoPaths):
+class ACmixConv2d(PaddedConvolution, TwoPaths):
     """A drop-in for a padded ``nn.Conv2d`` of odd kernel: same arguments, same output size.
 
     Paper: arXiv 2111.14556, section 4.1; out = rate1 · attention + rate2 · convolution (+ bias).
@@ -55,26 +54,12 @@ class ACmixConv2d(TwoPaths):
                  groups: int = 1, bias: bool = True, num_heads: int = 4,
                  attn_kernel_size: int = 7, mix: str = 'acmix', combine: str = 'rates',
                  shift: str = 'learned', shift_groups: Optional[int] = None) -> None:
-        super().__init__(mix, combine)
-        kernel = one_side('kernel_size', kernel_size)
-        step, spread = one_side('stride', stride), one_side('dilation', dilation)
-        if groups != 1:
-            raise ValueError(f'ACmixConv2d has no groups, got groups={groups}; allowed is 1.')
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        self.set_paths(mix, combine)
         if out_channels % num_heads:
             raise ValueError(f'num_heads must divide out_channels, got {num_heads} heads for '
                              f'{out_channels} channels.')
-        for name, value in (('kernel_size', kernel), ('attn_kernel_size', attn_kernel_size)):
-            if value % 2 == 0:
-                raise ValueError(f'{name} must be odd, got {value}.')
-        keeps_size = spread * (kernel // 2)
-        if padding is not None and one_side('padding', padding) != keeps_size:
-            raise ValueError(f'ACmixConv2d pads to keep the size: kernel_size={kernel} with '
-                             f'dilation={spread} allows padding={keeps_size}, got {padding}.')
-        # What OpenMMLab's ConvModule reads off a convolution.
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = (kernel,) * 2, (step,) * 2, (spread,) * 2
-        self.padding, self.output_padding = (keeps_size,) * 2, (0, 0)
-        self.groups, self.transposed = groups, False
+        check_odd('attn_kernel_size', attn_kernel_size)
 
         self.num_heads = num_heads
         self.attn_kernel_size = attn_kernel_size
@@ -85,8 +70,8 @@ class ACmixConv2d(TwoPaths):
         if mix != 'conv':
             self.conv_p = nn.Conv2d(2, head_dims, 1)
         if mix != 'attn':
-            self.fc = FullyConnected(3 * num_heads, kernel, bias=False)
-            self.dep_conv = Shifts(head_dims, num_heads, kernel, shift, shift_groups)
+            self.fc = FullyConnected(3 * num_heads, self.kernel_size[0], bias=False)
+            self.dep_conv = Shifts(head_dims, num_heads, self.kernel_size[0], shift, shift_groups)
         self.add_rates()
 
     def init_weights(self) -> None:
@@ -130,8 +115,7 @@ class ACmixConv2d(TwoPaths):
                                   stride=self.stride[0], dilation=self.dilation[0])
 
     def extra_repr(self) -> str:
-        return (f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
-                f'stride={self.stride}, dilation={self.dilation}, num_heads={self.num_heads}, '
+        return (f'{super().extra_repr()}, num_heads={self.num_heads}, '
                 f'attn_kernel_size={self.attn_kernel_size}, mix={self.mix!r}')
 
 
@@ -149,18 +133,6 @@ def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *
     return ACmixConv2d(in_channels, out_channels, kernel_size, *args, num_heads=num_heads,
                        attn_kernel_size=attn_kernel_size, mix=mix, combine=combine, shift=shift,
                        shift_groups=shift_groups, **kwargs)
-
-
-def one_side(name: str, size: Size) -> int:
-    """The one number of a square size.
-
-    Raises:
-        ValueError: the size is not square.
-    """
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f'{name} must be the same along both axes, got {size}.')
-    return sides.pop()
 
 
 @per_size

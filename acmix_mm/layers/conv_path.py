@@ -21,21 +21,23 @@ SHIFTS = ('learned', 'random', 'fixed', 'tensor')
 class TwoPaths(nn.Module):
     """Base of the ACmix layers: which paths they have, how these are added, and how maps shift.
 
-    Paper: arXiv 2111.14556, section 4; its ablations of both in section 5.4.
-
-    Args:
-        mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
-            rates.
-        combine: how two paths are added: ``'rates'``, rate1 · attention + rate2 · convolution with
-            both learned; ``'convex'``, rate1 · attention + (1 - rate1) · convolution; ``'sum'``,
-            without rates. Learned ones start at one half.
-
-    Raises:
-        ValueError: an argument is none of these.
+    Paper: arXiv 2111.14556, section 4; its ablations of both in section 5.4. A layer that has a
+    convolution path names its parts ``fc`` and ``dep_conv``.
     """
 
-    def __init__(self, mix: str, combine: str) -> None:
-        super().__init__()
+    def set_paths(self, mix: str, combine: str) -> None:
+        """Say which paths there are and how they are added, before anything else is built.
+
+        Args:
+            mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` for that path alone, without
+                rates.
+            combine: how two paths are added: ``'rates'``, rate1 · attention + rate2 · convolution
+                with both learned; ``'convex'``, rate1 · attention + (1 - rate1) · convolution;
+                ``'sum'``, without rates. Learned ones start at one half.
+
+        Raises:
+            ValueError: an argument is none of these.
+        """
         for name, value, allowed in (('mix', mix, MIXES), ('combine', combine, COMBINATIONS)):
             if value not in allowed:
                 raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {value!r}.')

@@ -57,7 +57,8 @@ class PatchwiseACmix(TwoPaths):
                  norm: Callable[[int], nn.Module] = nn.BatchNorm2d, mix: str = 'acmix',
                  combine: str = 'rates', shift: str = 'learned',
                  shift_groups: Optional[int] = None) -> None:
-        super().__init__(mix, combine)
+        super().__init__()
+        self.set_paths(mix, combine)
         if out_channels % rel_channels or out_channels % SHARE_CHANNELS:
             raise ValueError(f'rel_channels and {SHARE_CHANNELS} must divide out_channels, got '
                              f'{rel_channels} for {out_channels} channels.')

@@ -50,7 +50,8 @@ class ReducedACmix(TwoPaths):
                  norm: Callable[[int], nn.Module] = nn.LayerNorm, mix: str = 'acmix',
                  combine: str = 'rates', shift: str = 'learned',
                  shift_groups: Optional[int] = None) -> None:
-        super().__init__(mix, combine)
+        super().__init__()
+        self.set_paths(mix, combine)
         if embed_dims % num_heads:
             raise ValueError(f'num_heads must divide embed_dims, got {num_heads} heads for '
                              f'{embed_dims} channels.')

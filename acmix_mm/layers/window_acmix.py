@@ -50,7 +50,8 @@ class WindowACmix(TwoPaths):
                  attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
                  mix: str = 'acmix', combine: str = 'rates',
                  shift: str = 'learned', shift_groups: Optional[int] = None) -> None:
-        super().__init__(mix, combine)
+        super().__init__()
+        self.set_paths(mix, combine)
         if embed_dims % num_heads:
             raise ValueError(f'num_heads must divide embed_dims, got {num_heads} heads for '
                              f'{embed_dims} channels.')
