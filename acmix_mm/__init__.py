@@ -1,8 +1,9 @@
 """ACmix (arXiv 2111.14556) for detection and segmentation with OpenMMLab.
 
 Importing this package registers its backbones, and the convolution type ``ACmix``, in MMEngine's
-root ``MODELS``, where MMDetection and MMSegmentation find them. On a machine without OpenMMLab it
-registers nothing, and ``acmix_mm.ops`` and ``acmix_mm.layers`` work with torch alone.
+root ``MODELS``, and ``RateHook`` in its ``HOOKS``, where MMDetection and MMSegmentation find them.
+On a machine without OpenMMLab it registers nothing, and ``acmix_mm.ops`` and ``acmix_mm.layers``
+work with torch alone.
 """
 
 from importlib.util import find_spec
@@ -14,5 +15,6 @@ if find_spec('mmengine') and find_spec('mmcv'):
 
     from . import backbones  # noqa: F401
     from .layers import acmix_or_pointwise
+    from .looking import rate_hook  # noqa: F401
 
     MODELS.register_module('ACmix', module=acmix_or_pointwise)

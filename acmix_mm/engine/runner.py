@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Optional
 from urllib.error import URLError
@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
 from acmix_mm.checkpoint import (
     HAS_ALLOW_LIST,
@@ -45,15 +46,22 @@ class DataOnlyRunner(Runner):
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
-        weights = checkpoint.get('state_dict', checkpoint)
-        # What wraps a model, for several processes or for augmented tests, calls it "module".
-        own = {key.removeprefix('module.'): value for key, value in self.model.state_dict().items()}
-        unfit = [key for key, value in own.items()
-                 if key not in weights or weights[key].shape != value.shape]
-        if len(unfit) == len(own) or (self.takes_whole_checkpoints_only and unfit):
-            raise CheckpointError(f'The checkpoint {filename} is of another network than the '
-                                  f"config's: missing or of another shape: {summary(unfit)}.")
+        check_fit(self.model, checkpoint, filename, self.takes_whole_checkpoints_only)
         return checkpoint
+
+
+def check_fit(model: nn.Module, checkpoint: Mapping, source: str, whole: bool) -> None:
+    """Raise CheckpointError where a checkpoint has nothing of a model's weights or, with ``whole``,
+    not all of them.
+    """
+    weights = checkpoint.get('state_dict', checkpoint)
+    # What wraps a model, for several processes or for augmented tests, calls it "module".
+    own = {key.removeprefix('module.'): value for key, value in model.state_dict().items()}
+    unfit = [key for key, value in own.items()
+             if key not in weights or weights[key].shape != value.shape]
+    if len(unfit) == len(own) or (whole and unfit):
+        raise CheckpointError(f'The checkpoint {source} is of another network than the '
+                              f"config's: missing or of another shape: {summary(unfit)}.")
 
 
 def train(cfg: Config) -> None:
