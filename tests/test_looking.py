@@ -20,7 +20,7 @@ from torch import nn
 
 import acmix_mm  # noqa: F401
 from acmix_mm.engine.config import load_config
-from acmix_mm.engine.receptive_field import fields_of, variants
+from acmix_mm.engine.receptive_field import fields_of, label, variants
 from acmix_mm.engine.visualize import visualize
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
@@ -280,6 +280,9 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
             assert (weights >= 0).all()
             torch.testing.assert_close(weights.sum((1, 2)), torch.ones(len(weights)))
         seen_rows, seen_columns = np.nonzero(weights.abs().sum(0).numpy() > 1e-20)
+        assert attention.count >= len(seen_rows)
+        if isinstance(layer, (WindowACmix, ReducedACmix)):
+            assert attention.count == len(seen_rows)
         if isinstance(layer, WindowACmix) and case != 'one window':
             # The windows of a shifted map begin two positions further on, or earlier.
             for seen, own in ((seen_rows, row), (seen_columns, column)):
@@ -405,7 +408,7 @@ def test_figures_show_what_they_are_given():
     picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     weights = torch.zeros(2, 10, 15)
     weights[:, 2:5, 3:7] = torch.rand(2, 3, 4)
-    attention = figures.PointAttention(weights, 1, True)
+    attention = figures.PointAttention(weights, 1, 12, True)
     drawn = figures.draw_attention(picture, (20, 12), attention, (4., 4.), 'of a point')
     overview, *heads = (axes for axes in drawn.axes if axes.get_visible())
     np.testing.assert_array_equal(overview.images[0].get_array(), picture)
@@ -428,8 +431,9 @@ def test_figures_show_what_they_are_given():
             assert image.get_clim() == (0, pair.max())
 
     energy = np.random.rand(20, 30)
-    fields = dict(a=[Field('stage 0', 4, energy, 3, 5, 7)],
-                  b=[Field('stage 0', 4, energy**2, 0, 0, 2), Field('stage 1', 8, energy, 1, 1, 9)])
+    fields = [('a', [Field('stage 0', 4, energy, 3, 5, 7)]),
+              ('b', [Field('stage 0', 4, energy**2, 0, 0, 2),
+                     Field('stage 1', 8, energy, 1, 1, 9)])]
     drawn = figures.draw_receptive_fields(fields)
     panels = [axes for axes in drawn.axes if axes.images and axes.get_visible()]
     assert [axes.get_title() for axes in panels] == [
@@ -591,5 +595,8 @@ def test_receptive_field_refusals(detector):
         fields_of(plain, (64, 64), 1, str(checkpoint))
     with pytest.raises(CheckpointError, match='does not fit this ACmixSwinTransformer'):
         fields_of(load_config(DETECTION), (64, 64), 1, str(checkpoint))
-    assert list(variants(cfg, ['attn', 'conv'])) == ['maskrcnn_acmix_swin, attn',
-                                                     'maskrcnn_acmix_swin, conv']
+    assert [label(variant, ['attn', 'conv'], str(checkpoint))
+            for variant in variants(cfg, ['attn', 'conv'])] == [
+        f'maskrcnn_acmix_swin, {mix}, {checkpoint.parent.name}/epoch_1.pth'
+        for mix in ('attn', 'conv')]
+    assert 'mix' not in cfg.model.backbone

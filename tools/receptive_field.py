@@ -18,7 +18,7 @@ import argparse
 from acmix_mm.engine.cli import KeyValue, run_tool
 from acmix_mm.engine.complexity import read_shape
 from acmix_mm.engine.config import load_config
-from acmix_mm.engine.receptive_field import fields_of, report, variants
+from acmix_mm.engine.receptive_field import fields_of, label, report, variants
 from acmix_mm.environment import check_mmcv
 from acmix_mm.errors import UsageError
 from acmix_mm.layers.conv_path import MIXES
@@ -50,12 +50,11 @@ def main() -> None:
     if args.checkpoints and len(args.checkpoints) != len(args.configs):
         raise UsageError(f'--checkpoints takes one file for each config: there are '
                          f'{len(args.configs)} configs and {len(args.checkpoints)} files.')
-    columns = {}
-    for index, path in enumerate(args.configs):
-        cfg = load_config(path, args.cfg_options)
-        checkpoint = args.checkpoints[index] if args.checkpoints else None
-        for name, variant in variants(cfg, args.mix).items():
-            columns[name] = fields_of(variant, shape, args.samples, checkpoint)
+    checkpoints = args.checkpoints or [None] * len(args.configs)
+    cases = [(variant, checkpoint) for path, checkpoint in zip(args.configs, checkpoints)
+             for variant in variants(load_config(path, args.cfg_options), args.mix)]
+    columns = [(label(cfg, args.mix, checkpoint), fields_of(cfg, shape, args.samples, checkpoint))
+               for cfg, checkpoint in cases]
     save(draw_receptive_fields(columns), args.out)
     print(f'{report(columns)}\nWrote {args.out}.')
 

@@ -1,6 +1,6 @@
 """Effective receptive fields of the backbones of configs, and of their variants."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -78,29 +78,37 @@ def build_backbone(cfg: Config, checkpoint: Optional[str]) -> nn.Module:
     return backbone
 
 
-def variants(cfg: Config, mixes: Optional[Sequence[str]]) -> dict[str, Config]:
-    """A config under its name, or what each of ``mixes`` makes of it.
+def variants(cfg: Config, mixes: Optional[Sequence[str]]) -> list[Config]:
+    """A config alone, or what each of ``mixes`` makes of it.
 
     Raises:
         UsageError: the backbone is a plain one.
     """
-    name = Path(cfg.filename).stem
     if mixes is None:
-        return {name: cfg}
+        return [cfg]
     if not cfg.model.backbone.type.startswith('ACmix'):
         raise UsageError(f'--mix is about the paths of ACmix, and the backbone of {cfg.filename} '
                          f'is a {cfg.model.backbone.type}.')
-    made = {}
-    for mix in mixes:
-        made[f'{name}, {mix}'] = variant = Config(cfg._cfg_dict.to_dict(), filename=cfg.filename)
+    made = [Config(cfg._cfg_dict.to_dict(), filename=cfg.filename) for _ in mixes]
+    for variant, mix in zip(made, mixes):
         variant.model.backbone.mix = mix
     return made
 
 
-def report(columns: Mapping[str, Sequence[Field]]) -> str:
+def label(cfg: Config, mixes: Optional[Sequence[str]], checkpoint: Optional[str]) -> str:
+    """What a config is called beside others: its file, the path that is left, the weights."""
+    words = [Path(cfg.filename).stem]
+    if mixes is not None:
+        words.append(cfg.model.backbone.mix)
+    if checkpoint is not None:
+        words.append('/'.join(Path(checkpoint).parts[-2:]))
+    return ', '.join(words)
+
+
+def report(columns: Sequence[tuple[str, Sequence[Field]]]) -> str:
     """The sides of the squares, a line for each network."""
     lines = [f"Side of the smallest square with {SHARE:.0%} of the gradient's energy, in pixels"]
     lines += [f'{name}: ' + ', '.join(
         f'{field.side} in {field.stage} (stride {field.stride})' for field in fields)
-        for name, fields in columns.items()]
+        for name, fields in columns]
     return '\n'.join(lines)

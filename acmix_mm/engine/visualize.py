@@ -160,8 +160,9 @@ def prediction_figure(cfg: Config, model: nn.Module, picture: np.ndarray, result
     if 'pred_sem_seg' in result:
         labels, title = result.pred_sem_seg.data, 'predicted classes'
     else:
-        kept = result.pred_instances.scores >= 0.3
-        labels, title = result.pred_instances.labels[kept], 'predictions, scores from 30 % up'
+        # Those that MMDetection's visualizer draws.
+        labels = result.pred_instances.labels[result.pred_instances.scores > 0.3]
+        title = f'{len(labels) or "no"} predictions with a score above 30 %'
     legend = {} if isinstance(palette, str) else {
         classes[label]: palette[label] for label in labels.unique().tolist()}
     return draw_predictions(picture, visualizer.get_image(), title, legend)

@@ -22,11 +22,14 @@ class PointAttention(NamedTuple):
             neighbourhood is zero. A Swin's map is padded to whole windows, a PVT's is reduced. For
             a SAN "heads" are the groups of channels that share weights.
         cell: positions of the layer's input along one side of a position of the values.
+        count: how many positions share the attention, those that a mirrored border shows twice
+            counted twice, masked ones not at all.
         is_softmax: whether the weights of a head are positive and sum to one.
     """
 
     weights: Tensor
     cell: int
+    count: int
     is_softmax: bool
 
 
@@ -80,8 +83,9 @@ def in_shifted_window(layer: WindowACmix, x: Tensor, row: int, column: int) -> P
     keys = k[axes[0]][:, axes[1]]
     logits = layer.scale * torch.einsum('nd,rcnd->nrc', q[row, column], keys)
     bias = layer.position_bias(window)[:, place[0] * window[1] + place[1]].unflatten(1, window)
-    logits = logits + bias + MASKED_LOGIT * (side[0][:, None] | side[1])
-    return PointAttention(scatter(softmax(logits), *axes, padded.shape[1:3]), 1, True)
+    masked = side[0][:, None] | side[1]
+    weights = scatter(softmax(logits + bias + MASKED_LOGIT * masked), *axes, padded.shape[1:3])
+    return PointAttention(weights, 1, int((~masked).sum()), True)
 
 
 def in_sliding_window(layer: ACmixConv2d, x: Tensor, row: int, column: int) -> PointAttention:
@@ -101,7 +105,8 @@ def in_sliding_window(layer: ACmixConv2d, x: Tensor, row: int, column: int) -> P
                      for centre, extent in ((row, height), (column, width)))
     relative = positions[:, row, column][:, None, None] - around(positions, rows, columns)
     logits = q.shape[1]**-0.5 * torch.einsum('nd,ndrc->nrc', q, around(k, rows, columns) + relative)
-    return PointAttention(scatter(softmax(logits), rows, columns, (height, width)), 1, True)
+    weights = scatter(softmax(logits), rows, columns, (height, width))
+    return PointAttention(weights, 1, layer.attn_kernel_size**2, True)
 
 
 def in_reduced_map(layer: ReducedACmix, x: Tensor, row: int, column: int) -> PointAttention:
@@ -113,7 +118,7 @@ def in_reduced_map(layer: ReducedACmix, x: Tensor, row: int, column: int) -> Poi
     q = F.linear(x[0, row, column], weight[:channels], bias_q).unflatten(0, heads)
     k = F.linear(layer.reduce(x)[0], weight[channels:2 * channels], bias_k).unflatten(2, heads)
     logits = layer.head_dims**-0.5 * torch.einsum('nd,rcnd->nrc', q, k)
-    return PointAttention(softmax(logits), layer.sr_ratio, True)
+    return PointAttention(softmax(logits), layer.sr_ratio, logits[0].numel(), True)
 
 
 def by_patch(layer: PatchwiseACmix, x: Tensor, row: int, column: int) -> PointAttention:
@@ -129,7 +134,7 @@ def by_patch(layer: PatchwiseACmix, x: Tensor, row: int, column: int) -> PointAt
     features = torch.cat([layer.conv1(x)[0, :, row, column], keys.flatten()])
     weights = layer.conv_w(features[None, :, None, None]).flatten()
     weights = weights.unflatten(0, (-1, layer.kernel_size, layer.kernel_size))
-    return PointAttention(scatter(weights, rows, columns, size), 1, False)
+    return PointAttention(scatter(weights, rows, columns, size), 1, layer.kernel_size**2, False)
 
 
 def around(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -214,10 +214,12 @@ def draw_attention(picture: np.ndarray, point: tuple[int, int], attention: Point
         Line2D([], [], color=line, linewidth=1, label='outlines of the picture',
                path_effects=[Stroke(linewidth=2, foreground='grey'), Normal()])]
     if attention.is_softmax:
-        uniform = len(weights) / len(seen)
+        uniform = 1 / attention.count
         bar.ax.axhline(uniform, color='cyan', linewidth=2)
         handles.append(Line2D([], [], color='cyan', linewidth=2,
                               label=f'all weights alike, {uniform:.2g}'))
+    if attention.count > neighbours(weights).sum():
+        title += '\nmirrored at the edge: what is seen twice has both weights'
     figure.suptitle(title)
     figure.legend(loc='outside lower center', ncols=2, handles=handles)
     return figure
@@ -281,16 +283,16 @@ def draw_energies(picture: np.ndarray, energies: Mapping[str, np.ndarray],
     return figure
 
 
-def draw_receptive_fields(columns: Mapping[str, Sequence[Field]]) -> Figure:
-    """The effective receptive fields of networks, a column each, stage by stage.
+def draw_receptive_fields(columns: Sequence[tuple[str, Sequence[Field]]]) -> Figure:
+    """The effective receptive fields of networks, a column each under its name, stage by stage.
 
     The colour is the root mean square gradient, relative to the largest of its panel, on one
     logarithmic scale for all; the square is the smallest that holds ``SHARE`` of the energy.
     """
-    count = max(map(len, columns.values()))
+    count = max(len(fields) for _, fields in columns)
     figure = Figure(figsize=(1.6 + 2.9 * len(columns), 1.2 + 2.9 * count), layout='constrained')
     rows = figure.subplots(count, len(columns), squeeze=False)
-    for index, (name, fields) in enumerate(columns.items()):
+    for index, (name, fields) in enumerate(columns):
         for axes in rows[len(fields):, index]:
             axes.set_visible(False)
         for axes, field in zip(rows[:, index], fields):
@@ -300,8 +302,9 @@ def draw_receptive_fields(columns: Mapping[str, Sequence[Field]]) -> Figure:
                                 norm=LogNorm(FAINTEST, 1), extent=(0, width, height, 0))
             axes.add_patch(Rectangle((field.left, field.top), field.side, field.side, fill=False,
                                      edgecolor='cyan', linewidth=1.5))
-            axes.set_title(f'{name + chr(10) if axes is rows[0, index] else ""}{field.stage}, '
-                           f'stride {field.stride}: {field.side} px')
+            heading = name.replace(', ', '\n') + '\n' if axes is rows[0, index] else ''
+            axes.set_title(f'{heading}{field.stage}, stride {field.stride}: {field.side} px',
+                           fontsize='medium')
             axes.tick_params(labelsize='small')
         axes.set_xlabel('x of the input (pixels)')
     for axes in rows[:, 0]:
