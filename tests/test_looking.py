@@ -21,7 +21,7 @@ from torch import nn
 import acmix_mm  # noqa: F401
 from acmix_mm.engine.config import load_config
 from acmix_mm.engine.receptive_field import fields_of, label, variants
-from acmix_mm.engine.visualize import visualize
+from acmix_mm.engine.visualize import Seen, visualize
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix_mm.looking import figures
@@ -386,8 +386,12 @@ def test_receptive_field_is_the_squared_gradient():
 
 def test_receptive_field_behind_a_norm_is_not_zero():
     """The channels of a layer norm have a constant sum: the gradient of the sum is zero."""
-    norm = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(1, 8, affine=False))
-    field, = receptive_fields(Stages(norm), (6, 6), samples=2)
+    class NormOfChannels(nn.Module):
+        def forward(self, x):
+            return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
+
+    field, = receptive_fields(Stages(nn.Sequential(nn.Conv2d(3, 8, 1), NormOfChannels())), (6, 6),
+                              samples=2)
     assert field[3, 3] > 1e-4
 
 
@@ -519,6 +523,31 @@ def test_visualize_segmentor(shapes, tmp_path, monkeypatch):
         np.testing.assert_allclose(values, energy.numpy(), rtol=1e-4)
     assert len(shown) == 2
     assert not np.array_equal(drawn['predictions.png'].axes[1].images[0].get_array(), image)
+
+
+def test_the_point_is_found_in_every_stage():
+    """In a picture that was doubled and padded before the backbone saw it."""
+    backbone = MODELS.build(BACKBONES['Swin']).eval()
+    batch, picture = torch.randn(1, 3, 128, 192), np.zeros((60, 90, 3), dtype=np.uint8)
+    seen = Seen(backbone, last_layers(backbone), batch, picture, dict(img_shape=(120, 180)))
+    drawn = seen.attention_figures((44, 10))
+    # Its centre is at 89, 21 of what the backbone saw.
+    for stage, (row, column) in enumerate([(5, 22), (2, 11), (1, 5), (0, 2)]):
+        layer = seen.layers[f'stage {stage}']
+        expected = attention_of_point(layer.module, layer.x, (row, column)).weights
+        head = drawn[f'attention_stage_{stage}'].axes[1].images[0]
+        np.testing.assert_array_equal(head.get_array(), expected[0])
+        # Positions are 4, 8, … pixels apart for the backbone, half of that in the picture.
+        assert head.get_extent()[1] == 2 * 2**stage * expected.shape[2]
+
+
+def test_what_a_single_path_cannot_show_is_left_out():
+    batch, picture = torch.randn(1, 3, 64, 64), np.zeros((64, 64, 3), dtype=np.uint8)
+    for mix, attention in (('attn', 4), ('conv', 0)):
+        backbone = MODELS.build({**BACKBONES['PVT'], 'mix': mix}).eval()
+        seen = Seen(backbone, last_layers(backbone), batch, picture, dict(img_shape=(64, 64)))
+        assert len(seen.attention_figures((0, 63))) == attention
+        assert seen.energy_figure() == {}
 
 
 def test_visualize_refusals(detector, shapes, tmp_path):
