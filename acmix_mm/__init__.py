@@ -1,9 +1,9 @@
 """ACmix (arXiv 2111.14556) for detection and segmentation with OpenMMLab.
 
 Importing this package registers its backbones, and the convolution types ``ACmix``,
-``SlidingAttention``, ``ACmixConvolution`` and ``Involution``, in MMEngine's root ``MODELS``, where
-MMDetection and MMSegmentation find them. On a machine without OpenMMLab it registers nothing, and
-``acmix_mm.ops`` and ``acmix_mm.layers`` work with torch alone.
+``SlidingAttention``, ``ACmixConvolution`` and ``Involution``, in MMEngine's root ``MODELS``, and
+``RateHook`` in its ``HOOKS``, where MMDetection and MMSegmentation find them. On a machine without
+OpenMMLab it registers nothing, and ``acmix_mm.ops`` and ``acmix_mm.layers`` work with torch alone.
 """
 
 from functools import partial
@@ -16,6 +16,7 @@ if find_spec('mmengine') and find_spec('mmcv'):
 
     from . import backbones  # noqa: F401
     from .layers import acmix_or_pointwise, involution_or_pointwise
+    from .looking import rate_hook  # noqa: F401
 
     MODELS.register_module('ACmix', module=acmix_or_pointwise)
     MODELS.register_module('SlidingAttention', module=partial(acmix_or_pointwise, mix='attn'))

@@ -208,23 +208,34 @@ def read_weights(source: str) -> Weights:
     Raises:
         CheckpointError: as :func:`read_checkpoint`, or the file holds no weights.
     """
+    weights = read_all_weights(source)
+    if not any(key.startswith('backbone.') for key in weights.state_dict):
+        return weights
+    return Weights(source, ', '.join(filter(None, [weights.part, 'its backbone'])),
+                   {key.removeprefix('backbone.'): value
+                    for key, value in weights.state_dict.items() if key.startswith('backbone.')})
+
+
+def read_all_weights(source: str) -> Weights:
+    """Load the weights of a checkpoint, of a whole detector with neck and heads: averaged ones,
+    where it has them.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or the file holds no weights.
+    """
     checkpoint = read_checkpoint(source)
-    parts = []
+    part = ''
     for nest in NESTS:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(nest), Mapping):
             checkpoint = checkpoint[nest]
             if nest.endswith('_ema'):
-                parts.append(f'the averaged weights in {nest}')
+                part = f'the averaged weights in {nest}'
     if not isinstance(checkpoint, Mapping) or not all(
             isinstance(value, Tensor) for value in checkpoint.values()) or not checkpoint:
         raise CheckpointError(f'The checkpoint {source} holds no weights: neither it nor its '
                               f'{" or ".join(map(repr, NESTS))} maps names to tensors.')
-    state_dict = {WRAPPERS.sub('', key): value for key, value in checkpoint.items()}
-    if any(key.startswith('backbone.') for key in state_dict):
-        parts.append('its backbone')
-        state_dict = {key.removeprefix('backbone.'): value
-                      for key, value in state_dict.items() if key.startswith('backbone.')}
-    return Weights(source, ', '.join(parts), state_dict)
+    return Weights(source, part,
+                   {WRAPPERS.sub('', key): value for key, value in checkpoint.items()})
 
 
 def load_with_account(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str,

@@ -12,6 +12,7 @@ from acmix_mm.backbones import (
 )
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix_mm.layers.conv_path import COMBINATIONS, SHIFTS
+from acmix_mm.looking.paths import path_energies
 from acmix_mm.ops import shift_conv, shift_sum
 
 LAYERS = {
@@ -92,6 +93,11 @@ def test_paths_combine_as_said(host, shift):
                 if hasattr(layer, name):
                     getattr(layer, name).fill_(value)
         torch.testing.assert_close(layer(x), expected)
+        energies = path_energies(layer, x[:1])
+        channels = 1 if host in ('ResNet', 'SAN') else 3
+        rate = {'rates': 0.9, 'convex': 0.7, 'sum': 1}[combine]
+        for energy, path in zip(energies, (expected - rate * convolution, rate * convolution)):
+            torch.testing.assert_close(energy, path[:1].square().mean(channels)[0].sqrt())
         rates = [name for name, _ in layer.named_parameters() if name.startswith('rate')]
         assert rates == {'rates': ['rate1', 'rate2'], 'convex': ['rate1'], 'sum': []}[combine]
 

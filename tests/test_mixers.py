@@ -235,7 +235,8 @@ def test_convolution_in_a_swin_is_followed_by_the_linear_layer_and_never_shifted
 
 @BOTH
 @pytest.mark.parametrize(('options', 'message'), [
-    (dict(mixer=dict(type='Involution'), mix='attn'), "mix='attn' and acmix_cfg=None say something: give one"),
+    (dict(mixer=dict(type='Involution'), mix='attn'),
+     "mix='attn' and acmix_cfg=None say something: give one"),
     (dict(mixer=dict(type='Conv2d', kernel_size=4)), 'kernel_size of a mixer must be odd.* got 4'),
     (dict(mixer=dict(type='Involution', group_channels=5)), 'group_channels must divide'),
     (dict(mixer=dict(type='ACmix', num_heads=5)), 'num_heads must divide'),

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
 from acmix_mm.checkpoint import (
     HAS_ALLOW_LIST,
@@ -49,24 +49,12 @@ class DataOnlyRunner(Runner):
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
-        check_fit(self.model, checkpoint.get('state_dict', checkpoint), filename,
-                  whole=self.takes_whole_checkpoints_only)
+        check_fit(self.model, checkpoint, filename, self.takes_whole_checkpoints_only)
         return checkpoint
 
     def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
         """Save as :meth:`Runner.save_checkpoint`, and write down which versions trained this."""
         super().save_checkpoint(*args, meta={**(meta or {}), 'versions': versions()}, **kwargs)
-
-
-def check_fit(model: nn.Module, weights: Mapping[str, Tensor], source: str, whole: bool) -> None:
-    """Raise CheckpointError if none of a model's weights is there, or where ``whole`` not all."""
-    # What wraps a model, for several processes or for augmented tests, calls it "module".
-    own = {key.removeprefix('module.'): value for key, value in model.state_dict().items()}
-    unfit = [key for key, value in own.items()
-             if key not in weights or weights[key].shape != value.shape]
-    if len(unfit) == len(own) or (whole and unfit):
-        raise CheckpointError(f'The checkpoint {source} is of another network than the config\'s: '
-                              f'missing or of another shape: {summary(unfit)}.')
 
 
 def load_weights(model: nn.Module, source: str) -> None:
@@ -76,9 +64,22 @@ def load_weights(model: nn.Module, source: str) -> None:
         CheckpointError: it cannot be read, or is of another network.
     """
     checkpoint = read_checkpoint(source)
+    check_fit(model, checkpoint, source, whole=True)
+    model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)
+
+
+def check_fit(model: nn.Module, checkpoint: Mapping, source: str, whole: bool) -> None:
+    """Raise CheckpointError where a checkpoint has nothing of a model's weights or, with ``whole``,
+    not all of them.
+    """
     weights = checkpoint.get('state_dict', checkpoint)
-    check_fit(model, weights, source, whole=True)
-    model.load_state_dict(weights, strict=False)
+    # What wraps a model, for several processes or for augmented tests, calls it "module".
+    own = {key.removeprefix('module.'): value for key, value in model.state_dict().items()}
+    unfit = [key for key, value in own.items()
+             if key not in weights or weights[key].shape != value.shape]
+    if len(unfit) == len(own) or (whole and unfit):
+        raise CheckpointError(f'The checkpoint {source} is of another network than the '
+                              f"config's: missing or of another shape: {summary(unfit)}.")
 
 
 def train(cfg: Config) -> None:

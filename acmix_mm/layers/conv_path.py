@@ -65,9 +65,9 @@ class TwoPaths(nn.Module):
     @property
     def convolution_rate(self) -> Optional[Tensor]:
         """What the convolution path is multiplied by, (1,), β in the paper; None is one."""
-        if self.mix == 'acmix' and self.combine == 'convex':
-            return 1 - self.rate1
-        return getattr(self, 'rate2', None)
+        rate = self.attention_rate
+        return 1 - rate if rate is not None and self.combine == 'convex' else getattr(
+            self, 'rate2', None)
 
     @property
     def can_stand_in(self) -> bool:
