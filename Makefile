@@ -44,7 +44,7 @@ $(VENV)/.acmix-mm-stack: constraints.txt
 	@echo "Installing mmcv; where it has to be compiled, that takes some six minutes on two cores."
 	$(INSTALL) --no-build-isolation --no-cache-dir mmcv
 	$(INSTALL) mmengine mmdet mmsegmentation timm ftfy regex onnx onnxruntime onnxscript \
-		pytest pytest-xdist hypothesis ruff
+		tensorboard pytest pytest-xdist hypothesis ruff
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
 	$(if $(filter .venv,$(VENV)),$(INSTALL) --no-deps --no-build-isolation -e .)
 	$(TORCH_VERSION) > $@

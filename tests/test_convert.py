@@ -26,8 +26,8 @@ from acmix_mm.backbones import (
     ACmixSwinTransformer,
 )
 from acmix_mm.checkpoint import is_path
-from acmix_mm.convert import ARCHS, architecture, convert, in_config
 from acmix_mm.datasets.shapes import draw
+from acmix_mm.engine.convert import ARCHS, architecture, convert, in_config
 from acmix_mm.engine.runner import prepared
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.pretrained import read_pretrained

@@ -196,7 +196,6 @@ def test_hook_records_rates(tmp_path):
 
 
 def test_hook_records_rates_for_tensorboard(tmp_path):
-    pytest.importorskip('torch.utils.tensorboard', reason='TensorBoard is not installed')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     steps = run_with_hook(tmp_path, 'TensorboardVisBackend')
     events, = tmp_path.glob('*/vis_data/events*')

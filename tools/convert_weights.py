@@ -11,8 +11,8 @@ Examples: python tools/convert_weights.py swin_tiny_patch4_window7_224.pth acmix
 
 import argparse
 
-from acmix_mm.convert import ARCHS, convert
 from acmix_mm.engine.cli import run_tool
+from acmix_mm.engine.convert import ARCHS, convert
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Callable, Optional
 
 from mmengine.config import Config, DictAction
@@ -64,6 +65,20 @@ def config_from(args: argparse.Namespace) -> Config:
     if args.classes is not None:
         set_classes(cfg, args.classes)
     return cfg
+
+
+def file_to_write(name: str) -> Path:
+    """The path of a file that a tool is to write.
+
+    Raises:
+        UsageError: its folder does not exist, or nothing can be written there.
+    """
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UsageError(f'The folder {path.parent} does not exist; make it, or name another file.')
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f'Nothing can be written to the folder {path.parent}; name another file.')
+    return path
 
 
 def run_tool(main: Callable[[], None]) -> None:

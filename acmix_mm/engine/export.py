@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
-from pathlib import Path
 from random import Random
 from typing import Any, Optional
 
@@ -24,6 +23,7 @@ from acmix_mm import backbones
 from acmix_mm.errors import UsageError
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 
+from .cli import file_to_write
 from .complexity import DETECTION_SIZE
 from .config import build_model
 from .runner import load_weights
@@ -294,9 +294,7 @@ def export_onnx(network: nn.Module, out: str, shape: Size, fixed_size: bool) -> 
             sizes, or the outputs differ from torch's.
     """
     check_exporter()
-    path = Path(out)
-    if not path.parent.is_dir():
-        raise UsageError(f'The folder {path.parent} does not exist; make it, or name another file.')
+    path = file_to_write(out)
     sizes = [(1, *shape)]
     if not fixed_size:
         side = smallest_side(network)

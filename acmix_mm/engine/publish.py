@@ -13,6 +13,8 @@ from acmix_mm.checkpoint import HAS_ALLOW_LIST, read_checkpoint
 from acmix_mm.environment import versions
 from acmix_mm.errors import CheckpointError, UsageError
 
+from .cli import file_to_write
+
 # What is kept of MMEngine's account of a run. The rest is about the machine, or for going on.
 KEPT = ('cfg', 'dataset_meta', 'epoch', 'iter', 'seed', 'time', 'mmengine_version', 'versions')
 
@@ -38,16 +40,15 @@ def publish(source: str, target: str) -> Path:
     if not HAS_ALLOW_LIST:
         raise UsageError('Publishing reads a training checkpoint as data, which takes torch 2.6 or '
                          f'newer; this is {torch.__version__}.')
-    path = Path(target)
-    if not path.parent.is_dir():
-        raise UsageError(f'The folder {path.parent} does not exist; make it, or name another file.')
+    path = file_to_write(target)
     checkpoint = read_checkpoint(source)
     weights = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping) or not weights or not all(
             isinstance(weight, Tensor) for weight in weights.values()):
         raise CheckpointError(f"The checkpoint {source} has no weights under 'state_dict'; name "
                               'one that training has written.')
-    meta = {key: value for key, value in checkpoint.get('meta', {}).items() if key in KEPT}
+    meta = checkpoint.get('meta')
+    meta = {key: meta[key] for key in KEPT if isinstance(meta, Mapping) and key in meta}
     meta['published_with'] = versions()
 
     partial = path.with_name(path.name + '.partial')

@@ -13,14 +13,16 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from . import __version__
-from .backbones.resnet import STAGE_BLOCKS as RESNET_BLOCKS
-from .backbones.resnet import ACmixBottleneck
-from .backbones.san import STAGE_BLOCKS as SAN_BLOCKS
-from .datasets.shapes import draw
-from .errors import CheckpointError, UsageError
-from .pretrained import Pretrained, read_pretrained
-from .zoo import NETWORKS
+from acmix_mm import __version__
+from acmix_mm.backbones.resnet import STAGE_BLOCKS as RESNET_BLOCKS
+from acmix_mm.backbones.resnet import ACmixBottleneck
+from acmix_mm.backbones.san import STAGE_BLOCKS as SAN_BLOCKS
+from acmix_mm.datasets.shapes import draw
+from acmix_mm.errors import CheckpointError, UsageError
+from acmix_mm.pretrained import Pretrained, read_pretrained
+from acmix_mm.zoo import NETWORKS
+
+from .cli import file_to_write
 
 # The paper's networks by name, as in "swin-t".
 ARCHS = {network.name.removeprefix('ACmix-').lower(): network.backbone for network in NETWORKS}
@@ -51,12 +53,10 @@ def convert(source: str, destination: str, arch: Optional[str] = None) -> str:
         UsageError: the destination cannot be written.
         CheckpointError: the source cannot be read, or does not fit.
     """
-    target = Path(destination)
+    target = file_to_write(destination)
     if target.suffix not in SUFFIXES:
         raise UsageError(f'Weights are written as {" or ".join(SUFFIXES)}; {destination} is '
                          'neither.')
-    if not target.parent.is_dir():
-        raise UsageError(f'The folder {target.parent} does not exist; make it, or name another.')
     found = read_pretrained(source)
     if arch is None:
         backbone = architecture(found)
