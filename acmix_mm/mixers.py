@@ -10,8 +10,6 @@ BY_MIX: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     'ACmixResNet': dict(conv=dict(acmix_stages=()), **BY_MIX),
     'ACmixSwinTransformer': BY_MIX,
-    'ACmixPyramidVisionTransformer': BY_MIX,
-    'ACmixSAN': BY_MIX,
 }
 
 

@@ -145,8 +145,8 @@ def match_all(families: dict[str, Family], quantity: str) -> dict[str, Size]:
         if error > allowed:
             raise UsageError(
                 f'{mixer} cannot be brought within {TOLERANCE:.0%} of the {QUANTITIES[quantity]} '
-                f'of {whose}: the nearest, {describe(family, size)}, is off by {error:.1%}; take '
-                'another reference or config, or --match none.')
+                f'of {whose}: the nearest, which changes {describe(family, size)}, is off by '
+                f'{error:.1%}; take another reference or config, or --match none.')
         sizes[mixer] = size
     return sizes
 

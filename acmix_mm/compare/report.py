@@ -144,9 +144,9 @@ def what_was_held(numbers: dict[str, Any]) -> str:
     quantity = QUANTITIES[settings['match']]
     if quantity != 'nothing':
         free.remove(quantity)
-        whose = 'it' if quantity == 'latency' else f'the {quantity} of the backbone alone'
-        held.append(f'the {quantity} of the whole model, to {TOLERANCE:.0%} of {whose}, with '
-                    f'{first} as the reference')
+        whose = 'its own' if quantity == 'latency' else "its backbone's"
+        held.append(f'the {quantity} of the whole model: the difference to {first}, the '
+                    f'reference, is at most {TOLERANCE:.0%} of {whose} {quantity}')
     budget = settings['budget']
     if budget is not None and budget.endswith('minutes'):
         held.append(f'the training time, {budget}: an iteration of each was timed before, and '
@@ -158,8 +158,10 @@ def what_was_held(numbers: dict[str, Any]) -> str:
         free.append('training time')
     held.append(f'the rest of the recipe, the seeds ({", ".join(seeds)}) and with them the order '
                 'of the data')
-    return (f'Held constant: {"; ".join(held)}.\n\nNot held constant: {", ".join(free)}, memory.\n'
-            f'\nAll networks start from {", ".join(numbers["start"])}.')
+    lines = '\n'.join(f'- {each};' for each in held[:-1])
+    return (f'Held constant:\n\n{lines}\n- {held[-1]}.\n\n'
+            f'Not held constant: {", ".join(free)}, memory.\n\n'
+            f'All networks start from {", ".join(numbers["start"])}.')
 
 
 def difference(numbers: dict[str, Any], mixer: str) -> str:
@@ -220,6 +222,7 @@ def draw_curves(numbers: dict[str, Any], path: str) -> None:
         for index, (mixer, curves) in enumerate(curves_of.items()):
             draw_curve(panel, curves, mixer, index, marked=label != 'training loss')
         panel.set(xlabel='iterations', ylabel=label)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
     if lines:
         panels[0].legend(title=shading(numbers))
@@ -260,11 +263,13 @@ def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
                                marker=MARKERS[index % len(MARKERS)], markersize=8, capsize=3,
                                linestyle='none', label=mixer)
             panel.grid(alpha=0.3)
-            panel.margins(0.25)
         row[0].set_ylabel(axis_label(metric))
     for panel, label in zip(panels[-1], labels):
         panel.set_xlabel(label)
-    panels[0][0].legend(title=shading(numbers))
+        # From zero, so that what was matched looks as equal as it is.
+        panel.set_xlim(0, 1.15 * max(cost[label][2] for cost in costs.values()))
+    figure.legend(*panels[0][0].get_legend_handles_labels(), title=shading(numbers),
+                  loc='outside upper center', ncols=len(variants))
     save(figure, path)
 
 

@@ -86,15 +86,15 @@ def train_all(runs: list[Run], iterations: dict[str, int], train_tool: str) -> N
         UsageError: a run failed; what it said is named.
     """
     # Seconds of one iteration, validation and start included, of what was trained here.
-    pace: dict[str, list[float]] = {}
+    pace: dict[str, float] = {}
 
     def left(after: int, of_current: float = 0.) -> str:
-        known = [each for values in pace.values() for each in values]
-        if not known:
+        waiting = [run.mixer for run in runs[after:] if run.result is None]
+        if waiting and not pace:
             return 'time left unknown'
         seconds = of_current + sum(
-            iterations[run.mixer] * statistics.mean(pace.get(run.mixer, known))
-            for run in runs[after:] if run.result is None)
+            iterations[mixer] * (pace.get(mixer) or statistics.mean(pace.values()))
+            for mixer in waiting)
         return f'about {words(seconds)} left'
 
     for number, run in enumerate(runs, start=1):
@@ -107,12 +107,14 @@ def train_all(runs: list[Run], iterations: dict[str, int], train_tool: str) -> N
         for done in train(run, train_tool):
             passed = time.perf_counter() - start
             if done > done_before:
-                pace[run.mixer] = [passed / (done - done_before)]
-                rest = (iterations[run.mixer] - done) * pace[run.mixer][0]
+                pace[run.mixer] = passed / (done - done_before)
+                rest = (iterations[run.mixer] - done) * pace[run.mixer]
                 print(f'{name}: iteration {done} of {iterations[run.mixer]}, '
                       f'{left(number, rest)}', flush=True)
         passed = time.perf_counter() - start
-        pace[run.mixer] = [passed / max(iterations[run.mixer] - done_before, 1)]
+        # What was nearly done before says little: most of its time is its start.
+        if done_before < iterations[run.mixer] / 2:
+            pace[run.mixer] = passed / (iterations[run.mixer] - done_before)
         print(f'{name}: {headline(run.result)}, {words(passed)}; {left(number)}', flush=True)
 
 

@@ -5,11 +5,12 @@ most ``TOLERANCE`` of the reference's *backbone*: measured against the model, a 
 hide a difference between two backbones.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 import torch
 from mmengine.config import ConfigDict
@@ -22,10 +23,11 @@ from acmix_mm.flops import total
 from acmix_mm.mixers import MIXERS, mixer_options
 
 TOLERANCE = 0.02
-# How many blocks in all may be added or removed, and how many widths on both sides are tried.
+# How many blocks in all may be added or removed, how many widths on both sides are tried, and by
+# what factor a width may change.
 MOST_BLOCKS_CHANGED = 4
 WIDTHS_NEARBY = 2
-LARGEST_SIZE_OF_WIDTH = 4
+LARGEST_FACTOR = 3
 # Side of the picture that shows how many channels a backbone gives.
 PROBE_SIZE = 64
 
@@ -35,12 +37,12 @@ class Skeleton(NamedTuple):
 
     Attributes:
         width: name of the argument that all stages' channels are proportional to.
-        blocks: name of the argument with the blocks of each stage; None where it has none.
+        blocks: name of the argument with the blocks of each stage.
         step: from the backbone's arguments, what a width must be a multiple of.
     """
 
     width: str
-    blocks: Optional[str]
+    blocks: str
     step: Callable[[dict[str, Any]], int]
 
 
@@ -54,14 +56,11 @@ def head_step(arguments: dict[str, Any]) -> int:
 SKELETONS = {
     'ACmixResNet': Skeleton('base_channels', 'stage_blocks', lambda given: given['num_heads']),
     'ACmixSwinTransformer': Skeleton('embed_dims', 'depths', head_step),
-    # Channels of one head: any number does, and these keep rows of memory aligned.
-    'ACmixPyramidVisionTransformer': Skeleton('embed_dims', 'num_layers', lambda given: 4),
-    'ACmixSAN': Skeleton('base_channels', None, lambda given: 32),
 }
 
 
 class Size(NamedTuple):
-    """Width, and blocks of each stage (none where a backbone does not let choose)."""
+    """Width, and blocks of each stage."""
 
     width: int
     blocks: tuple[int, ...]
@@ -102,7 +101,6 @@ class Family:
         self.model = deepcopy(model)
         self.model.backbone = with_mixer(self.model.backbone, mixer)
         self.own_size = own_size(self.model.backbone)
-        self.step = self.skeleton.step(arguments(self.model.backbone))
         self.channels: dict[int, list[int]] = {}
         self.counted: dict[tuple[str, Size], int] = {}
 
@@ -116,8 +114,7 @@ class Family:
         if size == self.own_size:
             return model
         model.backbone[self.skeleton.width] = size.width
-        if self.skeleton.blocks:
-            model.backbone[self.skeleton.blocks] = list(size.blocks)
+        model.backbone[self.skeleton.blocks] = list(size.blocks)
         if size.width != self.own_size.width:
             fit_channels(model, self.channels_of(self.own_size), self.channels_of(size))
         return model
@@ -153,11 +150,8 @@ class Family:
         The count is linear in the blocks of each stage, so that one more of each tells the rest.
         """
         blocks = self.own_size.blocks
-        below = self.width_below(quantity, target)
-        for width in range(below - WIDTHS_NEARBY * self.step,
-                           below + (WIDTHS_NEARBY + 2) * self.step, self.step):
-            if width <= 0:
-                continue
+        below = self.last_width_within(quantity, target)
+        for width in self.widths[max(below - WIDTHS_NEARBY, 0):below + WIDTHS_NEARBY + 2]:
             plain = self.count(quantity, Size(width, blocks))
             backbones = [self.count(quantity, Size(width, each), 'backbone') for each in (
                 blocks, *(added(blocks, stage, 1) for stage in range(len(blocks))))]
@@ -168,14 +162,30 @@ class Family:
                     predicted = plain + sum(a * b for a, b in zip(change, of_block))
                     yield sum(map(abs, change)), predicted, size
 
-    def width_below(self, quantity: str, target: float) -> int:
-        """The largest width, blocks as they are, that does not exceed a target."""
-        low, high = 1, LARGEST_SIZE_OF_WIDTH * self.own_size.width // self.step + 1
+    @functools.cached_property
+    def widths(self) -> list[int]:
+        """Every width that the backbone can be built with, up to a factor of the own one."""
+        step, own = self.skeleton.step(arguments(self.model.backbone)), self.own_size.width
+        return [width for width in range(step, LARGEST_FACTOR * own + 1, step)
+                if width * LARGEST_FACTOR >= own and self.takes(width)]
+
+    def takes(self, width: int) -> bool:
+        """Whether the backbone can have a width: a mixer may divide channels as well."""
+        try:
+            with torch.device('meta'):
+                MODELS.build({**self.model.backbone, self.skeleton.width: width, 'init_cfg': None})
+        except (AssertionError, ValueError):
+            return False
+        return True
+
+    def last_width_within(self, quantity: str, target: float) -> int:
+        """Index of the largest width, blocks as they are, that does not exceed a target; or 0."""
+        low, high = 0, len(self.widths)
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self.count(quantity, Size(middle * self.step, self.own_size.blocks)) <= target
+            fits = self.count(quantity, Size(self.widths[middle], self.own_size.blocks)) <= target
             low, high = (middle, high) if fits else (low, middle)
-        return low * self.step
+        return low
 
 
 def match(family: Family, quantity: str, target: int, tolerance: float) -> Size:
@@ -237,9 +247,8 @@ def arguments(backbone: dict[str, Any]) -> dict[str, Any]:
 def own_size(backbone: dict[str, Any]) -> Size:
     given = arguments(backbone)
     skeleton = SKELETONS[backbone['type']]
-    blocks = () if skeleton.blocks is None else given[skeleton.blocks]
-    if blocks is None:
-        blocks = STAGE_BLOCKS[given['depth']][:given['num_stages']]
+    # A ResNet's may be left to its depth.
+    blocks = given[skeleton.blocks] or STAGE_BLOCKS[given['depth']][:given['num_stages']]
     return Size(given[skeleton.width], tuple(blocks))
 
 
