@@ -8,7 +8,7 @@ hide a difference between two backbones.
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection
 from copy import deepcopy
 from typing import Any, Callable, NamedTuple
 
@@ -23,9 +23,9 @@ from acmix_mm.flops import total
 from acmix_mm.mixers import MIXERS, mixer_options
 
 TOLERANCE = 0.02
-# How many blocks in all may be added or removed, how many widths on both sides are tried, and by
-# what factor a width may change.
-MOST_BLOCKS_CHANGED = 4
+# How many blocks in all may be added or removed, in the order in which that is tried; how many
+# widths on both sides; and by what factor a width may change.
+BLOCKS_CHANGED = (0, 2, 4)
 WIDTHS_NEARBY = 2
 LARGEST_FACTOR = 3
 # Side of the picture that shows how many channels a backbone gives.
@@ -144,23 +144,31 @@ class Family:
         return Counts(*(self.count(quantity, size, part) for part in ('model', 'backbone')
                         for quantity in ('params', 'flops')))
 
-    def sizes_near(self, quantity: str, target: float) -> Iterator[tuple[int, float, Size]]:
-        """Yield sizes around a target: blocks added or removed, predicted count, size.
+    def sizes(self, quantity: str, width: int, most: int) -> dict[Size, float]:
+        """Sizes of one width, at most so many blocks added or removed, and what they count.
 
         The count is linear in the blocks of each stage, so that one more of each tells the rest.
         """
         blocks = self.own_size.blocks
+        plain = self.count(quantity, Size(width, blocks))
+        if most == 0:
+            return {Size(width, blocks): plain}
+        backbones = [self.count(quantity, Size(width, each), 'backbone') for each in (
+            blocks, *(added(blocks, stage) for stage in range(len(blocks))))]
+        of_block = [each - backbones[0] for each in backbones[1:]]
+        found = {}
+        for change in changes(len(blocks), most):
+            size = Size(width, tuple(map(sum, zip(blocks, change))))
+            if min(size.blocks) >= 1:
+                found[size] = plain + sum(a * b for a, b in zip(change, of_block))
+        return found
+
+    def widths_near(self, quantity: str, target: float) -> list[int]:
+        """Widths around a target, blocks as they are, the nearest first."""
         below = self.last_width_within(quantity, target)
-        for width in self.widths[max(below - WIDTHS_NEARBY, 0):below + WIDTHS_NEARBY + 2]:
-            plain = self.count(quantity, Size(width, blocks))
-            backbones = [self.count(quantity, Size(width, each), 'backbone') for each in (
-                blocks, *(added(blocks, stage, 1) for stage in range(len(blocks))))]
-            of_block = [each - backbones[0] for each in backbones[1:]]
-            for change in changes(len(blocks)):
-                size = Size(width, tuple(map(sum, zip(blocks, change))))
-                if all(number >= 1 for number in size.blocks):
-                    predicted = plain + sum(a * b for a, b in zip(change, of_block))
-                    yield sum(map(abs, change)), predicted, size
+        near = self.widths[max(below - WIDTHS_NEARBY, 0):below + WIDTHS_NEARBY + 2]
+        return sorted(near, key=lambda width: abs(
+            self.count(quantity, Size(width, self.own_size.blocks)) - target))
 
     @functools.cached_property
     def widths(self) -> list[int]:
@@ -188,11 +196,12 @@ class Family:
         return low
 
 
-def match(family: Family, quantity: str, target: int, tolerance: float) -> Size:
+def match(family: Family, quantity: str, target: float, tolerance: float,
+          besides: Collection[Size] = ()) -> Size:
     """The size of a family whose parameters or multiply-adds come to a target.
 
-    A network that is within tolerance stays as it is. Then width alone is tried, and then the
-    fewest blocks that have to be added or removed besides. If nothing is within tolerance, it is
+    A network that is within tolerance stays as it is. Then width alone is tried, and then, from the
+    width that comes nearest on, a few blocks more or less. If nothing is within tolerance, it is
     the nearest.
 
     Args:
@@ -200,14 +209,22 @@ def match(family: Family, quantity: str, target: int, tolerance: float) -> Size:
         quantity: ``'params'`` or ``'flops'``.
         target: what the whole model should have.
         tolerance: how far it may be off.
+        besides: sizes that are not wanted.
     """
-    if abs(family.count(quantity, family.own_size) - target) <= tolerance:
-        return family.own_size
-    sizes = list(family.sizes_near(quantity, target))
-    close = [each for each in sizes if abs(each[1] - target) <= tolerance]
-    fewest = min((changed for changed, _, _ in close), default=None)
-    return min((each for each in close or sizes if fewest in (None, each[0])),
-               key=lambda each: abs(each[1] - target))[2]
+    own = family.own_size
+    if own not in besides and abs(family.count(quantity, own) - target) <= tolerance:
+        return own
+    off: dict[Size, float] = {}
+    for most in BLOCKS_CHANGED:
+        for width in family.widths_near(quantity, target):
+            found = {size: abs(counted - target)
+                     for size, counted in family.sizes(quantity, width, most).items()
+                     if size not in besides}
+            close = [size for size in found if found[size] <= tolerance]
+            if close:
+                return min(close, key=lambda size: (blocks_changed(family, size), found[size]))
+            off.update(found)
+    return min(off, key=off.__getitem__)
 
 
 def match_by_measuring(family: Family, ratio_to_target: Callable[[Size], float],
@@ -228,14 +245,7 @@ def match_by_measuring(family: Family, ratio_to_target: Callable[[Size], float],
         if abs(measured[size] - 1) <= TOLERANCE or len(measured) == attempts:
             return min(measured, key=lambda size: abs(measured[size] - 1))
         aim = family.count('flops', size) / measured[size]
-        untried = [each for each in family.sizes_near('flops', aim) if each[2] not in measured]
-        size = min(untried, key=lambda each: rank(each[0], abs(each[1] / aim - 1)))[2]
-
-
-def rank(blocks_changed: int, error: float) -> tuple[bool, int, float]:
-    """Order sizes: those that come near, by how few blocks they change; the others by nearness."""
-    near = error <= TOLERANCE / 2
-    return not near, blocks_changed if near else 0, error
+        size = match(family, 'flops', aim, aim * TOLERANCE / 2, measured)
 
 
 def arguments(backbone: dict[str, Any]) -> dict[str, Any]:
@@ -315,15 +325,19 @@ def fit_channels(model: ConfigDict, before: list[int], after: list[int]) -> None
         reader.in_channels = channels(reader, after)
 
 
-def added(blocks: tuple[int, ...], stage: int, number: int) -> tuple[int, ...]:
-    return (*blocks[:stage], blocks[stage] + number, *blocks[stage + 1:])
+def added(blocks: tuple[int, ...], stage: int) -> tuple[int, ...]:
+    """Blocks of each stage with one more in one of them."""
+    return (*blocks[:stage], blocks[stage] + 1, *blocks[stage + 1:])
 
 
-def changes(stages: int) -> list[tuple[int, ...]]:
-    """Every way to add and remove at most ``MOST_BLOCKS_CHANGED`` blocks in all."""
-    steps = range(-MOST_BLOCKS_CHANGED, MOST_BLOCKS_CHANGED + 1)
-    return [change for change in itertools.product(steps, repeat=stages)
-            if sum(map(abs, change)) <= MOST_BLOCKS_CHANGED]
+def changes(stages: int, most: int) -> list[tuple[int, ...]]:
+    """Every way to add and remove at most so many blocks in all."""
+    return [change for change in itertools.product(range(-most, most + 1), repeat=stages)
+            if sum(map(abs, change)) <= most]
+
+
+def blocks_changed(family: Family, size: Size) -> int:
+    return sum(abs(a - b) for a, b in zip(size.blocks, family.own_size.blocks))
 
 
 def describe(family: Family, size: Size) -> str:
