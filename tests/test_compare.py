@@ -433,14 +433,16 @@ def test_the_report_is_complete_and_says_what_was_logged(comparison):
         assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
-def test_refuses_to_mix_settings(comparison, run_tool):
-    out, arguments, _ = comparison
-    done = run_tool(*('7iters' if each == '6iters' else each for each in arguments))
+def test_refuses_seeds_below_one(run_tool):
+    done = run_tool('tools/compare.py', SEGMENTATION, '--mixers', 'acmix', 'conv', '--seeds', 0)
     assert done.returncode == 1
-    assert f'error: {out} holds another comparison, with other budget; name' in done.stderr
+    assert done.stderr.endswith('error: --seeds takes a number from 1 up, got 0.\n')
     assert 'Traceback' not in done.stderr
-    with sole_user(str(out)), pytest.raises(UsageError, match='Another comparison is at work'), \
-            sole_user(str(out)):
+
+
+def test_keeps_a_folder_to_one_process(tmp_path):
+    with sole_user(str(tmp_path)), pytest.raises(UsageError, match='is at work in'), \
+            sole_user(str(tmp_path)):
         pass
 
 
@@ -490,6 +492,9 @@ def test_equal_time_gives_the_faster_network_more_iterations(shapes, tmp_path, m
     monkeypatch.setattr(plans, 'iteration_seconds', lambda cfg, models: pytest.fail('measured'))
     again = make_plan(cfg, ['acmix', 'conv'], 'none', Budget(2, 'minutes'), str(tmp_path))
     assert again == json.loads(json.dumps(plan))
+    with pytest.raises(UsageError, match='holds another comparison, with other match, budget; '
+                       'name another folder with --work-dir'):
+        make_plan(cfg, ['acmix', 'conv'], 'params', Budget(300, 'iters'), str(tmp_path))
 
 
 def test_says_what_it_judges_by():

@@ -54,7 +54,7 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
     check_settings(cfg, mixers)
     settings = dict(config=os.path.relpath(cfg.filename), mixers=list(mixers), match=quantity,
                     budget=None if budget is None else str(budget),
-                    config_sha256=hashlib.sha256(cfg.pretty_text.encode()).hexdigest())
+                    options=digest(cfg))
     path = os.path.join(out, PLAN)
     if os.path.exists(path):
         with open(path) as file:
@@ -92,6 +92,12 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
                 date=time.strftime('%Y-%m-%d'), variants=variants)
     write_json(path, plan)
     return plan
+
+
+def digest(cfg: Config) -> str:
+    """Of all that a config says, other than where its results go."""
+    content = {key: value for key, value in cfg.items() if key != 'work_dir'}
+    return hashlib.sha256(Config(content).pretty_text.encode()).hexdigest()
 
 
 def check_settings(cfg: Config, mixers: Sequence[str]) -> None:
