@@ -277,18 +277,35 @@ def report_peak_memory(name: str, passes: str, rival: str, setting: Setting) -> 
     inputs = setting.inputs(case, requires_grad=passes != 'forward')
     # What the first call loads for good is not the pass's own.
     step(run, inputs, passes)
-    if setting.device == 'cpu':
-        ctypes.CDLL(None).malloc_trim(0)
-        with open('/proc/self/clear_refs', 'w') as peak:
-            peak.write('5')
-        idle = resident('VmRSS')
-        step(run, inputs, passes)
-        print(resident('VmHWM') - idle)
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        idle = torch.cuda.memory_allocated()
-        step(run, inputs, passes)
-        print((torch.cuda.max_memory_allocated() - idle) / 2**20)
+    peak = PeakMemory(setting.device)
+    step(run, inputs, passes)
+    print(peak.mebibytes())
+
+
+class PeakMemory:
+    """By how much what follows raises this process's memory, or the GPU's. On a CPU Linux alone.
+
+    Args:
+        device: ``'cpu'`` or a GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == 'cpu':
+            # What was freed and kept for later would hide what is taken.
+            ctypes.CDLL(None).malloc_trim(0)
+            with open('/proc/self/clear_refs', 'w') as peak:
+                peak.write('5')
+            self.idle = resident('VmRSS')
+        else:
+            torch.cuda.reset_peak_memory_stats()
+            self.idle = torch.cuda.memory_allocated() / 2**20
+
+    def mebibytes(self) -> float:
+        """The peak so far, above what was there at the start."""
+        if self.device == 'cpu':
+            return resident('VmHWM') - self.idle
+        return torch.cuda.max_memory_allocated() / 2**20 - self.idle
 
 
 def resident(entry: str) -> float:
@@ -299,14 +316,17 @@ def resident(entry: str) -> float:
 
 def machine(setting: Setting) -> str:
     """One line for the table: where it was measured, and with which torch."""
-    if setting.device != 'cpu':
-        chip = torch.cuda.get_device_name()
-    else:
-        with open('/proc/cpuinfo') as info:
-            names = re.findall(r'model name\s*: (.+)', info.read())
-        chip = f'{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads'
-    return (f'{time.strftime("%Y-%m-%d")}, {chip}, torch {torch.__version__}, {setting.dtype}, '
-            f'batch {setting.batch}')
+    return (f'{time.strftime("%Y-%m-%d")}, {processor(setting.device)}, torch {torch.__version__}, '
+            f'{setting.dtype}, batch {setting.batch}')
+
+
+def processor(device: str) -> str:
+    """The name of the GPU, or of the CPU and how many threads of it torch uses."""
+    if device != 'cpu':
+        return torch.cuda.get_device_name()
+    with open('/proc/cpuinfo') as info:
+        names = re.findall(r'model name\s*: (.+)', info.read())
+    return f'{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads'
 
 
 def table(results: list[Result]) -> str:

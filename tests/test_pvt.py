@@ -225,7 +225,7 @@ def test_plain_pvt_computes_the_same_at_first(naming, tmp_path):
     model = pretrained(tmp_path / 'pvt.pth')
     x = torch.randn(2, 3, 48, 36)
     for expected, actual in zip(plain(x), model(x)):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert relative_error(actual, expected) < 1e-5
     for module in model.modules():
         if isinstance(module, ReducedACmix):
             assert (module.rate1.item(), module.rate2.item()) == (1, 0)

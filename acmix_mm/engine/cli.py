@@ -28,8 +28,8 @@ class KeyValue(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing share; MMDetection's, and two for own data."""
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that change a config; MMDetection's, and two for own data."""
     parser.add_argument('--work-dir', metavar='DIR',
                         help='where logs and checkpoints go (default: work_dirs/NAME OF CONFIG)')
     parser.add_argument('--data-root', metavar='DIR',
@@ -39,6 +39,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE',
                         help='override settings of the config, e.g. train_dataloader.batch_size=4; '
                         'lists as "[1,2]", tuples as "(1,2)", without spaces')
+    parser.set_defaults(launcher='none', local_rank=0)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share: on the config, and of distributed jobs."""
+    add_config_arguments(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                         help='how a distributed job was started')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,

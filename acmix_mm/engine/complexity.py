@@ -10,7 +10,7 @@ from torch import nn
 from acmix_mm.errors import UsageError
 from acmix_mm.flops import CLASSES, Count, count, total
 
-from .config import build_model
+from .config import build_network, enter_scope
 
 # What a picture of COCO's usual scale is padded to.
 DETECTION_SIZE = (800, 1344)
@@ -45,20 +45,42 @@ def complexity_report(cfg: Config, shape: Optional[tuple[int, int]]) -> str:
     Raises:
         UsageError: the config has no model, or one that does not run on shapes alone.
     """
-    model = build_model(cfg).to('meta')
-    if getattr(model, 'auxiliary_head', None) is not None:
-        model.auxiliary_head = None
+    enter_scope(cfg)
     height, width = shape or cfg.model.get('data_preprocessor', {}).get('size') or DETECTION_SIZE
-    image = torch.empty(1, 3, height, width, device='meta')
-    try:
-        parts = dict(backbone=count(model.backbone, lambda: model.backbone(image)),
-                     model=count(model, lambda: predict(model, image)))
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise UsageError(f'{type(model).__name__} does not run on a picture of {height}×{width} by '
-                         'shapes alone, as dense and two-stage detectors and encoder-decoders do: '
-                         f'{error!r:.200}') from error
+    model = build_to_count(cfg.model)
+    parts = {name: count_on_shapes(part, (height, width))
+             for name, part in dict(backbone=model.backbone, model=model).items()}
     return '\n'.join([f'{cfg.filename}, one picture of {height}×{width}', included(model), '',
                       table(parts)])
+
+
+def build_to_count(model: dict[str, Any]) -> nn.Module:
+    """The network of a config, a model or a backbone, as it predicts, on ``meta``."""
+    network = build_network(model)
+    if getattr(network, 'auxiliary_head', None) is not None:
+        network.auxiliary_head = None
+    return network.to('meta')
+
+
+def count_on_shapes(network: nn.Module, shape: tuple[int, int]) -> dict[str, Count]:
+    """Count a model, as it predicts, or a backbone, on one picture.
+
+    Args:
+        network: on ``meta``, from :func:`build_to_count`, or the backbone of one.
+        shape: (height, width) of the picture.
+
+    Raises:
+        UsageError: the network does not run on shapes alone.
+    """
+    image = torch.empty(1, 3, *shape, device='meta')
+    run = predict if hasattr(network, 'backbone') else type(network).__call__
+    try:
+        return count(network, lambda: run(network, image))
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        height, width = shape
+        raise UsageError(f'{type(network).__name__} does not run on a picture of {height}×{width} '
+                         'by shapes alone, as dense and two-stage detectors and encoder-decoders '
+                         f'do: {error!r:.200}') from error
 
 
 def included(model: nn.Module) -> str:
@@ -87,7 +109,7 @@ def predict(model: nn.Module, image: torch.Tensor) -> None:
         extractors = stages(getattr(model.roi_head, f'{kind}_roi_extractor'))
         for each, source in zip(heads, extractors * (len(heads) // len(extractors))):
             size = source.roi_layers[0].output_size
-            each(image.new_empty(number, source.out_channels, *size))
+            each(image.new_zeros(number, source.out_channels, *size))
 
 
 def has_roi_head(model: nn.Module) -> bool:

@@ -47,10 +47,24 @@ def build_model(cfg: Config) -> nn.Module:
     Raises:
         UsageError: the config has none.
     """
+    enter_scope(cfg)
+    return build_network(cfg.model)
+
+
+def enter_scope(cfg: Config) -> None:
+    """Make the registries that a config's model is built from the default ones.
+
+    Raises:
+        UsageError: the config has no model.
+    """
     if not cfg.get('model'):
         raise UsageError(f'The config {cfg.filename} has no model; name one that trains one.')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    return revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+
+
+def build_network(network: dict[str, Any]) -> nn.Module:
+    """Build a model, or a backbone, for predictions in one process."""
+    return revert_sync_batchnorm(MODELS.build(network)).eval()
 
 
 def datasets(cfg: Config, splits: Sequence[str] = SPLITS) -> Iterator[ConfigDict]:
