@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from acmix_mm import __version__
@@ -65,6 +66,8 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
                              f'{", ".join(differing)}; name another folder with --work-dir.')
         return plan
 
+    # MMEngine tells at length what it builds, and here that is not what trains.
+    MMLogger.get_instance('compare', log_level='WARNING')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     shape = picture_shape(cfg)
     families = {mixer: Family(cfg.model, mixer, shape) for mixer in mixers}

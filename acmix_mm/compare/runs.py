@@ -22,6 +22,8 @@ from .record import RESULT
 
 # Seconds between two lines about a run that goes on.
 PROGRESS_INTERVAL = 60.
+# Seconds that an interrupted run has to end its workers.
+PATIENCE = 30.
 PR_SET_PDEATHSIG = 1
 
 
@@ -141,8 +143,7 @@ def train(run: Run, train_tool: str) -> Iterator[int]:
                 except subprocess.TimeoutExpired:
                     yield logged_iteration(run.folder)
         finally:
-            process.kill()
-            process.wait()
+            end(process)
     if process.returncode or run.result is None:
         raise UsageError(f'{run.mixer}, seed {run.seed}, failed: {last_line(output)}\n'
                          f'  All that it said: {output}\n'
@@ -150,8 +151,24 @@ def train(run: Run, train_tool: str) -> Iterator[int]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, killed or not."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel interrupt this process when the one that started it ends, killed or not.
+
+    Interrupted, and not killed, it ends the workers of its data loaders, which would stay.
+    """
+    # A shell may have told what it runs in the background to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Interrupt a process that has not ended, and kill it if that does not help."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def last_checkpoint(folder: str) -> Optional[str]:
