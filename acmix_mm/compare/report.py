@@ -144,13 +144,17 @@ def what_was_held(numbers: dict[str, Any]) -> str:
     quantity = QUANTITIES[settings['match']]
     if quantity != 'nothing':
         free.remove(quantity)
-        whose = 'its own' if quantity == 'latency' else "its backbone's"
-        held.append(f'the {quantity} of the whole model: the difference to {first}, the '
-                    f'reference, is at most {TOLERANCE:.0%} of {whose} {quantity}')
+        if quantity == 'latency':
+            held.append(f'the latency of the whole model: medians of timings in turn were within '
+                        f'{TOLERANCE:.0%} of that of {first}, the reference, and were taken again '
+                        'for the tables')
+        else:
+            held.append(f'the {quantity} of the whole model: the difference to {first}, the '
+                        f"reference, is at most {TOLERANCE:.0%} of its backbone's {quantity}")
     budget = settings['budget']
-    if budget is not None and budget.endswith('minutes'):
+    if budget is not None and 'minute' in budget:
         held.append(f'the training time, {budget}: an iteration of each was timed before, and '
-                    'the schedule stretched to as many as fit')
+                    'the schedule stretched to as many as fit; the table has what they took')
         free.append('the number of iterations')
     else:
         length = "the config's own schedule" if budget is None else 'its schedule stretched'

@@ -24,7 +24,7 @@ class Budget(NamedTuple):
     unit: str
 
     def __str__(self) -> str:
-        return f'{self.amount:g} {self.unit}'
+        return f'{self.amount:g} {self.unit.removesuffix("s") if self.amount == 1 else self.unit}'
 
 
 def read_budget(text: Optional[str]) -> Optional[Budget]:
