@@ -77,17 +77,21 @@ class InForms(nn.Module):
     def __init__(self, layer: nn.Module, **forms: str) -> None:
         super().__init__()
         self.layer = layer
-        self.names = vars(sys.modules[type(layer).__module__])
-        self.operators = {name: functools.partial(self.names[name], form=form)
-                          for name, form in forms.items()}
+        # The modules that the layer's class and its bases are written in, where they look them up.
+        modules = [vars(sys.modules[base.__module__]) for base in type(layer).__mro__]
+        self.operators = [(names, name, functools.partial(names[name], form=form))
+                          for name, form in forms.items()
+                          for names in modules if name in names]
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = {name: self.names[name] for name in self.operators}
-        self.names.update(self.operators)
+        chosen = [(names, name, names[name]) for names, name, _ in self.operators]
         try:
+            for names, name, operator in self.operators:
+                names[name] = operator
             return self.layer(x)
         finally:
-            self.names.update(chosen)
+            for names, name, operator in chosen:
+                names[name] = operator
 
 
 def sliding_attention(form: Optional[str]) -> Callable[[Tensor, Tensor], Tensor]:
