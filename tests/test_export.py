@@ -16,6 +16,7 @@ from acmix_mm.backbones import (
     ACmixSwinTransformer,
 )
 from acmix_mm.engine import export
+from acmix_mm.engine.complexity import picture_shape
 from acmix_mm.engine.config import build_model, load_config
 from acmix_mm.engine.export import (
     AveragesBySize,
@@ -24,7 +25,6 @@ from acmix_mm.engine.export import (
     export_program,
     network_of,
     open_sized,
-    picture_shape,
     smallest_side,
     translate,
 )

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Optional
 
 from mmengine.config import Config
@@ -14,10 +13,10 @@ from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from acmix_mm import __version__
 from acmix_mm.benchmark import processor
 from acmix_mm.engine.config import check_data
 from acmix_mm.engine.runner import checkpoint_sources
+from acmix_mm.environment import versions
 from acmix_mm.errors import UsageError
 from acmix_mm.mixers import MIXERS
 
@@ -28,7 +27,6 @@ from .variants import TOLERANCE, Family, Size, describe, match, match_by_measuri
 
 PLAN = 'plan.json'
 QUANTITIES = dict(params='parameters', flops='multiply-adds', latency='latency', none='nothing')
-PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
 
 
 def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optional[Budget],
@@ -206,14 +204,3 @@ def write_config(cfg: Config, path: str) -> None:
     beside = f'{path}.part.py'
     cfg.dump(beside)
     os.replace(beside, path)
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those that it stands on."""
-    found = {'acmix-mm': __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

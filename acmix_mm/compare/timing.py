@@ -11,14 +11,13 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner, set_random_seed
-from torch import nn
 
 from acmix_mm.benchmark import seconds_of
 from acmix_mm.engine.complexity import predict
+from acmix_mm.engine.config import build_network
 
 # Rounds of turns: as many as fit into the seconds, within these bounds.
 SECONDS = 20.
@@ -56,7 +55,7 @@ def latencies(models: dict[str, ConfigDict], shape: tuple[int, int]) -> dict[str
     """
     device = get_device()
     image = torch.rand(1, 3, *shape, device=device)
-    networks = {name: build(model).to(device).eval() for name, model in models.items()}
+    networks = {name: build_network(deepcopy(model)).to(device) for name, model in models.items()}
     runs = {name: functools.partial(predict, network, image)
             for name, network in networks.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -70,13 +69,6 @@ def latencies(models: dict[str, ConfigDict], shape: tuple[int, int]) -> dict[str
     reference = next(iter(seconds.values()))
     return {name: Latency(spread(each), spread([a / b for a, b in zip(each, reference)]))
             for name, each in seconds.items()}
-
-
-def build(model: ConfigDict) -> nn.Module:
-    """The untrained network of a config, without downloading anything."""
-    model = deepcopy(model)
-    model.backbone.init_cfg = None
-    return revert_sync_batchnorm(MODELS.build(model))
 
 
 def picture_shape(cfg: Config) -> tuple[int, int]:
@@ -96,7 +88,7 @@ def iteration_seconds(cfg: Config, models: dict[str, ConfigDict]) -> dict[str, f
     batches = iter_batches(cfg)
     trainers = {}
     for name, model in models.items():
-        network = build(model).to(device).train()
+        network = build_network(deepcopy(model)).to(device).train()
         trainers[name] = network, build_optim_wrapper(network, deepcopy(cfg.optim_wrapper))
     seconds = dict.fromkeys(trainers, 0.)
     for step in range(WARM_UP_STEPS + STEPS):

@@ -28,6 +28,11 @@ def read_shape(words: Sequence[str]) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
+def picture_shape(cfg: Config) -> tuple[int, int]:
+    """(height, width) that a segmentation config pads to, or ``DETECTION_SIZE``."""
+    return tuple(cfg.model.get('data_preprocessor', {}).get('size') or DETECTION_SIZE)
+
+
 def complexity_report(cfg: Config, shape: Optional[tuple[int, int]]) -> str:
     """Count backbone and whole model of a config, by operator class.
 
@@ -46,7 +51,7 @@ def complexity_report(cfg: Config, shape: Optional[tuple[int, int]]) -> str:
         UsageError: the config has no model, or one that does not run on shapes alone.
     """
     enter_scope(cfg)
-    height, width = shape or cfg.model.get('data_preprocessor', {}).get('size') or DETECTION_SIZE
+    height, width = shape or picture_shape(cfg)
     model = build_to_count(cfg.model)
     parts = {name: count_on_shapes(part, (height, width))
              for name, part in dict(backbone=model.backbone, model=model).items()}

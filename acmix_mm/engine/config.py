@@ -64,7 +64,10 @@ def enter_scope(cfg: Config) -> None:
 
 def build_network(network: dict[str, Any]) -> nn.Module:
     """Build a model, or a backbone, for predictions in one process."""
-    return revert_sync_batchnorm(MODELS.build(network)).eval()
+    built = revert_sync_batchnorm(MODELS.build(network))
+    # MMDetection's Swin returns nothing from eval().
+    built.eval()
+    return built
 
 
 def datasets(cfg: Config, splits: Sequence[str] = SPLITS) -> Iterator[ConfigDict]:

@@ -24,7 +24,6 @@ from acmix_mm.errors import UsageError
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 
 from .cli import file_to_write
-from .complexity import DETECTION_SIZE
 from .config import build_model
 from .runner import load_weights
 
@@ -406,11 +405,6 @@ def describe(path: str) -> str:
     session = open_session(path)
     return '\n'.join(f'  {each.name}: {each.type} ({", ".join(map(str, each.shape))})'
                      for each in (*session.get_inputs(), *session.get_outputs()))
-
-
-def picture_shape(cfg: Config) -> Size:
-    """(height, width) that a segmentation config pads to, or what detectors usually see."""
-    return tuple(cfg.model.get('data_preprocessor', {}).get('size') or DETECTION_SIZE)
 
 
 def normalisation(cfg: Config) -> str:

@@ -6,8 +6,7 @@ from typing import Optional
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from torch import nn
 
 from acmix_mm.checkpoint import explain_load_error, read_weights, weights_only
@@ -15,6 +14,7 @@ from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.looking.paths import stride
 from acmix_mm.looking.receptive_field import SHARE, Field, receptive_fields, square
 
+from .config import build_network
 from .runner import check_fit, checkpoint_sources
 
 
@@ -62,7 +62,7 @@ def build_backbone(cfg: Config, checkpoint: Optional[str]) -> nn.Module:
     converts = arguments['type'].startswith('ACmix')
     if checkpoint and converts:
         arguments['init_cfg'] = dict(type='Pretrained', checkpoint=checkpoint)
-    backbone = revert_sync_batchnorm(MODELS.build(arguments))
+    backbone = build_network(arguments)
     if checkpoint and not converts:
         # MMEngine would take whatever fits, were it nothing.
         weights = read_weights(checkpoint).state_dict
