@@ -53,8 +53,14 @@ def head_step(arguments: dict[str, Any]) -> int:
                 if all(width * 2**stage % number == 0 for stage, number in enumerate(heads)))
 
 
+def resnet_step(arguments: dict[str, Any]) -> int:
+    """The number of heads; a mixer that has none takes any width."""
+    has_heads = arguments['mixer'] is None and arguments['acmix_stages']
+    return arguments['num_heads'] if has_heads else 1
+
+
 SKELETONS = {
-    'ACmixResNet': Skeleton('base_channels', 'stage_blocks', lambda given: given['num_heads']),
+    'ACmixResNet': Skeleton('base_channels', 'stage_blocks', resnet_step),
     'ACmixSwinTransformer': Skeleton('embed_dims', 'depths', head_step),
 }
 
