@@ -1,34 +1,31 @@
 """The operators that a comparison puts into the same skeleton, by one name each for all backbones.
 
-``conv`` is a plain 3×3 convolution, ``attn`` the local attention of the host (a sliding window in
-a ResNet, shifted windows in a Swin), ``acmix`` both on shared projections (arXiv 2111.14556),
-``acmix-conv`` ACmix's convolution path alone, and ``involution`` (arXiv 2103.06255) stands between
-convolution and attention.
+``conv`` is a plain 3×3 convolution, ``attn`` the attention of the host (a sliding window in a
+ResNet, shifted windows in a Swin, a reduced map in a PVT, patches in a SAN), ``acmix`` both on
+shared projections (arXiv 2111.14556), ``acmix-conv`` ACmix's convolution path alone, and
+``involution`` (arXiv 2103.06255) stands between convolution and attention. PVT and SAN have the
+three of ACmix.
 """
 
-import copy
+from copy import deepcopy
 from typing import Any
+
+from mmengine.config import ConfigDict
 
 from .errors import UsageError
 
+MIXES = {'attn': dict(mix='attn'), 'acmix': dict(mix='acmix'), 'acmix-conv': dict(mix='conv')}
 INVOLUTION = dict(type='Involution', kernel_size=7)
 
 # What differs in the config of a backbone; every other argument is the same.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     'ACmixResNet': {
-        'conv': dict(acmix_stages=()),
-        'attn': dict(mix='attn'),
-        'acmix': dict(mix='acmix'),
-        'acmix-conv': dict(mix='conv'),
-        'involution': dict(mixer=INVOLUTION),
-    },
+        'conv': dict(acmix_stages=()), **MIXES, 'involution': dict(mixer=INVOLUTION)},
     'ACmixSwinTransformer': {
-        'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)),
-        'attn': dict(mix='attn'),
-        'acmix': dict(mix='acmix'),
-        'acmix-conv': dict(mix='conv'),
-        'involution': dict(mixer=INVOLUTION),
-    },
+        'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)), **MIXES,
+        'involution': dict(mixer=INVOLUTION)},
+    'ACmixPyramidVisionTransformer': MIXES,
+    'ACmixSAN': MIXES,
 }
 MIXERS: tuple[str, ...] = tuple(OPTIONS['ACmixResNet'])
 
@@ -37,15 +34,36 @@ def mixer_options(backbone: str, mixer: str) -> dict[str, Any]:
     """What to put into the config of a backbone that mixes by ``acmix``, to exchange its mixer.
 
     Args:
-        backbone: its type, ``'ACmixResNet'`` or ``'ACmixSwinTransformer'``.
+        backbone: its type, a key of ``OPTIONS``.
         mixer: one of ``MIXERS``.
 
     Raises:
-        UsageError: there is no such mixer, or the backbone's cannot be exchanged.
+        UsageError: there is no such mixer, or not in this backbone.
     """
     if mixer not in MIXERS:
         raise UsageError(f'There is no mixer {mixer!r}; name one of {", ".join(MIXERS)}.')
     if backbone not in OPTIONS:
-        raise UsageError(f'The mixer of a {backbone} cannot be exchanged by name; take a config '
-                         f'with one of these backbones: {", ".join(OPTIONS)}.')
-    return copy.deepcopy(OPTIONS[backbone][mixer])
+        raise UsageError(f'The backbone {backbone} has no mixer to exchange; these have: '
+                         f'{", ".join(OPTIONS)}.')
+    if mixer not in OPTIONS[backbone]:
+        raise UsageError(f'The backbone {backbone} does not take the mixer {mixer}; it takes '
+                         f'{", ".join(OPTIONS[backbone])}.')
+    return deepcopy(OPTIONS[backbone][mixer])
+
+
+def with_mixer(backbone: ConfigDict, mixer: str) -> ConfigDict:
+    """The config of a backbone with a mixer, and what belongs to it, in place of its own.
+
+    Raises:
+        UsageError: as :func:`mixer_options`.
+    """
+    options = mixer_options(backbone.type, mixer)
+    backbone = deepcopy(backbone)
+    for key in ('mix', 'mixer'):
+        backbone.pop(key, None)
+    if not backbone.get('acmix_stages', True):
+        del backbone['acmix_stages']
+    if 'mixer' in options:
+        backbone.pop('acmix_cfg', None)
+    backbone.update(options)
+    return backbone

@@ -39,17 +39,19 @@ from acmix_mm.engine.config import load_config, set_data_root
 from acmix_mm.engine.runner import train
 from acmix_mm.errors import UsageError
 from acmix_mm.flops import count, total
-from acmix_mm.mixers import MIXERS, mixer_options
+from acmix_mm.mixers import MIXERS, OPTIONS
 
 SEGMENTATION = 'configs/shapes/upernet_acmix_r50.py'
 DETECTION = 'configs/shapes/maskrcnn_acmix_swin.py'
+PYRAMID = 'configs/shapes/maskrcnn_acmix_pvt.py'
 # Fewer blocks, which count faster.
 FEW_BLOCKS = {
     SEGMENTATION: {'model.backbone.stage_blocks': [1, 1, 2, 1], 'model.backbone.base_channels': 32,
                    'model.decode_head.in_channels': [128, 256, 512, 1024],
                    'model.auxiliary_head.in_channels': 512},
     DETECTION: {'model.backbone.depths': [1, 1, 2, 1], 'model.backbone.embed_dims': 48,
-                'model.neck.in_channels': [48, 96, 192, 384]}}
+                'model.neck.in_channels': [48, 96, 192, 384]},
+    PYRAMID: {'model.backbone.num_layers': [1, 1, 2, 1]}}
 SHAPE = (64, 64)
 IMAGE = torch.zeros(1, 3, *SHAPE)
 # A tiny UperNet on pictures of 64 pixels, whose heads' dropout draws random numbers.
@@ -80,17 +82,10 @@ def config(path, shapes=None, **options):
     return cfg
 
 
-def has(path, mixer):
-    try:
-        mixer_options(load_config(str(ROOT / path)).model.backbone.type, mixer)
-    except UsageError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize('quantity', ['params', 'flops'])
 @pytest.mark.parametrize(('path', 'mixer'), [
-    (path, mixer) for path in (SEGMENTATION, DETECTION) for mixer in MIXERS if has(path, mixer)])
+    (path, mixer) for path in FEW_BLOCKS for mixer in MIXERS
+    if mixer in OPTIONS[load_config(str(ROOT / path)).model.backbone.type]])
 def test_matches_within_two_percent_of_the_backbone(path, mixer, quantity):
     cfg = config(path, **FEW_BLOCKS[path])
     reference = 'attn' if mixer == 'acmix' else 'acmix'
@@ -139,16 +134,6 @@ def test_readers_follow_the_width():
     broken.decode_head.in_channels = [1, 2, 3, 4]
     with pytest.raises(UsageError, match=r'model\.decode_head\.in_channels is \[1, 2, 3, 4\]'):
         Family(broken, 'acmix', SHAPE).config(Size(20, (1, 1, 1, 1)))
-
-
-@pytest.mark.parametrize('mixer', ['attn', 'acmix', 'conv'])
-def test_a_config_may_have_another_mixer(mixer):
-    """What the config has for one mixer does not stay beside another's."""
-    backbone = config(SEGMENTATION).model.backbone
-    expected = dict(backbone, **mixer_options('ACmixResNet', mixer))
-    for present in ('attn', 'conv'):
-        changed = ConfigDict(backbone, **mixer_options('ACmixResNet', present))
-        assert variants.with_mixer(changed, mixer) == expected
 
 
 def test_matches_what_is_measured():
@@ -253,7 +238,7 @@ def test_refuses_mixers(mixers, message, shapes):
 
 def test_refuses_configs_it_cannot_compare(shapes, tmp_path):
     cfg = config(SEGMENTATION, shapes)
-    with pytest.raises(UsageError, match='The backbone ResNet has no mixer to compare'):
+    with pytest.raises(UsageError, match='The backbone ResNet has no width and depth'):
         Family(ConfigDict(backbone=dict(type='ResNet')), 'attn', SHAPE)
     with pytest.raises(UsageError, match='has no val_evaluator'):
         check_settings(config(SEGMENTATION, shapes, val_evaluator=None), ['acmix', 'attn'])

@@ -601,7 +601,7 @@ def test_plot_rates_as_a_user_would(detector, run_tool, tmp_path):
 
 def test_receptive_field_as_a_user_would(detector, run_tool, tmp_path):
     checkpoint, _ = detector
-    done = run_tool('tools/receptive_field.py', DETECTION, '--mix', 'acmix', 'conv',
+    done = run_tool('tools/receptive_field.py', DETECTION, '--mixers', 'acmix', 'conv',
                     '--checkpoints', checkpoint, '--shape', 96, 128, '--samples', 2,
                     '--out', tmp_path / 'fields.png', '--cfg-options', *SMALL[:3])
     assert done.returncode == 0, done.stderr
@@ -617,14 +617,14 @@ def test_receptive_field_as_a_user_would(detector, run_tool, tmp_path):
 def test_receptive_field_refusals(detector):
     checkpoint, cfg = detector
     plain = load_config(DETECTION, {'model.backbone.type': 'mmdet.SwinTransformer'})
-    with pytest.raises(UsageError, match=r'the backbone of .* is a mmdet\.SwinTransformer'):
+    with pytest.raises(UsageError, match=r'mmdet\.SwinTransformer has no mixer to exchange'):
         variants(plain, ['attn'])
     with pytest.raises(CheckpointError, match='is of another network'):
         fields_of(plain, (64, 64), 1, str(checkpoint))
     with pytest.raises(CheckpointError, match='does not fit this ACmixSwinTransformer'):
         fields_of(load_config(DETECTION), (64, 64), 1, str(checkpoint))
-    assert [label(variant, ['attn', 'conv'], str(checkpoint))
-            for variant in variants(cfg, ['attn', 'conv'])] == [
-        f'maskrcnn_acmix_swin, {mix}, {checkpoint.parent.name}/epoch_1.pth'
-        for mix in ('attn', 'conv')]
-    assert 'mix' not in cfg.model.backbone
+    assert [label(variant, mixer, str(checkpoint))
+            for mixer, variant in variants(cfg, ['attn', 'involution'])] == [
+        f'maskrcnn_acmix_swin, {mixer}, {checkpoint.parent.name}/epoch_1.pth'
+        for mixer in ('attn', 'involution')]
+    assert not {'mix', 'mixer'} & set(cfg.model.backbone)

@@ -1,8 +1,11 @@
 """Every mixer in both skeletons, as configs and checkpoints meet it."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from mmcv.cnn import ConvModule, build_conv_layer
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.nn import functional as F
@@ -13,7 +16,7 @@ from acmix_mm.engine.complexity import complexity_report
 from acmix_mm.engine.config import load_config
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.layers import ACmixConv2d, Involution2d, WindowACmix
-from acmix_mm.mixers import MIXERS, mixer_options
+from acmix_mm.mixers import MIXERS, OPTIONS, mixer_options, with_mixer
 
 SMALL = {
     'ACmixResNet': dict(depth=26, base_channels=16, stage_blocks=(2, 1, 1, 1), norm_eval=False,
@@ -248,7 +251,8 @@ def test_backbones_refuse(backbone, options, message):
 
 @pytest.mark.parametrize(('backbone', 'mixer', 'message'), [
     ('ACmixResNet', 'fft', "no mixer 'fft'; name one of conv, attn, acmix, acmix-conv, involution"),
-    ('ACmixSAN', 'conv', 'ACmixSAN cannot be exchanged by name; .*ACmixResNet, ACmixSwinTransf'),
+    ('ACmixSAN', 'conv', 'ACmixSAN does not take the mixer conv; it takes attn, acmix, acmix-conv'),
+    ('PVT', 'attn', 'PVT has no mixer to exchange; these have: ACmixResNet, ACmixSwinTransformer'),
 ])
 def test_table_refuses_in_one_sentence(backbone, mixer, message):
     with pytest.raises(UsageError, match=message):
@@ -289,11 +293,28 @@ def test_one_path_serves_as_conv_cfg_across_openmmlab(type_, cfg, sizes, layers)
     assert all(module.conv3.weight.grad is not None for module in built)
 
 
-@pytest.mark.parametrize('config', ['maskrcnn_acmix_r50', 'upernet_acmix_swin'])
+@pytest.mark.parametrize('config', [
+    'maskrcnn_acmix_r50', 'upernet_acmix_swin', 'maskrcnn_acmix_pvt', 'maskrcnn_acmix_san'])
 def test_a_config_names_any_mixer_and_the_tool_counts_it(config):
+    own = load_config(f'configs/shapes/{config}.py')
+    mixers = OPTIONS[own.model.backbone.type]
     reports = set()
-    for mixer in MIXERS:
-        cfg = load_config(f'configs/shapes/{config}.py')
-        cfg.model.backbone.update(mixer_options(cfg.model.backbone.type, mixer))
+    for mixer in mixers:
+        cfg = deepcopy(own)
+        cfg.model.backbone = with_mixer(cfg.model.backbone, mixer)
         reports.add(complexity_report(cfg, (256, 256)))
-    assert len(reports) == len(MIXERS)
+    assert len(reports) == len(mixers)
+
+
+@pytest.mark.parametrize('present', [
+    dict(mixer=dict(type='Involution', kernel_size=5)), dict(mix='attn'), dict(acmix_stages=[]),
+    dict(acmix_cfg=dict(combine='sum')), dict()])
+@EACH
+def test_a_mixer_takes_the_place_of_any_other(present, mixer):
+    own = ConfigDict(SMALL['ACmixResNet'], type='ACmixResNet', **present)
+    before = deepcopy(own)
+    taken = with_mixer(own, mixer)
+    assert own == before
+    usual = mixers_of(build('ACmixResNet', mixer))
+    assert [repr(each) for each in mixers_of(MODELS.build(taken))] == list(map(repr, usual))
+    assert ('acmix_cfg' in taken) == ('acmix_cfg' in present and mixer != 'involution')

@@ -2,13 +2,13 @@
 
 The figure shows, for the central position of each stage's output, which pixels move it (Luo et al.,
 arXiv 1701.04128); the numbers are sides of the smallest square that holds 90 % of the squared
-gradient. Configs stand side by side, and with --mix the variants of each.
+gradient. Configs stand side by side, and with --mixers the variants of each.
 
 Backbones have the weights of --checkpoints, or start as in a training, from their init_cfg or from
 scratch. (An ACmix-ResNet starts with blocks that add nothing: only its shortcuts see.)
 
-Examples: python tools/receptive_field.py configs/maskrcnn_acmix_swin_t.py --mix acmix attn conv
-          --cfg-options model.backbone.init_cfg=None
+Examples: python tools/receptive_field.py configs/maskrcnn_acmix_swin_t.py
+          --mixers acmix attn involution --cfg-options model.backbone.init_cfg=None
           python tools/receptive_field.py configs/shapes/maskrcnn_acmix_{swin,pvt}.py
           --checkpoints work_dirs/demo/epoch_10.pth work_dirs/pvt/epoch_10.pth --out fields.png
 """
@@ -21,8 +21,8 @@ from acmix_mm.engine.config import load_config
 from acmix_mm.engine.receptive_field import fields_of, label, report, variants
 from acmix_mm.environment import check_mmcv
 from acmix_mm.errors import UsageError
-from acmix_mm.layers.conv_path import MIXES
 from acmix_mm.looking.figures import check_png, draw_receptive_fields, save
+from acmix_mm.mixers import MIXERS
 
 
 def main() -> None:
@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help='config files')
     parser.add_argument('--checkpoints', nargs='+', metavar='FILE',
                         help='trained weights, one file for each config, whole detectors too')
-    parser.add_argument('--mix', nargs='+', choices=MIXES,
-                        help='the variants of each config to measure (default: its own)')
+    parser.add_argument('--mixers', nargs='+', choices=MIXERS, metavar='MIXER',
+                        help=f'the variants of each config to measure, of {", ".join(MIXERS)} '
+                        '(default: its own)')
     parser.add_argument('--shape', nargs='+', default=['384', '384'], metavar=('H', 'W'),
                         help='height and width of the random pictures (default: 384 384)')
     parser.add_argument('--samples', type=int, default=8, metavar='N',
@@ -51,10 +52,10 @@ def main() -> None:
         raise UsageError(f'--checkpoints takes one file for each config: there are '
                          f'{len(args.configs)} configs and {len(args.checkpoints)} files.')
     checkpoints = args.checkpoints or [None] * len(args.configs)
-    cases = [(variant, checkpoint) for path, checkpoint in zip(args.configs, checkpoints)
-             for variant in variants(load_config(path, args.cfg_options), args.mix)]
-    columns = [(label(cfg, args.mix, checkpoint), fields_of(cfg, shape, args.samples, checkpoint))
-               for cfg, checkpoint in cases]
+    columns = [
+        (label(cfg, mixer, checkpoint), fields_of(cfg, shape, args.samples, checkpoint))
+        for path, checkpoint in zip(args.configs, checkpoints)
+        for mixer, cfg in variants(load_config(path, args.cfg_options), args.mixers)]
     save(draw_receptive_fields(columns), args.out)
     print(f'{report(columns)}\nWrote {args.out}.')
 

@@ -20,7 +20,7 @@ from acmix_mm.backbones.resnet import STAGE_BLOCKS
 from acmix_mm.engine.complexity import build_to_count, count_on_shapes
 from acmix_mm.errors import UsageError
 from acmix_mm.flops import total
-from acmix_mm.mixers import MIXERS, mixer_options
+from acmix_mm.mixers import with_mixer
 
 TOLERANCE = 0.02
 # How many blocks in all may be added or removed, in the order in which that is tried; how many
@@ -62,6 +62,8 @@ def resnet_step(arguments: dict[str, Any]) -> int:
 SKELETONS = {
     'ACmixResNet': Skeleton('base_channels', 'stage_blocks', resnet_step),
     'ACmixSwinTransformer': Skeleton('embed_dims', 'depths', head_step),
+    # Its width is that of a head.
+    'ACmixPyramidVisionTransformer': Skeleton('embed_dims', 'num_layers', lambda given: 1),
 }
 
 
@@ -99,8 +101,8 @@ class Family:
     def __init__(self, model: ConfigDict, mixer: str, shape: tuple[int, int]) -> None:
         kind = (model.get('backbone') or {}).get('type')
         if kind not in SKELETONS:
-            raise UsageError(f'The backbone {kind} has no mixer to compare; these have: '
-                             f'{", ".join(SKELETONS)}.')
+            raise UsageError(f'The backbone {kind} has no width and depth to match mixers by; '
+                             f'these have: {", ".join(SKELETONS)}.')
         self.mixer = mixer
         self.shape = shape
         self.skeleton = SKELETONS[kind]
@@ -266,26 +268,6 @@ def own_size(backbone: dict[str, Any]) -> Size:
     # A ResNet's may be left to its depth.
     blocks = given[skeleton.blocks] or STAGE_BLOCKS[given['depth']][:given['num_stages']]
     return Size(given[skeleton.width], tuple(blocks))
-
-
-def with_mixer(backbone: ConfigDict, mixer: str) -> ConfigDict:
-    """The config of a backbone with a mixer in place of the one that it has.
-
-    Raises:
-        UsageError: the backbone does not have the mixer.
-    """
-    options = mixer_options(backbone.type, mixer)
-    backbone = deepcopy(backbone)
-    for other in MIXERS:
-        try:
-            present = mixer_options(backbone.type, other)
-        except UsageError:
-            continue
-        if present and all(backbone.get(key) == value for key, value in present.items()):
-            for key in present:
-                del backbone[key]
-    backbone.update(deepcopy(options))
-    return backbone
 
 
 def map_channels(backbone: dict[str, Any]) -> list[int]:

@@ -1,6 +1,7 @@
 """Effective receptive fields of the backbones of configs, and of their variants."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Optional
 
@@ -13,6 +14,7 @@ from acmix_mm.checkpoint import explain_load_error, read_weights, weights_only
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.looking.paths import stride
 from acmix_mm.looking.receptive_field import SHARE, Field, receptive_fields, square
+from acmix_mm.mixers import with_mixer
 
 from .config import build_network
 from .runner import check_fit, checkpoint_sources
@@ -78,28 +80,25 @@ def build_backbone(cfg: Config, checkpoint: Optional[str]) -> nn.Module:
     return backbone
 
 
-def variants(cfg: Config, mixes: Optional[Sequence[str]]) -> list[Config]:
-    """A config alone, or what each of ``mixes`` makes of it.
+def variants(cfg: Config, mixers: Optional[Sequence[str]]) -> list[tuple[Optional[str], Config]]:
+    """A config alone, or what each of ``mixers`` makes of it, beside its mixer.
 
     Raises:
-        UsageError: the backbone is a plain one.
+        UsageError: the backbone does not have the mixer.
     """
-    if mixes is None:
-        return [cfg]
-    if not cfg.model.backbone.type.startswith('ACmix'):
-        raise UsageError(f'--mix is about the paths of ACmix, and the backbone of {cfg.filename} '
-                         f'is a {cfg.model.backbone.type}.')
-    made = [Config(cfg._cfg_dict.to_dict(), filename=cfg.filename) for _ in mixes]
-    for variant, mix in zip(made, mixes):
-        variant.model.backbone.mix = mix
+    if mixers is None:
+        return [(None, cfg)]
+    made = [(mixer, deepcopy(cfg)) for mixer in mixers]
+    for mixer, variant in made:
+        variant.model.backbone = with_mixer(cfg.model.backbone, mixer)
     return made
 
 
-def label(cfg: Config, mixes: Optional[Sequence[str]], checkpoint: Optional[str]) -> str:
-    """What a config is called beside others: its file, the path that is left, the weights."""
+def label(cfg: Config, mixer: Optional[str], checkpoint: Optional[str]) -> str:
+    """What a config is called beside others: its file, its mixer, the weights."""
     words = [Path(cfg.filename).stem]
-    if mixes is not None:
-        words.append(cfg.model.backbone.mix)
+    if mixer is not None:
+        words.append(mixer)
     if checkpoint is not None:
         words.append('/'.join(Path(checkpoint).parts[-2:]))
     return ', '.join(words)
