@@ -120,13 +120,15 @@ def test_checkpoint_of_ones_own_is_loaded_whole(backbone, mixer, tmp_path, said)
         assert torch.equal(value, entries[name]), name
 
 
-@pytest.mark.parametrize('source', ['conv', 'attn', 'acmix', 'acmix-conv'])
+@pytest.mark.parametrize(('source', 'wanted'), [
+    *((source, 'involution') for source in ('conv', 'attn', 'acmix', 'acmix-conv')),
+    *((source, dict(type='Conv2d')) for source in ('attn', 'acmix', 'involution'))], ids=str)
 @BOTH
-def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, tmp_path, said):
+def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, wanted, tmp_path, said):
     path = str(tmp_path / 'other.pth')
     other = build(backbone, source)
     torch.save(other.state_dict(), path)
-    model = build(backbone, 'involution', init_cfg=dict(type='Pretrained', checkpoint=path))
+    model = build(backbone, wanted, init_cfg=dict(type='Pretrained', checkpoint=path))
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     theirs = other.state_dict()
     with torch.no_grad():

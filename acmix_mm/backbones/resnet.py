@@ -276,7 +276,8 @@ class ACmixResNet(BaseModule):
         state_dict = dict(found.state_dict)
         replaced = {} if found.is_acmix and self.mixer is None else {
             name: block for name, block in self.named_modules()
-            if isinstance(block, ACmixBottleneck) and not isinstance(block.conv2, nn.Conv2d)
+            if isinstance(block, ACmixBottleneck)
+            and (self.mixer is not None or not isinstance(block.conv2, nn.Conv2d))
             and has_other_names(block.conv2, f'{name}.conv2.', state_dict)}
         errors = {
             name: replace_convolution(state_dict, name, block.norm_names, block.conv2.num_heads,
