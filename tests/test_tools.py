@@ -263,6 +263,10 @@ SCRATCH = ['--cfg-options', 'model.backbone.init_cfg=None', *FAST]
      ['Labels follow the order of', 'pass --classes circle triangle']),
     (['tools/train.py', DETECTION, *DATA, '--auto-scale-lr', '--cfg-options',
       'auto_scale_lr=None'], ['auto_scale_lr.base_batch_size=16']),
+    (['tools/train.py', DETECTION, *DATA, '--cfg-options', 'model.backbone.embed_dims=20'],
+     ["model cannot be built: num_heads must divide", '20']),
+    (['tools/train.py', DETECTION, *DATA, '--cfg-options', 'model.backbone.windowsize=7'],
+     ["model cannot be built: ", "unexpected keyword argument 'windowsize'"]),
     (['tools/train.py', DETECTION, *DATA, '--launcher', 'mpi'],
      ['--launcher mpi needs GPUs', 'tools/dist_train.sh']),
 ])

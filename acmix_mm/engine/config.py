@@ -1,20 +1,23 @@
 """Loading a config, and pointing it at one's own data and classes."""
 
+import contextlib
 import inspect
 import json
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, build_functions, init_default_scope
 from torch import nn
 
 from acmix_mm.errors import UsageError
 
 SPLITS = ('train', 'val', 'test')
+PACKAGE = Path(__file__).parents[1]
 
 
 def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
@@ -62,9 +65,32 @@ def enter_scope(cfg: Config) -> None:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
 
 
+@contextlib.contextmanager
+def explained_arguments() -> Iterator[None]:
+    """Make what our modules refuse, and arguments that no module has, a message without a trace.
+
+    Raises:
+        UsageError: a network cannot be built from its config.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        by_ours = isinstance(error, ValueError) and PACKAGE in Path(raised_in).parents
+        by_call = isinstance(error, TypeError) and raised_in == build_functions.__file__
+        if by_ours or by_call:
+            raise UsageError(f"The config's model cannot be built: {error}") from error
+        raise
+
+
 def build_network(network: dict[str, Any]) -> nn.Module:
-    """Build a model, or a backbone, for predictions in one process."""
-    built = revert_sync_batchnorm(MODELS.build(network))
+    """Build a model, or a backbone, for predictions in one process.
+
+    Raises:
+        UsageError: it does not take its arguments.
+    """
+    with explained_arguments():
+        built = revert_sync_batchnorm(MODELS.build(network))
     # MMDetection's Swin returns nothing from eval().
     built.eval()
     return built

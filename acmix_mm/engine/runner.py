@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Optional
+from typing import Any, Optional, Union
 from urllib.error import URLError
 
 import torch
@@ -27,7 +27,7 @@ from acmix_mm.checkpoint import (
 from acmix_mm.environment import versions
 from acmix_mm.errors import CheckpointError, UsageError
 
-from .config import check_data
+from .config import check_data, explained_arguments
 
 
 class DataOnlyRunner(Runner):
@@ -36,6 +36,15 @@ class DataOnlyRunner(Runner):
 
     # Whether a checkpoint must have all of the model's weights, as for a test.
     takes_whole_checkpoints_only = False
+
+    def build_model(self, model: Union[nn.Module, dict]) -> nn.Module:
+        """Build as :meth:`Runner.build_model`.
+
+        Raises:
+            UsageError: it does not take its arguments.
+        """
+        with explained_arguments():
+            return super().build_model(model)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load into the model, as :meth:`Runner.load_checkpoint`.
