@@ -449,6 +449,13 @@ def test_plots_show_what_they_were_given(comparison, monkeypatch):
         given = [[[iteration, metrics['mIoU']] for iteration, metrics in result['validations']]
                  for result in variant['runs']]
         np.testing.assert_allclose(line.get_xydata(), np.mean(given, 0))
+    numbers['settings']['budget'] = '2 minutes'
+    reports.draw_curves(numbers, 'by time')
+    for panel in figures['by time'].axes:
+        assert panel.get_xlabel() == 'training time (minutes)'
+        for line, variant in zip(panel.lines, numbers['variants'].values()):
+            assert line.get_xdata()[-1] == pytest.approx(
+                variant['training_seconds']['mean'] / 60)
     panels = figures['costs'].axes
     assert [panel.get_xlabel() for panel in panels] == [
         'parameters of the model (M)', 'multiply-adds of the model (G)',

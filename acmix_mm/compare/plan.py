@@ -19,6 +19,7 @@ from acmix_mm.engine.runner import checkpoint_sources
 from acmix_mm.environment import versions
 from acmix_mm.errors import UsageError
 from acmix_mm.mixers import MIXERS
+from acmix_mm.whole_file import whole_file
 
 from .record import seed_by_epoch, write_json
 from .schedule import Budget, is_epoch_based, iterations_of, save_often, stretch
@@ -201,6 +202,5 @@ def config_of_run(cfg: Config, model: Any, iterations: Optional[int]) -> Config:
 
 def write_config(cfg: Config, path: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    beside = f'{path}.part.py'
-    cfg.dump(beside)
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        cfg.dump(beside)

@@ -20,6 +20,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 
 from acmix_mm.benchmark import PeakMemory
+from acmix_mm.whole_file import whole_file
 
 RESULT = 'result.json'
 # Points of a loss curve.
@@ -166,8 +167,5 @@ def loss_curve(losses: np.ndarray) -> list[list[float]]:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write a file that is there as a whole or not at all."""
-    beside = f'{path}.part'
-    with open(beside, 'w') as file:
-        json.dump(content, file, indent=1)
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(content, indent=1))

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
+from matplotlib.figure import Figure
+
+from acmix_mm.looking.figures import save
+from acmix_mm.whole_file import whole_file
 
 from .plan import QUANTITIES
 from .record import write_json
@@ -34,9 +38,8 @@ def write_report(plan: dict[str, Any], runs: Sequence[Run], command: str) -> str
     draw_curves(numbers, os.path.join(out, CURVES))
     draw_quality_cost(numbers, os.path.join(out, QUALITY_COST))
     path = os.path.join(out, REPORT)
-    with open(f'{path}.part', 'w') as file:
-        file.write(markdown(numbers))
-    os.replace(f'{path}.part', path)
+    with whole_file(path) as beside:
+        beside.write_text(markdown(numbers))
     return path
 
 
@@ -152,7 +155,7 @@ def what_was_held(numbers: dict[str, Any]) -> str:
             held.append(f'the {quantity} of the whole model: the difference to {first}, the '
                         f"reference, is at most {TOLERANCE:.0%} of its backbone's {quantity}")
     budget = settings['budget']
-    if budget is not None and 'minute' in budget:
+    if is_equal_time(settings):
         held.append(f'the training time, {budget}: an iteration of each was timed before, and '
                     'the schedule stretched to as many as fit; the table has what they took')
         free.append('the number of iterations')
@@ -166,6 +169,10 @@ def what_was_held(numbers: dict[str, Any]) -> str:
     return (f'Held constant:\n\n{lines}\n- {held[-1]}.\n\n'
             f'Not held constant: {", ".join(free)}, memory.\n\n'
             f'All networks start from {", ".join(numbers["start"])}.')
+
+
+def is_equal_time(settings: dict[str, Any]) -> bool:
+    return 'minute' in (settings['budget'] or '')
 
 
 def difference(numbers: dict[str, Any], mixer: str) -> str:
@@ -209,8 +216,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_curves(numbers: dict[str, Any], path: str) -> None:
-    """Loss, and quality if it was taken more than once, against iterations."""
-    from matplotlib.figure import Figure
+    """Loss, and quality if it was taken more than once, against what all had the same of:
+    iterations, or time, an iteration of a mixer taking as long as its mean.
+    """
     variants = numbers['variants']
     lines = {'training loss': {mixer: [result['loss'] for result in variant['runs']]
                                for mixer, variant in variants.items()}}
@@ -220,37 +228,51 @@ def draw_curves(numbers: dict[str, Any], path: str) -> None:
                     for result in variant['runs']] for mixer, variant in variants.items()}
     lines = {label: each for label, each in lines.items()
              if any(len(curve) > 1 for curves in each.values() for curve in curves)}
+    label_of_length, length = 'iterations', dict.fromkeys(variants, 1)
+    if is_equal_time(numbers['settings']):
+        label_of_length = 'training time (minutes)'
+        length = {mixer: variant['training_seconds']['mean'] / 60 / variant['iterations']
+                  for mixer, variant in variants.items()}
     figure = Figure(figsize=(6 * len(lines), 4.2), layout='constrained')
     panels = figure.subplots(1, len(lines), squeeze=False)[0] if lines else []
     for panel, (label, curves_of) in zip(panels, lines.items()):
         for index, (mixer, curves) in enumerate(curves_of.items()):
-            draw_curve(panel, curves, mixer, index, marked=label != 'training loss')
-        panel.set(xlabel='iterations', ylabel=label)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+            draw_curve(panel, curves, length[mixer], mixer, index,
+                       marked=label != 'training loss')
+        panel.set(xlabel=label_of_length, ylabel=label)
+        panel.xaxis.get_major_locator().set_params(integer=label_of_length == 'iterations')
         panel.grid(alpha=0.3)
     if lines:
         panels[0].legend(title=shading(numbers))
     save(figure, path)
 
 
-def draw_curve(panel: Any, curves: Sequence[Sequence[Sequence[float]]], mixer: str, index: int,
-               marked: bool) -> None:
-    """The mean over runs as a line, and its standard deviation as a band."""
+def draw_curve(panel: Any, curves: Sequence[Sequence[Sequence[float]]], length: float, mixer: str,
+               index: int, marked: bool) -> None:
+    """The mean over runs as a line, and its standard deviation as a band.
+
+    Args:
+        panel: axes to draw on.
+        curves: of each run, pairs of iteration and value.
+        length: of an iteration on the horizontal axis.
+        mixer: name for the legend.
+        index: of the colour and marker.
+        marked: whether points are marked.
+    """
     points = min(map(len, curves))
-    iterations = [point[0] for point in curves[0][:points]]
+    places = [length * point[0] for point in curves[0][:points]]
     values = np.array([[point[1] for point in curve[:points]] for curve in curves], dtype=float)
     mean = values.mean(0)
-    panel.plot(iterations, mean, color=COLOURS[index % len(COLOURS)], label=mixer,
+    panel.plot(places, mean, color=COLOURS[index % len(COLOURS)], label=mixer,
                marker=MARKERS[index % len(MARKERS)] if marked else None)
     if len(curves) > 1:
         deviation = values.std(0, ddof=1)
-        panel.fill_between(iterations, mean - deviation, mean + deviation,
+        panel.fill_between(places, mean - deviation, mean + deviation,
                            color=COLOURS[index % len(COLOURS)], alpha=0.2, linewidth=0)
 
 
 def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
     """Every metric against every cost, a point for each mixer."""
-    from matplotlib.figure import Figure
     variants = numbers['variants']
     metrics = list(next(iter(variants.values()))['quality'])
     costs = {mixer: costs_of(variant) for mixer, variant in variants.items()}
@@ -299,8 +321,3 @@ def shading(numbers: dict[str, Any]) -> Optional[str]:
     """What a legend says of bands and bars."""
     seeds = len(next(iter(numbers['variants'].values()))['runs'])
     return f'mean ± deviation, {seeds} seeds' if seeds > 1 else None
-
-
-def save(figure: Any, path: str) -> None:
-    figure.savefig(f'{path}.part', dpi=110, format='png')
-    os.replace(f'{path}.part', path)

@@ -94,9 +94,10 @@ def train_all(runs: list[Run], iterations: dict[str, int], train_tool: str) -> N
         waiting = [run.mixer for run in runs[after:] if run.result is None]
         if waiting and not pace:
             return 'time left unknown'
-        seconds = of_current + sum(
-            iterations[mixer] * (pace.get(mixer) or statistics.mean(pace.values()))
-            for mixer in waiting)
+        # With equal iterations or equal time, what was not trained yet takes as long as the others.
+        known = {mixer: iterations[mixer] * seconds for mixer, seconds in pace.items()}
+        seconds = of_current + sum(known.get(mixer) or statistics.mean(known.values())
+                                   for mixer in waiting)
         return f'about {words(seconds)} left'
 
     for number, run in enumerate(runs, start=1):

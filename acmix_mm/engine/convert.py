@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from acmix_mm.backbones.san import STAGE_BLOCKS as SAN_BLOCKS
 from acmix_mm.datasets.shapes import draw
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.pretrained import Pretrained, read_pretrained
+from acmix_mm.whole_file import whole_file
 from acmix_mm.zoo import NETWORKS
 
 from .cli import file_to_write
@@ -93,24 +93,18 @@ def in_config(backbone: Mapping[str, Any], checkpoint: str) -> str:
 
 
 def write_weights(target: Path, state_dict: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write weights and what is said of them beside ``target``, then put them in its place.
+    """Write weights and what is said of them.
 
     Raises:
         UsageError: the file system does not take them.
     """
-    partial = target.with_name(f'.{target.name}.partial')
-    try:
+    with whole_file(target) as beside:
         if target.suffix == '.safetensors':
             from safetensors.torch import save_file
-            save_file({key: value.contiguous() for key, value in state_dict.items()}, partial,
+            save_file({key: value.contiguous() for key, value in state_dict.items()}, beside,
                       metadata={key: str(value) for key, value in meta.items()})
         else:
-            torch.save(dict(meta=meta, state_dict=dict(state_dict)), partial)
-        os.replace(partial, target)
-    except OSError as error:
-        raise UsageError(f'{target} cannot be written ({error.strerror}).') from error
-    finally:
-        partial.unlink(missing_ok=True)
+            torch.save(dict(meta=meta, state_dict=dict(state_dict)), beside)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -22,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from acmix_mm import backbones
 from acmix_mm.errors import UsageError
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.whole_file import whole_file
 
 from .cli import file_to_write
 from .config import build_model
@@ -306,21 +306,17 @@ def export_onnx(network: nn.Module, out: str, shape: Size, fixed_size: bool) -> 
     print('Tracing with torch.export; this and the next step take minutes …', flush=True)
     program = export_program(network, shape if fixed_size else None)
     print(f'Translating {len(program.graph.nodes)} steps into ONNX …', flush=True)
-    partial = path.with_name(path.name + '.partial')
-    try:
+    with whole_file(path) as beside:
         onnx = translate(program, network, None if fixed_size else side)
-        onnx.save(partial, external_data=False)
+        onnx.save(beside, external_data=False)
         for size in sizes:
-            check(network, str(partial), size)
+            check(network, str(beside), size)
         if isinstance(network, ClassMap):
             # The logits have been compared, and are not part of what is deployed.
             onnx.model.graph.outputs.pop()
-            onnx.save(partial, external_data=False)
-            check(network, str(partial), sizes[-1])
-        described = describe(str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            onnx.save(beside, external_data=False)
+            check(network, str(beside), sizes[-1])
+        described = describe(str(beside))
     if not fixed_size:
         described += f'\n  height and width from {side} on, batch from 1 on'
     return f'Wrote {path}: {path.stat().st_size / 1e6:.1f} MB, opset {OPSET}\n{described}'

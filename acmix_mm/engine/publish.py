@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-import os
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from acmix_mm.checkpoint import HAS_ALLOW_LIST, read_checkpoint
 from acmix_mm.environment import versions
 from acmix_mm.errors import CheckpointError, UsageError
+from acmix_mm.whole_file import whole_file
 
 from .cli import file_to_write
 
@@ -51,17 +52,15 @@ def publish(source: str, target: str) -> Path:
     meta = {key: meta[key] for key in KEPT if isinstance(meta, Mapping) and key in meta}
     meta['published_with'] = versions()
 
-    partial = path.with_name(path.name + '.partial')
-    try:
-        # A tensor that is a part of a larger one would take all of it along.
-        torch.save(dict(meta=meta, state_dict={key: weight.detach().clone()
-                                               for key, weight in weights.items()}), partial)
-        check_published(partial, weights)
-        digits = hashlib.sha256(partial.read_bytes()).hexdigest()[:8]
-        published = path.with_name(f'{path.name.removesuffix(".pth")}-{digits}.pth')
-        os.replace(partial, published)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = io.BytesIO()
+    # A tensor that is a part of a larger one would take all of it along.
+    torch.save(dict(meta=meta, state_dict={key: weight.detach().clone()
+                                           for key, weight in weights.items()}), content)
+    digits = hashlib.sha256(content.getbuffer()).hexdigest()[:8]
+    published = path.with_name(f'{path.name.removesuffix(".pth")}-{digits}.pth')
+    with whole_file(published) as beside:
+        beside.write_bytes(content.getbuffer())
+        check_published(beside, weights)
     return published
 
 

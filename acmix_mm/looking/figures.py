@@ -3,7 +3,6 @@
 They are matplotlib figures of their own, without pyplot and its windows.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
 from acmix_mm.errors import UsageError
+from acmix_mm.whole_file import whole_file
 
 from .attention import PointAttention
 from .rates import Rates, stage_of
@@ -37,16 +37,9 @@ def save(figure: Figure, path: str) -> None:
     Raises:
         UsageError: the name is not a PNG's, or the file system does not take it.
     """
-    target = Path(path)
     check_png(path)
-    partial = target.with_name(f'.{target.name}.partial')
-    try:
-        figure.savefig(partial, format='png', dpi=120)
-        os.replace(partial, target)
-    except OSError as error:
-        raise UsageError(f'{path} cannot be written ({error.strerror}).') from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as beside:
+        figure.savefig(beside, dpi=120)
 
 
 def check_png(path: str) -> None:
