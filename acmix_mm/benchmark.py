@@ -330,7 +330,8 @@ def processor(device: str) -> str:
         return torch.cuda.get_device_name()
     with open('/proc/cpuinfo') as info:
         names = re.findall(r'model name\s*: (.+)', info.read())
-    return f'{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f'{names[0] if names else platform.machine()}, {threads} thread{"s" * (threads != 1)}'
 
 
 def table(results: list[Result]) -> str:

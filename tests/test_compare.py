@@ -44,6 +44,7 @@ from acmix_mm.mixers import MIXERS, OPTIONS
 SEGMENTATION = 'configs/shapes/upernet_acmix_r50.py'
 DETECTION = 'configs/shapes/maskrcnn_acmix_swin.py'
 PYRAMID = 'configs/shapes/maskrcnn_acmix_pvt.py'
+PATCHES = 'configs/shapes/maskrcnn_acmix_san.py'
 # Fewer blocks, which count faster.
 FEW_BLOCKS = {
     SEGMENTATION: {'model.backbone.stage_blocks': [1, 1, 2, 1], 'model.backbone.base_channels': 32,
@@ -51,7 +52,8 @@ FEW_BLOCKS = {
                    'model.auxiliary_head.in_channels': 512},
     DETECTION: {'model.backbone.depths': [1, 1, 2, 1], 'model.backbone.embed_dims': 48,
                 'model.neck.in_channels': [48, 96, 192, 384]},
-    PYRAMID: {'model.backbone.num_layers': [1, 1, 2, 1]}}
+    PYRAMID: {'model.backbone.num_layers': [1, 1, 2, 1]},
+    PATCHES: {}}
 SHAPE = (64, 64)
 IMAGE = torch.zeros(1, 3, *SHAPE)
 # A tiny UperNet on pictures of 64 pixels, whose heads' dropout draws random numbers.

@@ -88,7 +88,7 @@ class ACmixSAN(BaseModule):
     counts by nearly as much, 0.1M, 0.2M and 0.3M.) The choice is this project's.
 
     Args:
-        depth: 10, 15 or 19: how many blocks the stages have.
+        depth: 10, 15 or 19: which ``stage_blocks`` to take.
         in_channels: channels of the image.
         base_channels: channels of the stem and the first stage, a multiple of 32.
         out_indices: stages that give an output; stage 0 has stride 2.
@@ -103,6 +103,7 @@ class ACmixSAN(BaseModule):
         mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
         acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
             ``shift_groups``; see :class:`acmix_mm.layers.PatchwiseACmix`.
+        stage_blocks: blocks of each of the five stages, in place of what ``depth`` says.
 
     Raises:
         ValueError: an argument is outside of what is said above.
@@ -121,10 +122,15 @@ class ACmixSAN(BaseModule):
                  with_cp: bool = False,
                  init_cfg: Optional[dict] = None,
                  mix: str = 'acmix',
-                 acmix_cfg: Optional[dict] = None) -> None:
+                 acmix_cfg: Optional[dict] = None,
+                 stage_blocks: Optional[Sequence[int]] = None) -> None:
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
-                             f'{depth}.')
+                             f'{depth}; other depths go by stage_blocks.')
+        stage_blocks = tuple(stage_blocks or STAGE_BLOCKS[depth])
+        if len(stage_blocks) != len(STAGE_KERNELS):
+            raise ValueError(f'stage_blocks needs one number for each of the {len(STAGE_KERNELS)} '
+                             f'stages, got {stage_blocks}.')
         if base_channels % 32:
             raise ValueError(f'base_channels must be a multiple of 32, got {base_channels}.')
         if not 0 <= min(out_indices) <= max(out_indices) < len(STAGE_KERNELS):
@@ -138,9 +144,9 @@ class ACmixSAN(BaseModule):
 
         self.conv_in = nn.Conv2d(in_channels, base_channels, 1, bias=False)
         self.bn_in = build_norm_layer(norm_cfg, base_channels)[1]
-        rates = torch.linspace(0, drop_path_rate, sum(STAGE_BLOCKS[depth]), device='cpu').tolist()
+        rates = torch.linspace(0, drop_path_rate, sum(stage_blocks), device='cpu').tolist()
         width = base_channels
-        for stage, blocks in enumerate(STAGE_BLOCKS[depth]):
+        for stage, blocks in enumerate(stage_blocks):
             channels = base_channels * STAGE_EXPANSIONS[stage]
             self.add_module(f'conv{stage}', nn.Conv2d(width, channels, 1, bias=False))
             self.add_module(f'bn{stage}', build_norm_layer(norm_cfg, channels)[1])

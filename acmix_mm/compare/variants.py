@@ -16,13 +16,16 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 
-from acmix_mm.backbones.resnet import STAGE_BLOCKS
+from acmix_mm.backbones.resnet import STAGE_BLOCKS as RESNET_BLOCKS
+from acmix_mm.backbones.san import STAGE_BLOCKS as SAN_BLOCKS
 from acmix_mm.engine.complexity import build_to_count, count_on_shapes
 from acmix_mm.errors import UsageError
 from acmix_mm.flops import total
 from acmix_mm.mixers import with_mixer
 
 TOLERANCE = 0.02
+# Blocks of each stage where a backbone leaves them to its depth.
+BLOCKS_OF_DEPTH = {'ACmixResNet': RESNET_BLOCKS, 'ACmixSAN': SAN_BLOCKS}
 # How many blocks in all may be added or removed, in the order in which that is tried; how many
 # widths on both sides; and by what factor a width may change.
 BLOCKS_CHANGED = (0, 2, 4)
@@ -64,6 +67,7 @@ SKELETONS = {
     'ACmixSwinTransformer': Skeleton('embed_dims', 'depths', head_step),
     # Its width is that of a head.
     'ACmixPyramidVisionTransformer': Skeleton('embed_dims', 'num_layers', lambda given: 1),
+    'ACmixSAN': Skeleton('base_channels', 'stage_blocks', lambda given: 32),
 }
 
 
@@ -265,8 +269,9 @@ def arguments(backbone: dict[str, Any]) -> dict[str, Any]:
 def own_size(backbone: dict[str, Any]) -> Size:
     given = arguments(backbone)
     skeleton = SKELETONS[backbone['type']]
-    # A ResNet's may be left to its depth.
-    blocks = given[skeleton.blocks] or STAGE_BLOCKS[given['depth']][:given['num_stages']]
+    blocks = given[skeleton.blocks]
+    if blocks is None:
+        blocks = BLOCKS_OF_DEPTH[backbone['type']][given['depth']][:given.get('num_stages')]
     return Size(given[skeleton.width], tuple(blocks))
 
 
