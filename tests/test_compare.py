@@ -495,6 +495,8 @@ def test_says_what_it_judges_by():
     assert quality({'aAcc': 1., 'mIoU': 2., 'mAcc': 3.}) == {'mIoU': 2.}
     assert quality({'coco/bbox_mAP': 1., 'coco/bbox_mAP_50': 2., 'coco/segm_mAP': 3.}) == {
         'coco/bbox_mAP': 1., 'coco/segm_mAP': 3.}
+    assert quality({'panoptic/PQ': 1., 'panoptic/SQ': 2.}) == {
+        'panoptic/PQ': 1., 'panoptic/SQ': 2.}
     assert quality({'pascal_voc/mAP': 1., 'pascal_voc/AP50': 2.}) == {'pascal_voc/mAP': 1.}
     assert [words(seconds) for seconds in (0, 59.6, 61, 3700)] == [
         '0 s', '1 min', '1 min 1 s', '1 h 1 min']

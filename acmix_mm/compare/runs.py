@@ -197,9 +197,9 @@ def last_line(path: str) -> str:
 
 
 def quality(metrics: dict[str, float]) -> dict[str, float]:
-    """Of all metrics those that a network is judged by: mIoU, or every mAP."""
+    """Of all metrics those that a network is judged by: mIoU, or every mAP; else all."""
     return {name: value for name, value in metrics.items()
-            if re.fullmatch(r'mIoU|(.*[/_])?mAP', name)}
+            if re.fullmatch(r'mIoU|(.*[/_])?mAP', name)} or metrics
 
 
 def headline(result: dict[str, Any]) -> str:
