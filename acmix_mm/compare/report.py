@@ -314,7 +314,10 @@ def costs_of(variant: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def axis_label(metric: str) -> str:
-    return f'{metric} (%)' if metric == 'mIoU' else f'{metric} (0 to 1)'
+    """With the unit, where that is known."""
+    if metric == 'mIoU':
+        return 'mIoU (%)'
+    return f'{metric} (0 to 1)' if metric.endswith('mAP') else metric
 
 
 def shading(numbers: dict[str, Any]) -> Optional[str]:
