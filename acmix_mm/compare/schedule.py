@@ -1,5 +1,6 @@
 """How long a compared network trains: the config's own schedule, or that schedule stretched."""
 
+import math
 import re
 from copy import deepcopy
 from typing import NamedTuple, Optional, Union
@@ -83,7 +84,8 @@ def stretch(cfg: Config, iterations: int) -> None:
     cfg.param_scheduler = [each for each in stretched if each is not None]
 
     unit = epoch if by_epoch else 1
-    validation = {name: max(round(cfg.train_cfg[name] * unit * factor), 1)
+    # Rounded up, so that none falls just before the end, where there is one anyway.
+    validation = {name: max(math.ceil(round(cfg.train_cfg[name] * unit * factor, 6)), 1)
                   for name in ('val_interval', 'val_begin') if name in cfg.train_cfg}
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, **validation)
     sampler = cfg.train_dataloader.get('sampler')
