@@ -20,7 +20,7 @@ from torch import nn
 
 import acmix_mm  # noqa: F401
 from acmix_mm.engine.config import load_config
-from acmix_mm.engine.receptive_field import fields_of, label, variants
+from acmix_mm.engine.receptive_field import fields_of, label, short_names, variants
 from acmix_mm.engine.visualize import Seen, visualize
 from acmix_mm.errors import CheckpointError, UsageError
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
@@ -623,8 +623,18 @@ def test_receptive_field_refusals(detector):
         fields_of(plain, (64, 64), 1, str(checkpoint))
     with pytest.raises(CheckpointError, match='does not fit this ACmixSwinTransformer'):
         fields_of(load_config(DETECTION), (64, 64), 1, str(checkpoint))
-    assert [label(variant, mixer, str(checkpoint))
-            for mixer, variant in variants(cfg, ['attn', 'involution'])] == [
-        f'maskrcnn_acmix_swin, {mixer}, {checkpoint.parent.name}/epoch_1.pth'
-        for mixer in ('attn', 'involution')]
+    made = variants(cfg, ['attn', 'involution'])
+    assert [(mixer, variant.model.backbone.get('mix')) for mixer, variant in made] == [
+        ('attn', 'attn'), ('involution', None)]
+    assert label('swin', 'attn', 'work_dirs/run/epoch_1.pth') == 'swin, attn, run/epoch_1.pth'
     assert not {'mix', 'mixer'} & set(cfg.model.backbone)
+
+
+@pytest.mark.parametrize(('paths', 'names'), [
+    (['configs/a.py', 'configs/b.py'], ['a', 'b']),
+    (['a/config.py', 'b/config.py'], ['a/config', 'b/config']),
+    (['a.py', 'a.py'], ['a', 'a']),
+    (['config.py', 'b/config.py'], ['config', 'b/config']),
+])
+def test_configs_are_named_as_briefly_as_tells_them_apart(paths, names):
+    assert short_names(paths) == names

@@ -18,7 +18,7 @@ import argparse
 from acmix_mm.engine.cli import KeyValue, run_tool
 from acmix_mm.engine.complexity import read_shape
 from acmix_mm.engine.config import load_config
-from acmix_mm.engine.receptive_field import fields_of, label, report, variants
+from acmix_mm.engine.receptive_field import fields_of, label, report, short_names, variants
 from acmix_mm.environment import check_mmcv
 from acmix_mm.errors import UsageError
 from acmix_mm.looking.figures import check_png, draw_receptive_fields, save
@@ -53,8 +53,8 @@ def main() -> None:
                          f'{len(args.configs)} configs and {len(args.checkpoints)} files.')
     checkpoints = args.checkpoints or [None] * len(args.configs)
     columns = [
-        (label(cfg, mixer, checkpoint), fields_of(cfg, shape, args.samples, checkpoint))
-        for path, checkpoint in zip(args.configs, checkpoints)
+        (label(name, mixer, checkpoint), fields_of(cfg, shape, args.samples, checkpoint))
+        for name, path, checkpoint in zip(short_names(args.configs), args.configs, checkpoints)
         for mixer, cfg in variants(load_config(path, args.cfg_options), args.mixers)]
     save(draw_receptive_fields(columns), args.out)
     print(f'{report(columns)}\nWrote {args.out}.')

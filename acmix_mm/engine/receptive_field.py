@@ -94,9 +94,19 @@ def variants(cfg: Config, mixers: Optional[Sequence[str]]) -> list[tuple[Optiona
     return made
 
 
-def label(cfg: Config, mixer: Optional[str], checkpoint: Optional[str]) -> str:
-    """What a config is called beside others: its file, its mixer, the weights."""
-    words = [Path(cfg.filename).stem]
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Names of files without their endings, with as many folders as it takes to tell them apart."""
+    parts = [Path(path).with_suffix('').parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ['/'.join(each[-length:]) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def label(name: str, mixer: Optional[str], checkpoint: Optional[str]) -> str:
+    """What a network is called beside others: its config's name, its mixer, the weights."""
+    words = [name]
     if mixer is not None:
         words.append(mixer)
     if checkpoint is not None:

@@ -75,6 +75,11 @@ def draw_rates(columns: Sequence[Sequence[Rates]]) -> Figure:
         above.set_title(f'{history[-1].network}, {len(depths)} layers\n{short(history)}')
         for axes in (above, below):
             axes.grid(axis='y', alpha=0.3)
+    for row in rows:
+        # Room for the legends above the lines.
+        low, high = row[0].get_ylim()
+        row[0].set_ylim(low, high + 0.25 * (high - low))
+        for axes, history in zip(row, columns):
             few_entries(axes, len(history))
     below_first = rows[1, 0]
     rows[0, 0].set_ylabel('|rate| of the path')
@@ -120,7 +125,7 @@ def few_entries(axes: Axes, history: int) -> None:
         last = per_checkpoint * (history - 1)
         kept = [*range(per_checkpoint), *range(last, len(handles))]
         handles, labels = [handles[index] for index in kept], [labels[index] for index in kept]
-    axes.legend(handles, labels, fontsize='small')
+    axes.legend(handles, labels, fontsize='small', ncols=2)
 
 
 def short(history: Sequence[Rates]) -> str:
@@ -283,7 +288,9 @@ def draw_receptive_fields(columns: Sequence[tuple[str, Sequence[Field]]]) -> Fig
     logarithmic scale for all; the square is the smallest that holds ``SHARE`` of the energy.
     """
     count = max(len(fields) for _, fields in columns)
-    figure = Figure(figsize=(1.6 + 2.9 * len(columns), 1.2 + 2.9 * count), layout='constrained')
+    # As wide as the legend at least.
+    figure = Figure(figsize=(max(1.6 + 2.9 * len(columns), 6), 1.2 + 2.9 * count),
+                    layout='constrained')
     rows = figure.subplots(count, len(columns), squeeze=False)
     for index, (name, fields) in enumerate(columns):
         for axes in rows[len(fields):, index]:
