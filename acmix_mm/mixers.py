@@ -1,10 +1,10 @@
 """The operators that a comparison puts into the same skeleton, by one name each for all backbones.
 
-``conv`` is a plain 3×3 convolution, ``attn`` the attention of the host (a sliding window in a
-ResNet, shifted windows in a Swin, a reduced map in a PVT, patches in a SAN), ``acmix`` both on
-shared projections (arXiv 2111.14556), ``acmix-conv`` ACmix's convolution path alone, and
-``involution`` (arXiv 2103.06255) stands between convolution and attention. PVT and SAN have the
-three of ACmix.
+``conv`` is a plain 3×3 convolution, and ``conv7`` one of 7×7, the usual reach of local attention;
+``attn`` is the attention of the host (a sliding window in a ResNet, shifted windows in a Swin, a
+reduced map in a PVT, patches in a SAN), ``acmix`` both on shared projections (arXiv 2111.14556),
+and ``acmix-conv`` ACmix's convolution path alone; ``involution`` of 7×7 (arXiv 2103.06255) stands
+between convolution and attention. PVT and SAN have the three of ACmix.
 """
 
 from copy import deepcopy
@@ -15,15 +15,16 @@ from mmengine.config import ConfigDict
 from .errors import UsageError
 
 MIXES = {'attn': dict(mix='attn'), 'acmix': dict(mix='acmix'), 'acmix-conv': dict(mix='conv')}
-INVOLUTION = dict(type='Involution', kernel_size=7)
+SEVEN = {
+    'conv7': dict(mixer=dict(type='Conv2d', kernel_size=7)),
+    'involution': dict(mixer=dict(type='Involution', kernel_size=7)),
+}
 
 # What differs in the config of a backbone; every other argument is the same.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    'ACmixResNet': {
-        'conv': dict(acmix_stages=()), **MIXES, 'involution': dict(mixer=INVOLUTION)},
+    'ACmixResNet': {'conv': dict(acmix_stages=()), **MIXES, **SEVEN},
     'ACmixSwinTransformer': {
-        'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)), **MIXES,
-        'involution': dict(mixer=INVOLUTION)},
+        'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)), **MIXES, **SEVEN},
     'ACmixPyramidVisionTransformer': MIXES,
     'ACmixSAN': MIXES,
 }
