@@ -5,7 +5,7 @@ changed until the model costs what the first one does; all are trained with the 
 seeds. The folder then has report.md, its pictures, and every config and command. Killed, the same
 command goes on where it was.
 
-Example: python tools/compare.py configs/shapes/upernet_acmix_r50.py --mixers acmix conv attn
+Example: python tools/compare.py configs/shapes/upernet_acmix_r50.py --mixers acmix conv7 attn
          --match params --seeds 3 --budget 300iters
 """
 
