@@ -413,7 +413,7 @@ def test_the_report_is_complete_and_says_what_was_logged(comparison):
         assert [iteration for iteration, _ in found['runs'][0]['validations']] == [3, 6]
         assert len(found['runs'][0]['loss']) == 6
     for part in ('Held constant:\n', 'the number of iterations, 6', 'Not held constant: parameters',
-                 'the seeds (0, 1)', 'start from scratch', '96×96', 'threads', 'torch 2',
+                 'the seeds (0, 1)', 'start from scratch', '96×96', ' thread', 'torch 2',
                  'tools/compare.py', '![Learning curves](curves.png)'):
         assert part in text
     for name in ('curves.png', 'quality_cost.png'):
