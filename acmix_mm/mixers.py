@@ -44,8 +44,8 @@ def mixer_options(backbone: str, mixer: str) -> dict[str, Any]:
     if mixer not in MIXERS:
         raise UsageError(f'There is no mixer {mixer!r}; name one of {", ".join(MIXERS)}.')
     if backbone not in OPTIONS:
-        raise UsageError(f'The backbone {backbone} has no mixer to exchange; these have: '
-                         f'{", ".join(OPTIONS)}.')
+        raise UsageError(f'The backbone {backbone} has no mixer to exchange; take a config with '
+                         f'one that has: {", ".join(OPTIONS)}.')
     if mixer not in OPTIONS[backbone]:
         raise UsageError(f'The backbone {backbone} does not take the mixer {mixer}; it takes '
                          f'{", ".join(OPTIONS[backbone])}.')

@@ -240,7 +240,7 @@ def test_refuses_mixers(mixers, message, shapes):
 
 def test_refuses_configs_it_cannot_compare(shapes, tmp_path):
     cfg = config(SEGMENTATION, shapes)
-    with pytest.raises(UsageError, match='The backbone ResNet has no width and depth'):
+    with pytest.raises(UsageError, match='The backbone ResNet has no mixer to exchange'):
         Family(ConfigDict(backbone=dict(type='ResNet')), 'attn', SHAPE)
     with pytest.raises(UsageError, match='has no val_evaluator'):
         check_settings(config(SEGMENTATION, shapes, val_evaluator=None), ['acmix', 'attn'])

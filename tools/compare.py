@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from acmix_mm.compare.plan import QUANTITIES, make_plan
+from acmix_mm.compare.plan import QUANTITIES, check_settings, make_plan
 from acmix_mm.compare.report import write_report
 from acmix_mm.compare.runs import all_runs, sole_user, train_all
 from acmix_mm.compare.schedule import read_budget
@@ -45,6 +45,7 @@ def main() -> None:
     cfg = config_from(args)
     out = args.work_dir or os.path.join('work_dirs', 'compare', Path(args.config).stem)
 
+    check_settings(cfg, args.mixers)
     with sole_user(out):
         plan = make_plan(cfg, args.mixers, args.match, budget, out)
         runs = all_runs(out, args.mixers, args.seeds)

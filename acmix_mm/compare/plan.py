@@ -18,7 +18,7 @@ from acmix_mm.engine.config import check_data
 from acmix_mm.engine.runner import checkpoint_sources
 from acmix_mm.environment import versions
 from acmix_mm.errors import UsageError
-from acmix_mm.mixers import MIXERS
+from acmix_mm.mixers import MIXERS, mixer_options
 from acmix_mm.whole_file import whole_file
 
 from .record import seed_by_epoch, write_json
@@ -51,7 +51,6 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
     Raises:
         UsageError: the settings cannot be met, or the folder is another comparison's.
     """
-    check_settings(cfg, mixers)
     settings = dict(config=os.path.relpath(cfg.filename), mixers=list(mixers), match=quantity,
                     budget=None if budget is None else str(budget),
                     options=digest(cfg))
@@ -115,6 +114,8 @@ def check_settings(cfg: Config, mixers: Sequence[str]) -> None:
         if not cfg.get(part):
             raise UsageError(f'The config {cfg.filename} has no {part}; name one that trains and '
                              'evaluates a model.')
+    for mixer in mixers:
+        mixer_options((cfg.model.get('backbone') or {}).get('type'), mixer)
     check_data(cfg, ('train', 'val'))
 
 

@@ -91,7 +91,7 @@ def markdown(numbers: dict[str, Any]) -> str:
     by_seed = [['mixer', 'metric', *(f'seed {seed}' for seed in seeds)]]
     by_seed += [[mixer, metric, *(f'{value:.4g}' for value in variant['quality'][metric]['values'])]
                 for mixer, variant in variants.items() for metric in metrics]
-    changed = [['mixer', 'what was changed in the config', f'difference to {first}']]
+    changed = [['mixer', 'what was changed in the config', f'model, difference to {first}']]
     changed += [[mixer, variant['change'], difference(numbers, mixer)]
                 for mixer, variant in variants.items()]
     packages = ', '.join(f'{name} {number}' for name, number in numbers['versions'].items())
@@ -121,6 +121,9 @@ well above it says nothing.
 ## What was changed to match
 
 {table(changed)}
+
+What is matched are whole models; the backbones may differ by more, since heads grow and shrink \
+with the width of what they read.
 
 ## How it was made
 
@@ -176,7 +179,10 @@ def is_equal_time(settings: dict[str, Any]) -> bool:
 
 
 def difference(numbers: dict[str, Any], mixer: str) -> str:
-    """How far a mixer's model is from the reference's in what was matched."""
+    """How far a mixer's model is from the reference's in what was matched.
+
+    The backbones may differ by more: a head that reads them grows and shrinks with their width.
+    """
     quantity, variants = numbers['settings']['match'], numbers['variants']
     first = next(iter(variants))
     if quantity == 'none':
@@ -187,8 +193,8 @@ def difference(numbers: dict[str, Any], mixer: str) -> str:
         return f'{middle} % (quartiles {low} to {high} %)'
     counts, reference = variants[mixer]['counts'], variants[first]['counts']
     off = counts[quantity] - reference[quantity]
-    return (f'{100 * off / reference[quantity]:+.2f} % of the model, '
-            f'{100 * off / reference[f"backbone_{quantity}"]:+.2f} % of the backbone')
+    return (f'{100 * off / reference[quantity]:+.2f} %, or '
+            f'{100 * off / reference[f"backbone_{quantity}"]:+.2f} % of the backbone of {first}')
 
 
 def milliseconds(seconds: dict[str, float]) -> str:

@@ -103,15 +103,11 @@ class Family:
     """
 
     def __init__(self, model: ConfigDict, mixer: str, shape: tuple[int, int]) -> None:
-        kind = (model.get('backbone') or {}).get('type')
-        if kind not in SKELETONS:
-            raise UsageError(f'The backbone {kind} has no width and depth to match mixers by; '
-                             f'these have: {", ".join(SKELETONS)}.')
         self.mixer = mixer
         self.shape = shape
-        self.skeleton = SKELETONS[kind]
         self.model = deepcopy(model)
-        self.model.backbone = with_mixer(self.model.backbone, mixer)
+        self.model.backbone = with_mixer(model.backbone, mixer)
+        self.skeleton = SKELETONS[model.backbone.type]
         self.own_size = own_size(self.model.backbone)
         self.channels: dict[int, list[int]] = {}
         self.counted: dict[tuple[str, Size], int] = {}

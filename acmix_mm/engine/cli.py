@@ -91,6 +91,8 @@ def run_tool(main: Callable[[], None]) -> None:
     """Run a tool; print an error that the user can mend as one message and exit with status 1."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit('Interrupted.')
     except UsageError as error:
         # One process of a node speaks for all.
         sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)

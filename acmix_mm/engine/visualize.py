@@ -26,6 +26,7 @@ from acmix_mm.looking.attention import attends, attention_of_point
 from acmix_mm.looking.figures import draw_attention, draw_energies, draw_predictions, save
 from acmix_mm.looking.paths import inputs_of, last_layers, map_size, path_energies, stride
 
+from .config import build_model
 from .runner import check_fit
 
 
@@ -118,22 +119,21 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     Raises:
         CheckpointError: it cannot be read, is of another network, or has no class names.
     """
-    if cfg.get('default_scope') == 'mmseg':
-        from mmseg.apis import init_model as build
-    else:
-        from mmdet.apis import init_detector as build
     allow_mmengine_checkpoints()
     with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
         try:
             found = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(checkpoint, error)) from error
-        if 'dataset_meta' not in found.get('meta', {}):
-            raise CheckpointError(f'The checkpoint {checkpoint} does not say the names of its '
-                                  'classes (meta.dataset_meta), as those of tools/train.py do.')
-        model = build(cfg, checkpoint, device='cuda:0' if torch.cuda.is_available() else 'cpu')
+    if 'dataset_meta' not in found.get('meta', {}):
+        raise CheckpointError(f'The checkpoint {checkpoint} does not say the names of its classes '
+                              '(meta.dataset_meta), as those of tools/train.py do.')
+    model = build_model(cfg)
     check_fit(model, found, checkpoint, whole=True)
-    return model
+    model.load_state_dict(found['state_dict'], strict=False)
+    # From these the functions for inference of MMDetection and MMSegmentation take the rest.
+    model.cfg, model.dataset_meta = cfg, found['meta']['dataset_meta']
+    return model.to('cuda:0' if torch.cuda.is_available() else 'cpu')
 
 
 def predict(cfg: Config, model: nn.Module, image: str) -> tuple[Any, Tensor]:
