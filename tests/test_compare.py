@@ -509,3 +509,9 @@ def test_a_run_that_fails_says_why(tmp_path):
     Path(tool).write_text('import sys; print("began"); sys.exit("error: no memory")')
     with pytest.raises(UsageError, match=r'acmix, seed 0, failed: error: no memory'):
         train_all([run], dict(acmix=1), str(tool))
+
+
+def test_every_mixer_has_a_style_of_its_own():
+    assert list(reports.STYLES) == list(MIXERS)
+    for key in ('color', 'marker'):
+        assert len({style[key] for style in reports.STYLES.values()}) == len(MIXERS)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from acmix_mm.looking.figures import save
+from acmix_mm.mixers import MIXERS
 from acmix_mm.whole_file import whole_file
 
 from .plan import QUANTITIES
@@ -19,9 +20,10 @@ from .variants import TOLERANCE
 
 REPORT, NUMBERS, CURVES, QUALITY_COST = (
     'report.md', 'report.json', 'curves.png', 'quality_cost.png')
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-MARKERS = 'osD^vP*'
+# A mixer has its colour and marker in all reports. They are Okabe and Ito's colours, which the
+# colour-blind can tell apart.
+STYLES = {mixer: dict(color=colour, marker=marker) for mixer, colour, marker in zip(
+    MIXERS, ('#D55E00', '#009E73', '#0072B2', '#CC79A7', '#56B4E9', '#E69F00'), 'sDo^Pv')}
 
 
 def write_report(plan: dict[str, Any], runs: Sequence[Run], command: str) -> str:
@@ -242,9 +244,8 @@ def draw_curves(numbers: dict[str, Any], path: str) -> None:
     figure = Figure(figsize=(6 * len(lines), 4.2), layout='constrained')
     panels = figure.subplots(1, len(lines), squeeze=False)[0] if lines else []
     for panel, (label, curves_of) in zip(panels, lines.items()):
-        for index, (mixer, curves) in enumerate(curves_of.items()):
-            draw_curve(panel, curves, length[mixer], mixer, index,
-                       marked=label != 'training loss')
+        for mixer, curves in curves_of.items():
+            draw_curve(panel, curves, length[mixer], mixer, marked=label != 'training loss')
         panel.set(xlabel=label_of_length, ylabel=label)
         panel.xaxis.get_major_locator().set_params(integer=label_of_length == 'iterations')
         panel.grid(alpha=0.3)
@@ -254,27 +255,26 @@ def draw_curves(numbers: dict[str, Any], path: str) -> None:
 
 
 def draw_curve(panel: Any, curves: Sequence[Sequence[Sequence[float]]], length: float, mixer: str,
-               index: int, marked: bool) -> None:
+               marked: bool) -> None:
     """The mean over runs as a line, and its standard deviation as a band.
 
     Args:
         panel: axes to draw on.
         curves: of each run, pairs of iteration and value.
         length: of an iteration on the horizontal axis.
-        mixer: name for the legend.
-        index: of the colour and marker.
+        mixer: what is drawn.
         marked: whether points are marked.
     """
     points = min(map(len, curves))
     places = [length * point[0] for point in curves[0][:points]]
     values = np.array([[point[1] for point in curve[:points]] for curve in curves], dtype=float)
     mean = values.mean(0)
-    panel.plot(places, mean, color=COLOURS[index % len(COLOURS)], label=mixer,
-               marker=MARKERS[index % len(MARKERS)] if marked else None)
+    style = STYLES[mixer] if marked else dict(color=STYLES[mixer]['color'])
+    panel.plot(places, mean, label=mixer, **style)
     if len(curves) > 1:
         deviation = values.std(0, ddof=1)
         panel.fill_between(places, mean - deviation, mean + deviation,
-                           color=COLOURS[index % len(COLOURS)], alpha=0.2, linewidth=0)
+                           color=STYLES[mixer]['color'], alpha=0.2, linewidth=0)
 
 
 def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
@@ -287,13 +287,12 @@ def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
     panels = figure.subplots(len(metrics), len(labels), sharey='row', sharex='col', squeeze=False)
     for row, metric in zip(panels, metrics):
         for panel, label in zip(row, labels):
-            for index, (mixer, variant) in enumerate(variants.items()):
+            for mixer, variant in variants.items():
                 cost, low, high = costs[mixer][label]
                 result = variant['quality'][metric]
                 panel.errorbar(cost, result['mean'], xerr=[[cost - low], [high - cost]],
-                               yerr=result['deviation'], color=COLOURS[index % len(COLOURS)],
-                               marker=MARKERS[index % len(MARKERS)], markersize=8, capsize=3,
-                               linestyle='none', label=mixer)
+                               yerr=result['deviation'], markersize=8, capsize=3,
+                               linestyle='none', label=mixer, **STYLES[mixer])
             panel.grid(alpha=0.3)
         row[0].set_ylabel(axis_label(metric))
     for panel, label in zip(panels[-1], labels):
