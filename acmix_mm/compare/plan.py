@@ -74,9 +74,9 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
     models = {mixer: family.config(sizes[mixer]) for mixer, family in families.items()}
     print('Timing predictions …', flush=True)
     measured = latencies(models, shape)
-    iterations = dict.fromkeys(mixers, iterations_of(cfg))
-    if budget is not None:
-        iterations = allot(cfg, models, budget)
+    # The data that tells how long an epoch is may take a while to load.
+    iterations = (dict.fromkeys(mixers, iterations_of(cfg)) if budget is None
+                  else allot(cfg, models, budget))
 
     variants = {}
     for mixer, family in families.items():

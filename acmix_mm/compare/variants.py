@@ -103,7 +103,6 @@ class Family:
     """
 
     def __init__(self, model: ConfigDict, mixer: str, shape: tuple[int, int]) -> None:
-        self.mixer = mixer
         self.shape = shape
         self.model = deepcopy(model)
         self.model.backbone = with_mixer(model.backbone, mixer)

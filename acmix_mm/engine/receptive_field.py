@@ -17,7 +17,7 @@ from acmix_mm.looking.receptive_field import SHARE, Field, receptive_fields, squ
 from acmix_mm.mixers import with_mixer
 
 from .config import build_network
-from .runner import check_fit, checkpoint_sources
+from .runner import checkpoint_sources, fill
 
 
 def fields_of(cfg: Config, size: tuple[int, int], samples: int,
@@ -67,9 +67,7 @@ def build_backbone(cfg: Config, checkpoint: Optional[str]) -> nn.Module:
     backbone = build_network(arguments)
     if checkpoint and not converts:
         # MMEngine would take whatever fits, were it nothing.
-        weights = read_weights(checkpoint).state_dict
-        check_fit(backbone, weights, checkpoint, whole=True)
-        backbone.load_state_dict(weights, strict=False)
+        fill(backbone, read_weights(checkpoint).state_dict, checkpoint)
         return backbone
     try:
         with weights_only():

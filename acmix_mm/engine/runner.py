@@ -72,7 +72,15 @@ def load_weights(model: nn.Module, source: str) -> None:
     Raises:
         CheckpointError: it cannot be read, or is of another network.
     """
-    checkpoint = read_checkpoint(source)
+    fill(model, read_checkpoint(source), source)
+
+
+def fill(model: nn.Module, checkpoint: Mapping, source: str) -> None:
+    """Give a model all of its weights, from a checkpoint that was read, or a state dict.
+
+    Raises:
+        CheckpointError: they are of another network.
+    """
     check_fit(model, checkpoint, source, whole=True)
     model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)
 

@@ -27,7 +27,7 @@ from acmix_mm.looking.figures import draw_attention, draw_energies, draw_predict
 from acmix_mm.looking.paths import inputs_of, last_layers, map_size, path_energies, stride
 
 from .config import build_model
-from .runner import check_fit
+from .runner import fill
 
 
 def visualize(cfg: Config, checkpoint: str, images: Sequence[str], out_dir: str,
@@ -129,8 +129,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
         raise CheckpointError(f'The checkpoint {checkpoint} does not say the names of its classes '
                               '(meta.dataset_meta), as those of tools/train.py do.')
     model = build_model(cfg)
-    check_fit(model, found, checkpoint, whole=True)
-    model.load_state_dict(found['state_dict'], strict=False)
+    fill(model, found, checkpoint)
     # From these the functions for inference of MMDetection and MMSegmentation take the rest.
     model.cfg, model.dataset_meta = cfg, found['meta']['dataset_meta']
     return model.to('cuda:0' if torch.cuda.is_available() else 'cpu')
