@@ -14,9 +14,9 @@ __version__ = '0.1.0'
 if find_spec('mmengine') and find_spec('mmcv'):
     from mmengine.registry import MODELS
 
-    from . import backbones  # noqa: F401
-    from .layers import acmix_or_pointwise, involution_or_pointwise
-    from .looking import rate_hook  # noqa: F401
+    from acmix_mm import backbones  # noqa: F401
+    from acmix_mm.analysis import rate_hook  # noqa: F401
+    from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
 
     MODELS.register_module('ACmix', module=acmix_or_pointwise)
     MODELS.register_module('SlidingAttention', module=partial(acmix_or_pointwise, mix='attn'))

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .errors import UsageError
+from acmix_mm.utils.errors import UsageError
 
 # Where the Makefile writes down which torch it built mmcv for.
 BUILT_FOR = Path(sys.prefix) / '.acmix-mm-stack'
@@ -19,7 +19,7 @@ REBUILD = ('with torch, setuptools below 81, wheel, ninja and psutil in place, r
 
 def versions() -> dict[str, str]:
     """Versions of this package, and of those installed that a training rests on."""
-    from . import __version__
+    from acmix_mm import __version__
     found = dict(acmix_mm=__version__)
     for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'):
         try:

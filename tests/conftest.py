@@ -1,22 +1,18 @@
 """What the tests share: the checkout, the fixtures beside it, and a tiny generated dataset."""
 
-import json
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN, ROOT, Golden
 
 # Without a GPU, Triton's kernels run in its interpreter. It has to be known before they are read.
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
-
-ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT.parent / 'shared' / 'golden'
 
 
 @pytest.fixture(autouse=True)
@@ -64,39 +60,8 @@ def said():
     logger.removeHandler(handler)
 
 
-class Golden:
-    """Outputs of the authors' published code, and the weights and inputs that they belong to."""
-
-    def __init__(self, name):
-        sys.path.insert(0, str(GOLDEN))
-        import rule
-        sys.path.remove(str(GOLDEN))
-        self.rule = rule
-        self.arrays = np.load(GOLDEN / f'{name}.npz')
-        self.meta = json.loads(str(self.arrays['meta']))
-
-    def __getitem__(self, name):
-        return torch.from_numpy(self.arrays[name])
-
-    def __iter__(self):
-        return iter(self.arrays.files)
-
-    def array(self, name, shape):
-        return torch.from_numpy(self.rule.array(self.meta['salt'] + name, shape))
-
-    def state_dict(self):
-        shapes = self.meta['state']
-        weights = self.rule.state_dict(shapes, self.meta['salt'])
-        return {key: torch.from_numpy(value) for key, value in weights.items()}
-
-
 @pytest.fixture
 def golden():
     if not GOLDEN.is_dir():
         pytest.skip(f'no fixtures of the published code: {GOLDEN} is absent')
     return Golden
-
-
-def relative_error(actual, expected):
-    """Largest difference over the largest expected value."""
-    return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from mmengine.registry import MODELS
 from timm.data import resolve_data_config
 from timm.models import create_feature_extractor, group_parameters
@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import acmix_mm.timm  # noqa: F401
-from acmix_mm.flops import count, total
-from acmix_mm.layers.conv_path import Shifts
-from acmix_mm.zoo import NETWORKS, count_network
+from acmix_mm.analysis.flops import count, total
+from acmix_mm.analysis.published import NETWORKS, count_network
+from acmix_mm.layers.base import Shifts
 
 SWIN = 'acmix_swin_tiny_patch4_window7_224'
 # In the order of the zoo.

@@ -15,13 +15,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from acmix_mm.compare.plan import QUANTITIES, check_settings, make_plan
-from acmix_mm.compare.report import write_report
-from acmix_mm.compare.runs import all_runs, sole_user, train_all
-from acmix_mm.compare.schedule import read_budget
+from acmix_mm.backbones.token_mixers import MIXERS
+from acmix_mm.comparison.plan import QUANTITIES, check_settings, make_plan
+from acmix_mm.comparison.report import write_report
+from acmix_mm.comparison.runs import all_runs, sole_user, train_all
+from acmix_mm.comparison.schedule import read_budget
 from acmix_mm.engine.cli import add_config_arguments, config_from, run_tool
-from acmix_mm.errors import UsageError
-from acmix_mm.mixers import MIXERS
+from acmix_mm.utils.errors import UsageError
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ Examples: python tools/export_onnx.py configs/upernet_acmix_swin_t.py iter_16000
 
 import argparse
 
+from acmix_mm.analysis.complexity import picture_shape, read_shape
 from acmix_mm.engine.cli import KeyValue, run_tool
-from acmix_mm.engine.complexity import picture_shape, read_shape
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 
@@ -39,7 +39,7 @@ def main() -> None:
     shape = None if args.shape is None else read_shape(args.shape)
     check_mmcv()
     # Slow to import, and of no use for --help.
-    from acmix_mm.engine.export import export_onnx, network_of, normalisation
+    from acmix_mm.deploy.onnx import export_onnx, network_of, normalisation
     cfg = load_config(args.config, args.cfg_options)
     network = network_of(cfg, args.checkpoint, args.backbone_only)
     print(export_onnx(network, args.out, shape or picture_shape(cfg), args.fixed_size))

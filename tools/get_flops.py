@@ -6,12 +6,12 @@ Examples: python tools/get_flops.py configs/maskrcnn_acmix_swin_t.py --shape 800
 
 import argparse
 
+from acmix_mm.analysis.complexity import complexity_report, read_shape
+from acmix_mm.analysis.published import zoo_table
 from acmix_mm.engine.cli import run_tool
-from acmix_mm.engine.complexity import complexity_report, read_shape
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
-from acmix_mm.errors import UsageError
-from acmix_mm.zoo import zoo_table
+from acmix_mm.utils.errors import UsageError
 
 
 def main() -> None:

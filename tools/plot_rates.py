@@ -9,9 +9,9 @@ Examples: python tools/plot_rates.py work_dirs/demo/epoch_10.pth
 
 import argparse
 
+from acmix_mm.analysis.figures import check_png, draw_rates, save
+from acmix_mm.analysis.rates import read_rates
 from acmix_mm.engine.cli import run_tool
-from acmix_mm.looking.figures import check_png, draw_rates, save
-from acmix_mm.looking.rates import read_rates
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument('dst', metavar='DST', help='file to write; becomes DST-xxxxxxxx.pth')
     args = parser.parse_args()
 
-    from acmix_mm.engine.publish import publish
+    from acmix_mm.deploy.publish import publish
     print(f'Reading {args.src} …', flush=True)
     published = publish(args.src, args.dst)
     before, after = (os.path.getsize(path) / 1e6 for path in (args.src, published))

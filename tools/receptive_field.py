@@ -15,14 +15,14 @@ Examples: python tools/receptive_field.py configs/maskrcnn_acmix_swin_t.py
 
 import argparse
 
+from acmix_mm.analysis.complexity import read_shape
+from acmix_mm.analysis.config_receptive_field import fields_of, label, report, short_names, variants
+from acmix_mm.analysis.figures import check_png, draw_receptive_fields, save
+from acmix_mm.backbones.token_mixers import MIXERS
 from acmix_mm.engine.cli import KeyValue, run_tool
-from acmix_mm.engine.complexity import read_shape
 from acmix_mm.engine.config import load_config
-from acmix_mm.engine.receptive_field import fields_of, label, report, short_names, variants
 from acmix_mm.environment import check_mmcv
-from acmix_mm.errors import UsageError
-from acmix_mm.looking.figures import check_png, draw_receptive_fields, save
-from acmix_mm.mixers import MIXERS
+from acmix_mm.utils.errors import UsageError
 
 
 def main() -> None:

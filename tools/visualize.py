@@ -10,9 +10,9 @@ Example: python tools/visualize.py configs/shapes/maskrcnn_acmix_swin.py work_di
 
 import argparse
 
+from acmix_mm.analysis.visualize import visualize
 from acmix_mm.engine.cli import KeyValue, run_tool
 from acmix_mm.engine.config import load_config
-from acmix_mm.engine.visualize import visualize
 from acmix_mm.environment import check_mmcv
 
 

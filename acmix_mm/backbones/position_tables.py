@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from acmix_mm.ops.sizes import surely
+from acmix_mm.ops.symbolic import statically_known_true
 
 
 def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
@@ -11,7 +11,7 @@ def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int], mode: 
 
     ``mode`` is the host's: ``'bicubic'`` or ``'bilinear'``.
     """
-    if surely(old[0] == new[0]) and surely(old[1] == new[1]):
+    if statically_known_true(old[0] == new[0]) and statically_known_true(old[1] == new[1]):
         return rows
     grid = rows.unflatten(1, old).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=tuple(new), mode=mode, align_corners=False)

@@ -21,11 +21,10 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as_plain
+from acmix_mm.backbones.position_tables import resize_grid
+from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
+from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.layers import ReducedACmix
-from acmix_mm.pretrained import Pretrained, read_pretrained
-
-from .position_tables import resize_grid
 
 
 class PaddedPatchEmbed(PatchEmbed):
@@ -311,7 +310,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
                 state_dict[key] = fit_position_table(state_dict[key], module.grid)
 
         mixing = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
-        load_with_account(
+        load_with_report(
             self, state_dict, source=found.source,
             recognised=str(found),
             may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{mixing}',

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg
-from acmix_mm.pretrained import Pretrained, read_pretrained
-from acmix_mm.pretrained.from_convolution import RATES, replace_convolution
-
-from .mixer import build_mixer, check_one_mixer, has_other_names
+from acmix_mm.backbones.mixer import build_mixer, check_one_mixer, has_other_names
+from acmix_mm.checkpoints.convolution import RATES, replace_convolution
+from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg
+from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 
 # Blocks of the four stages, as in the authors' code.
 STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
@@ -287,7 +286,7 @@ class ACmixResNet(BaseModule):
         # What another mixer, and the norm behind it, learned says nothing of this one.
         unlike = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
                           for name, block in replaced.items() if name not in errors)
-        load_with_account(
+        load_with_report(
             self, state_dict, source=found.source,
             recognised=str(found),
             may_lack=r'num_batches_tracked$' + (r'|\.conv_p\.' if errors else ''),

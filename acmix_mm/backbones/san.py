@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as_plain
+from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
+from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.layers import PatchwiseACmix
-from acmix_mm.pretrained import Pretrained, read_pretrained
 
 # Blocks of the five stages, and the side of attention's neighbourhood in them.
 STAGE_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
@@ -218,7 +218,7 @@ class ACmixSAN(BaseModule):
             CheckpointError: they do not fit.
         """
         mixing = r'|\.sam\.(fc\.|dep_conv\.|rate[12]$)'
-        load_with_account(
+        load_with_report(
             self, found.state_dict, source=found.source,
             recognised=str(found),
             may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else mixing),

@@ -14,12 +14,11 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoint import load_with_account, pretrained_init_cfg, start_as_plain
+from acmix_mm.backbones.mixer import build_mixer, check_one_mixer, has_other_names
+from acmix_mm.backbones.position_tables import resize_grid
+from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
+from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.layers import WindowACmix
-from acmix_mm.pretrained import Pretrained, read_pretrained
-
-from .mixer import build_mixer, check_one_mixer, has_other_names
-from .position_tables import resize_grid
 
 
 class ShiftWindowACmix(nn.Module):
@@ -345,7 +344,7 @@ class ACmixSwinTransformer(BaseModule):
             name for name, mixer in self.named_modules() if isinstance(mixer, ConvolutionMixer)
             and has_other_names(mixer, f'{name}.', state_dict)]
         own_tables = r'^norm\d\.|^absolute_pos_embed$'
-        load_with_account(
+        load_with_report(
             self, state_dict, source=found.source,
             recognised=str(found),
             may_lack=own_tables if is_acmix else f'{own_tables}|{mixing}',

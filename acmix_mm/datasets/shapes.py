@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from acmix_mm.errors import UsageError
+from acmix_mm.utils.errors import UsageError
 
 CLASSES = ('circle', 'square', 'triangle')
 # Corners of each class, on the unit circle; a circle is a polygon of many.

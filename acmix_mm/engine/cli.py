@@ -11,10 +11,9 @@ from typing import Callable, Optional
 from mmengine.config import Config, DictAction
 from torch import distributed
 
+from acmix_mm.engine.config import load_config, set_classes, set_data_root
 from acmix_mm.environment import check_mmcv
-from acmix_mm.errors import UsageError
-
-from .config import load_config, set_classes, set_data_root
+from acmix_mm.utils.errors import UsageError
 
 
 class KeyValue(DictAction):

@@ -14,7 +14,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, build_functions, init_default_scope
 from torch import nn
 
-from acmix_mm.errors import UsageError
+from acmix_mm.utils.errors import UsageError
 
 SPLITS = ('train', 'val', 'test')
 PACKAGE = Path(__file__).parents[1]

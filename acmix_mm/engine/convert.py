@@ -13,16 +13,15 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from acmix_mm import __version__
+from acmix_mm.analysis.published import NETWORKS
 from acmix_mm.backbones.resnet import STAGE_BLOCKS as RESNET_BLOCKS
 from acmix_mm.backbones.resnet import ACmixBottleneck
 from acmix_mm.backbones.san import STAGE_BLOCKS as SAN_BLOCKS
+from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.datasets.shapes import draw
-from acmix_mm.errors import CheckpointError, UsageError
-from acmix_mm.pretrained import Pretrained, read_pretrained
-from acmix_mm.whole_file import whole_file
-from acmix_mm.zoo import NETWORKS
-
-from .cli import file_to_write
+from acmix_mm.engine.cli import file_to_write
+from acmix_mm.utils.atomic_write import atomic_write
+from acmix_mm.utils.errors import CheckpointError, UsageError
 
 # The paper's networks by name, as in "swin-t".
 ARCHS = {network.name.removeprefix('ACmix-').lower(): network.backbone for network in NETWORKS}
@@ -39,7 +38,7 @@ def convert(source: str, destination: str, arch: Optional[str] = None) -> str:
     plain host, a start that computes what the host did, or for ResNet nearly so.
 
     Args:
-        source: as :func:`acmix_mm.checkpoint.read_checkpoint` takes.
+        source: as :func:`acmix_mm.checkpoints.reading.read_checkpoint` takes.
         destination: a ``.pth`` file, which also says where the weights come from and which backbone
             they fit, or a ``.safetensors`` file; written whole or not at all.
         arch: one of ``ARCHS``, for weights of that network alone; if None the network's sizes are
@@ -98,7 +97,7 @@ def write_weights(target: Path, state_dict: Mapping[str, Tensor], meta: dict[str
     Raises:
         UsageError: the file system does not take them.
     """
-    with whole_file(target) as beside:
+    with atomic_write(target) as beside:
         if target.suffix == '.safetensors':
             from safetensors.torch import save_file
             save_file({key: value.contiguous() for key, value in state_dict.items()}, beside,

@@ -14,7 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from acmix_mm.checkpoint import (
+from acmix_mm.checkpoints.reading import (
     HAS_ALLOW_LIST,
     LOAD_ERRORS,
     allow_mmengine_checkpoints,
@@ -24,10 +24,9 @@ from acmix_mm.checkpoint import (
     summary,
     weights_only,
 )
+from acmix_mm.engine.config import check_data, explained_arguments
 from acmix_mm.environment import versions
-from acmix_mm.errors import CheckpointError, UsageError
-
-from .config import check_data, explained_arguments
+from acmix_mm.utils.errors import CheckpointError, UsageError
 
 
 class DataOnlyRunner(Runner):

@@ -1,10 +1,10 @@
 """Modules built on the operators, one for each kind of host. They need torch alone."""
 
-from .acmix_conv import ACmixConv2d, acmix_or_pointwise
-from .involution import Involution2d, involution_or_pointwise
-from .patchwise_acmix import PatchwiseACmix
-from .reduced_acmix import ReducedACmix
-from .window_acmix import WindowACmix
+from acmix_mm.layers.acmix_conv import ACmixConv2d, acmix_or_pointwise
+from acmix_mm.layers.involution import Involution2d, involution_or_pointwise
+from acmix_mm.layers.patchwise_acmix import PatchwiseACmix
+from acmix_mm.layers.reduced_acmix import ReducedACmix
+from acmix_mm.layers.window_acmix import WindowACmix
 
 __all__ = ['ACmixConv2d', 'Involution2d', 'PatchwiseACmix', 'ReducedACmix', 'WindowACmix',
            'acmix_or_pointwise', 'involution_or_pointwise']

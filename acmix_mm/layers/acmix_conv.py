@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix_mm.layers.base import FullyConnected, Shifts, TwoPaths
+from acmix_mm.layers.padded_conv import PaddedConvolution, Size, check_odd, one_side
 from acmix_mm.ops import project, sliding_window_attention
-from acmix_mm.ops.tables import per_size
-
-from .conv_path import FullyConnected, Shifts, TwoPaths
-from .padded_conv import PaddedConvolution, Size, check_odd, one_side
+from acmix_mm.ops.caching import cached_by_size
 
 
 class ACmixConv2d(PaddedConvolution, TwoPaths):
@@ -41,8 +40,8 @@ class ACmixConv2d(PaddedConvolution, TwoPaths):
         attn_kernel_size: side of attention's neighbourhood, odd.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
-        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        combine: how the paths are added; see :class:`acmix_mm.layers.base.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.base.Shifts`.
         shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:
@@ -135,7 +134,7 @@ def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *
                        shift_groups=shift_groups, **kwargs)
 
 
-@per_size
+@cached_by_size
 def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """x and y of every position, (height, width, 2), from -1 to 1 over each axis."""
     # linspace takes no open size.

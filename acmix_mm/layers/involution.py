@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix_mm.layers.padded_conv import PaddedConvolution, Size, one_side
 from acmix_mm.ops import involution
-
-from .padded_conv import PaddedConvolution, Size, one_side
 
 
 class Involution2d(PaddedConvolution):

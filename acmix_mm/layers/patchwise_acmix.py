@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from acmix_mm.layers.base import FullyConnected, Shifts, TwoPaths, scaled
 from acmix_mm.ops import patch_aggregation, patch_features
-from acmix_mm.ops.patchwise_attention import pad_mirrored
-
-from .conv_path import FullyConnected, Shifts, TwoPaths, scaled
+from acmix_mm.ops.patchwise_attention import reflection_pad
 
 # Output channels that share one attention weight, in all published SANs.
 SHARE_CHANNELS = 8
@@ -45,8 +44,8 @@ class PatchwiseACmix(TwoPaths):
         norm: makes the batch norms on the way to the weights from their channels.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
-        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        combine: how the paths are added; see :class:`acmix_mm.layers.base.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.base.Shifts`.
         shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:
@@ -139,7 +138,7 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
     # What takes the place of a batch norm to freeze it may well be in training mode.
     is_learning = norm.training and isinstance(norm, _BatchNorm)
     if is_learning or norm.running_mean is None:
-        means, variances = zip(*(statistics(pad_mirrored(maps, reach), q.shape[2:])
+        means, variances = zip(*(statistics(reflection_pad(maps, reach), q.shape[2:])
                                  for maps, reach in ((q, 0), (k, kernel_size // 2))))
         mean, variance, count = torch.cat(means), torch.cat(variances), q[:, 0].numel()
         if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .conv_path import FullyConnected, Shifts, TwoPaths, scaled
+from acmix_mm.layers.base import FullyConnected, Shifts, TwoPaths, scaled
 
 
 class ReducedACmix(TwoPaths):
@@ -37,8 +37,8 @@ class ReducedACmix(TwoPaths):
         norm: makes the norm of the reduced map from its channels.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
-        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        combine: how the paths are added; see :class:`acmix_mm.layers.base.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.base.Shifts`.
         shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix_mm.layers.base import FullyConnected, Shifts, TwoPaths, scaled
 from acmix_mm.ops import project, window_attention
-from acmix_mm.ops.forms import is_exporting
-from acmix_mm.ops.sizes import surely
-
-from .conv_path import FullyConnected, Shifts, TwoPaths, scaled
+from acmix_mm.ops.backend import is_exporting
+from acmix_mm.ops.symbolic import statically_known_true
 
 
 class WindowACmix(TwoPaths):
@@ -37,8 +36,8 @@ class WindowACmix(TwoPaths):
         proj_drop_rate: dropout of the output.
         mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
             rates.
-        combine: how the paths are added; see :class:`acmix_mm.layers.conv_path.TwoPaths`.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.conv_path.Shifts`.
+        combine: how the paths are added; see :class:`acmix_mm.layers.base.TwoPaths`.
+        shift: how the convolution path shifts; see :class:`acmix_mm.layers.base.Shifts`.
         shift_groups: groups of its kernels: one for every head (None), or 1.
 
     Raises:
@@ -157,7 +156,7 @@ def pad_to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
     """Pad (batch, height, width, channels) with zeros at its bottom and right to whole windows."""
     bottom, right = ((extent + side - 1) // side * side - extent
                      for extent, side in zip(x.shape[1:3], window_size))
-    if surely(bottom == 0) and surely(right == 0):
+    if statically_known_true(bottom == 0) and statically_known_true(right == 0):
         return x
     return F.pad(x, (0, 0, 0, right, 0, bottom))
 
@@ -190,7 +189,7 @@ def drop_padding(x: Tensor, size: tuple[int, int], shift_size: int) -> Tensor:
     x = x.permute(order)
     for axis, extent in zip((order.index(1), order.index(2)), size):
         padded = x.shape[axis]
-        if surely(padded == extent):
+        if statically_known_true(padded == extent):
             continue
         shift = shift_size if shift_size < extent else shift_size % extent
         pieces = [((shift - shift_size) % padded, extent - shift)]

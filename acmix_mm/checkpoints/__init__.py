@@ -1,0 +1,1 @@
+"""Reading checkpoints as data, recognising them, and loading them."""

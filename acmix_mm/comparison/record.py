@@ -1,0 +1,171 @@
+"""What a compared run writes down, and what makes it come out the same after an interruption.
+
+These hooks are in the configs that a comparison writes, so that the command that trains one of them
+alone does the same.
+"""
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any, Optional
+
+import numpy as np
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
+
+from acmix_mm.benchmark import PeakMemory
+from acmix_mm.utils.atomic_write import atomic_write
+
+RESULT = 'result.json'
+# Points of a loss curve.
+CURVE_POINTS = 100
+
+
+@HOOKS.register_module()
+class SeedSteps(Hook):
+    """Make every iteration's random numbers a function of the seed and its number alone.
+
+    A run that was interrupted then goes on as if it had not been, and networks that draw different
+    numbers are shown the same augmented pictures. Where an epoch is the unit of training, it is
+    seeded as a whole, and its data loader must start its workers anew (:func:`seed_by_epoch`).
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        if not isinstance(loop, EpochBasedTrainLoop):
+            # The loop skips what was trained already by drawing from this.
+            loop.dataloader_iterator = seeded(loop.dataloader_iterator, runner.seed)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            set_random_seed(step_seed(runner.seed, runner.epoch))
+
+
+def seeded(batches: Iterator, seed: int) -> Iterator:
+    """Yield batches, seeding before each; what is done with a batch draws after its making."""
+    for step in itertools.count():
+        set_random_seed(step_seed(seed, step))
+        yield next(batches)
+
+
+def step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+
+
+def keep_torch_seed(worker_id: int) -> None:
+    """Leave the workers of a data loader with torch's seeds, which it draws when they start."""
+
+
+def seed_by_epoch(dataloader: dict[str, Any]) -> None:
+    """Let a data loader's workers start anew in each epoch, with other seeds."""
+    dataloader.update(persistent_workers=False,
+                      worker_init_fn=dict(type=f'{__name__}.{keep_torch_seed.__name__}'))
+
+
+@HOOKS.register_module()
+class RecordRun(Hook):
+    """Write ``result.json`` into the work directory when training ends.
+
+    Its entries: ``seed``; ``iterations``; ``training_seconds``, without validation and saving, as
+    the sum over interruptions; ``peak_memory_mib`` of one training step above what was there
+    before it; ``metrics``, those of the last validation; ``validations``, pairs of iteration and
+    metrics; ``loss``, pairs of iteration and mean loss since the pair before.
+
+    Checkpoints carry what was recorded so far. A validation that an interruption cut off, or left
+    out of the checkpoint, is made up for.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self.recorded: dict[str, Any] = dict(
+            training_seconds=0., peak_memory_mib=None, validations=[])
+        self.started: Optional[float] = None
+        self.memory: Optional[PeakMemory] = None
+        self.steps = 0
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.recorded = checkpoint.get('comparison', self.recorded)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.stop()
+        checkpoint['comparison'] = deepcopy(self.recorded)
+
+    def before_train(self, runner: Runner) -> None:
+        if self.lacks_validation(runner):
+            runner.val_loop.run()
+        self.start()
+
+    def lacks_validation(self, runner: Runner) -> bool:
+        """Whether the checkpoint that was loaded should have been validated, and was not yet."""
+        loop = runner.train_loop
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
+        recorded = [iteration for iteration, _ in self.recorded['validations']]
+        return (done >= max(loop.val_begin, 1) and runner.iter not in recorded
+                and (done % loop.val_interval == 0 or done >= last))
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.steps += 1
+        # The first step of a process also loads what stays.
+        if self.steps == 2 and self.recorded['peak_memory_mib'] is None:
+            self.memory = PeakMemory(get_device())
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                         outputs: Optional[dict] = None) -> None:
+        self.stop()
+        self.start()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self.start()
+
+    def before_val(self, runner: Runner) -> None:
+        self.stop()
+
+    def after_val_epoch(self, runner: Runner, metrics: Optional[dict[str, float]] = None) -> None:
+        numbers = {key: float(value) for key, value in (metrics or {}).items()
+                   if np.isscalar(value) and not isinstance(value, str)}
+        self.recorded['validations'].append([runner.iter, numbers])
+
+    def after_val(self, runner: Runner) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Add what has passed since the start; a second call adds nothing."""
+        if self.memory is not None:
+            self.recorded['peak_memory_mib'] = self.memory.mebibytes()
+            self.memory = None
+        if self.started is not None:
+            self.recorded['training_seconds'] += time.perf_counter() - self.started
+            self.started = None
+
+    def after_train(self, runner: Runner) -> None:
+        if runner.rank == 0:
+            losses, _ = runner.message_hub.get_scalar('train/loss').data
+            validations = self.recorded['validations']
+            write_json(os.path.join(runner.work_dir, RESULT), dict(
+                seed=runner.seed, iterations=runner.iter, **self.recorded,
+                metrics=validations[-1][1] if validations else {}, loss=loss_curve(losses)))
+
+
+def loss_curve(losses: np.ndarray) -> list[list[float]]:
+    """Pairs of iteration and mean loss since the pair before, at most ``CURVE_POINTS``."""
+    ends = np.unique(np.linspace(0, len(losses), CURVE_POINTS + 1).round().astype(int))
+    means = [float(np.mean(losses[begin:end])) for begin, end in zip(ends, ends[1:])]
+    # JSON has no word for what a diverged run gives.
+    return [[int(end), mean if math.isfinite(mean) else None]
+            for end, mean in zip(ends[1:], means)]
+
+
+def write_json(path: str, content: Any) -> None:
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(content, indent=1))

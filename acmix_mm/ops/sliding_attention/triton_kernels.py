@@ -1,0 +1,352 @@
+"""Triton kernels of sliding-window attention, forward and backward.
+
+A program takes a tile of queries of one head and visits the keys around it in chunks of a few
+rows, with a streamed softmax (arXiv 2205.14135); pairs that are not neighbours are masked. Nothing
+is as large as the maps but the inputs, the output and the gradients.
+
+Dilation splits a map into dilation² interleaved ones, its phases, whose queries and keys never
+meet those of another phase: within a phase, neighbours are adjacent. Positions outside the map
+are virtual, and read from where the mirrored border shows them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from acmix_mm.ops.reflection import add_reflected_border
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# What a GPU of 99 KiB of shared memory can hold, measured by compiling: the bytes of one query, at
+# most, the side of a tile of queries, and how many keys a chunk has.
+TILINGS = ((64, 8, 64), (256, 8, 32), (512, 4, 32))
+
+
+def fits(head_dims: int, dtype: torch.dtype) -> bool:
+    """Whether tiles of this many channels fit into a processor's memory."""
+    return row_bytes(head_dims, dtype) <= TILINGS[-1][0]
+
+
+def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_size: int,
+           stride: int, dilation: int, scale: float) -> None:
+    """Attend from every stride-th position to its neighbourhood.
+
+    Args:
+        qkv: (batch, height, width, 3, num_heads, head_dims), float16, bfloat16 or float32, any
+            strides; fast where neighbouring channels of a head are neighbours in memory.
+        positions: what is subtracted from the keys, (height, width, head_dims).
+        out: is filled; (batch, out height, out width, num_heads, head_dims), contiguous.
+        log_sum: is filled with the logarithm to base 2 of the sum of each softmax, (batch, out
+            height, out width, num_heads), float32, contiguous.
+        kernel_size: side of the neighbourhood, odd.
+        stride: distance of the queries; 1 if ``dilation`` is not.
+        dilation: distance of neighbours.
+        scale: factor of the logits.
+    """
+    q, k, v = qkv.unbind(3)
+    tiling = Tiling(q, kernel_size, stride, dilation)
+    tiles = tiling.tiles(*out.shape[1:3])
+    attend_kernel[tiling.programs(tiles)](
+        q, k, v, positions.contiguous(), out, log_sum, *q.stride(), *q.shape[1:3], *out.shape[1:4],
+        *tiles, scale, **tiling.constants(tiling.keys_across))
+
+
+def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tensor,
+                    log_sum: Tensor, grad_qkv: Tensor, kernel_size: int, stride: int,
+                    dilation: int, scale: float) -> None:
+    """Fill ``grad_qkv``, in the strides of ``qkv``, but for queries that were left out."""
+    q, k, v = qkv.unbind(3)
+    grad_q, grad_k, grad_v = grad_qkv.unbind(3)
+    positions, grad_out = positions.contiguous(), grad_out.contiguous()
+    batch, height, width, num_heads, head_dims = q.shape
+    mean = torch.empty_like(log_sum)
+    tiling = Tiling(q, kernel_size, stride, dilation)
+    tiles = tiling.tiles(*out.shape[1:3])
+    grad_queries_kernel[tiling.programs(tiles)](
+        q, k, v, positions, out, grad_out, log_sum, mean, grad_q, *q.stride(), height, width,
+        *out.shape[1:4], *tiles, scale, **tiling.constants(tiling.keys_across))
+
+    reach = dilation * (kernel_size // 2)
+    padded = (batch, height + 2 * reach, width + 2 * reach, num_heads, head_dims)
+    padded_k, padded_v = q.new_empty(padded), q.new_empty(padded)
+    tiles = tiling.tiles(*padded[1:3])
+    grad_keys_kernel[tiling.programs(tiles)](
+        q, k, v, positions, grad_out, log_sum, mean, padded_k, padded_v, *q.stride(), height, width,
+        *out.shape[1:4], *tiles, scale, **tiling.constants(tiling.queries_across))
+    for grad, each in ((grad_k, padded_k), (grad_v, padded_v)):
+        each = add_reflected_border(each, 1, height, reach)
+        grad.copy_(add_reflected_border(each, 2, width, reach))
+
+
+def row_bytes(head_dims: int, dtype: torch.dtype) -> int:
+    """Size of one query in a tile, whose channels are padded to what a matrix product takes."""
+    return max(triton.next_power_of_2(head_dims), 16) * dtype.itemsize
+
+
+class Tiling:
+    """How a map is cut up into tiles, one for each program, and their surroundings into chunks."""
+
+    def __init__(self, q: Tensor, kernel_size: int, stride: int, dilation: int) -> None:
+        self.batch, _, _, self.num_heads, self.head_dims = q.shape
+        self.dtype = q.dtype
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        size = row_bytes(self.head_dims, q.dtype)
+        self.tile, self.chunk = next(rest for most, *rest in TILINGS if size <= most)
+
+    @property
+    def keys_across(self) -> int:
+        """Keys that the queries of a tile see, along one axis."""
+        return (self.tile - 1) * self.stride + self.kernel_size
+
+    @property
+    def queries_across(self) -> int:
+        """Queries that see the keys of a tile, along one axis; with a stride, one more at most."""
+        return (self.tile + self.kernel_size - 2) // self.stride + 2
+
+    def tiles(self, height: int, width: int) -> tuple[int, int]:
+        """Tiles down and across of a map's largest phase."""
+        step = self.tile * self.dilation
+        return -(-height // step), -(-width // step)
+
+    def programs(self, tiles: tuple[int, int]) -> tuple[int]:
+        return (self.num_heads * self.dilation**2 * tiles[0] * tiles[1] * self.batch,)
+
+    def constants(self, across: int) -> dict:
+        """What a kernel is compiled for, where a tile's surroundings are ``across`` wide."""
+        columns = triton.next_power_of_2(across)
+        rows = max(self.chunk // columns, 1)
+        # Three products of rounded halves make one that is as good as float32's own.
+        precision = 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
+        return dict(
+            HEAD_DIMS=self.head_dims, BLOCK_DIMS=max(triton.next_power_of_2(self.head_dims), 16),
+            KERNEL_SIZE=self.kernel_size, STRIDE=self.stride, DILATION=self.dilation,
+            TILE_SIDE=self.tile, ROWS=rows, COLUMNS=columns, CHUNKS=-(-across // rows),
+            PRECISION=precision, num_warps=4, num_stages=2 if self.dtype.itemsize == 2 else 1)
+
+
+@triton.jit
+def reflected_range(position, extent):
+    """Fold positions back into an axis, as :func:`acmix_mm.ops.reflection.reflected_range` does."""
+    period = tl.maximum(2 * (extent - 1), 1)
+    position = position % period
+    # Of a negative number, the remainder is negative in C.
+    position = tl.where(position < 0, position + period, position)
+    return tl.minimum(position, period - position)
+
+
+@triton.jit
+def place(num_heads, tiles_down, tiles_across, DILATION: tl.constexpr):
+    """Which head, picture, phase and tile this program works on; heads of a tile run together."""
+    rest = tl.program_id(0)
+    head, rest = rest % num_heads, rest // num_heads
+    tile_x, rest = rest % tiles_across, rest // tiles_across
+    tile_y, rest = rest % tiles_down, rest // tiles_down
+    phase_x, rest = rest % DILATION, rest // DILATION
+    phase_y, picture = rest % DILATION, rest // DILATION
+    return head, picture.to(tl.int64), phase_y, phase_x, tile_y, tile_x
+
+
+@triton.jit
+def load_rows(maps, offsets, dims, mask):
+    """(positions, BLOCK_DIMS) of a map; zero where ``mask`` is false."""
+    return tl.load(maps + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, dims, mask,
+              HEAD_DIMS: tl.constexpr):
+    """Keys minus their positions, (positions, BLOCK_DIMS), subtracted in float32."""
+    keys = load_rows(k, key_y * stride_y + key_x * stride_x, map_dims, mask).to(tl.float32)
+    encoding = load_rows(positions, (key_y * width + key_x) * HEAD_DIMS, dims, mask)
+    return (keys - encoding.to(tl.float32)).to(k.dtype.element_ty)
+
+
+@triton.jit
+def queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION: tl.constexpr,
+                    TILE_SIDE: tl.constexpr):
+    """Where in its tile, and where in the output, each query of a tile is."""
+    own = tl.arange(0, TILE_SIDE * TILE_SIDE)
+    own_y, own_x = own // TILE_SIDE, own % TILE_SIDE
+    out_y = phase_y + DILATION * (tile_y * TILE_SIDE + own_y)
+    out_x = phase_x + DILATION * (tile_x * TILE_SIDE + own_x)
+    return own_y, own_x, out_y, out_x
+
+
+@triton.jit
+def are_near(down, across, KERNEL_SIZE: tl.constexpr):
+    """Whether a key is a neighbour, from where it lies seen from its query's first neighbour."""
+    return (down >= 0) & (down < KERNEL_SIZE) & (across >= 0) & (across < KERNEL_SIZE)
+
+
+@triton.jit
+def look_around(chunk, queries, own_y, own_x, k, v, positions, phase_y, phase_x, tile_y, tile_x,
+                stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
+                HEAD_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+                DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """A chunk of the keys and values around a tile, (keys, BLOCK_DIMS), and the logits of all its
+    queries to base 2, (queries, keys): minus infinity where a key is no neighbour.
+    """
+    index = tl.arange(0, ROWS * COLUMNS)
+    row, column = chunk * ROWS + index // COLUMNS, index % COLUMNS
+    key_y = tile_y * TILE_SIDE * STRIDE + row - KERNEL_SIZE // 2
+    key_x = tile_x * TILE_SIDE * STRIDE + column - KERNEL_SIZE // 2
+    key_y = reflected_range(phase_y + DILATION * key_y, height)
+    key_x = reflected_range(phase_x + DILATION * key_x, width)
+    keys = load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, dims, is_dim,
+                     HEAD_DIMS)
+    values = load_rows(v, key_y * stride_y + key_x * stride_x, map_dims, is_dim)
+    near = are_near(row[None, :] - own_y[:, None] * STRIDE,
+                    column[None, :] - own_x[:, None] * STRIDE, KERNEL_SIZE)
+    logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
+    return keys, values, tl.where(near, logits, -float('inf'))
+
+
+@triton.jit
+def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x, stride_n,
+                  stride_d, height, width, out_height, out_width, num_heads, tiles_down,
+                  tiles_across, scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+                  KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+                  TILE_SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
+                                                            DILATION)
+    dims = tl.arange(0, BLOCK_DIMS)
+    is_dim = (dims < HEAD_DIMS)[None, :]
+    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
+
+    own_y, own_x, out_y, out_x = queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION,
+                                                 TILE_SIDE)
+    is_own = (out_y < out_height) & (out_x < out_width)
+    own_mask = is_own[:, None] & is_dim
+    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
+                        map_dims, own_mask)
+
+    highest = tl.full((TILE_SIDE * TILE_SIDE,), -1e30, tl.float32)
+    total = tl.zeros((TILE_SIDE * TILE_SIDE,), tl.float32)
+    mean = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
+    for chunk in range(CHUNKS):
+        _, values, logits = look_around(
+            chunk, queries, own_y, own_x, k + map_base, v + map_base, positions, phase_y, phase_x,
+            tile_y, tile_x, stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
+            HEAD_DIMS, KERNEL_SIZE, STRIDE, DILATION, TILE_SIDE, ROWS, COLUMNS, PRECISION)
+        new_highest = tl.maximum(highest, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(weights, 1)
+        mean = mean * shrink[:, None]
+        mean += tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        highest = new_highest
+
+    place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
+    tl.store(log_sum + place_out, highest + tl.log2(total), mask=is_own)
+    tl.store(out + place_out[:, None] * HEAD_DIMS + dims[None, :],
+             (mean / total[:, None]).to(out.dtype.element_ty), mask=own_mask)
+
+
+@triton.jit
+def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q, stride_b,
+                        stride_y, stride_x, stride_n, stride_d, height, width, out_height,
+                        out_width, num_heads, tiles_down, tiles_across, scale,
+                        HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+                        KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+                        TILE_SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                        CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """Also stores output · its gradient, the weighted mean that softmax's gradient subtracts."""
+    head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
+                                                            DILATION)
+    dims = tl.arange(0, BLOCK_DIMS)
+    is_dim = (dims < HEAD_DIMS)[None, :]
+    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
+
+    own_y, own_x, out_y, out_x = queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION,
+                                                 TILE_SIDE)
+    is_own = (out_y < out_height) & (out_x < out_width)
+    own_mask = is_own[:, None] & is_dim
+    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
+                        map_dims, own_mask)
+    place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
+    grads = load_rows(grad_out, place_out * HEAD_DIMS, dims, own_mask)
+    outs = load_rows(out, place_out * HEAD_DIMS, dims, own_mask)
+    own_mean = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
+    tl.store(mean + place_out, own_mean, mask=is_own)
+    own_log_sum = tl.load(log_sum + place_out, mask=is_own, other=0.0)
+
+    grad = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
+    for chunk in range(CHUNKS):
+        keys, values, logits = look_around(
+            chunk, queries, own_y, own_x, k + map_base, v + map_base, positions, phase_y, phase_x,
+            tile_y, tile_x, stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
+            HEAD_DIMS, KERNEL_SIZE, STRIDE, DILATION, TILE_SIDE, ROWS, COLUMNS, PRECISION)
+        weights = tl.exp2(logits - own_log_sum[:, None])
+        grad_logits = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+        grad_logits = weights * (grad_logits - own_mean[:, None])
+        grad += tl.dot(grad_logits.to(keys.dtype), keys, input_precision=PRECISION)
+
+    place_q = map_base + out_y * STRIDE * stride_y + out_x * STRIDE * stride_x
+    tl.store(grad_q + place_q[:, None] + map_dims[None, :],
+             (grad * scale).to(grad_q.dtype.element_ty), mask=own_mask)
+
+
+@triton.jit
+def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v, stride_b,
+                     stride_y, stride_x, stride_n, stride_d, height, width, out_height, out_width,
+                     num_heads, tiles_down, tiles_across, scale, HEAD_DIMS: tl.constexpr,
+                     BLOCK_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+                     DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
+                     COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """Takes tiles of keys, the virtual ones included, and visits the queries that see them."""
+    head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
+                                                            DILATION)
+    dims = tl.arange(0, BLOCK_DIMS)
+    is_dim = (dims < HEAD_DIMS)[None, :]
+    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
+
+    own = tl.arange(0, TILE_SIDE * TILE_SIDE)
+    own_y, own_x = tile_y * TILE_SIDE + own // TILE_SIDE, tile_x * TILE_SIDE + own % TILE_SIDE
+    padded_y, padded_x = phase_y + DILATION * own_y, phase_x + DILATION * own_x
+    reach = DILATION * (KERNEL_SIZE // 2)
+    is_own = (padded_y < height + 2 * reach) & (padded_x < width + 2 * reach)
+    own_mask = is_own[:, None] & is_dim
+    key_y = reflected_range(padded_y - reach, height)
+    key_x = reflected_range(padded_x - reach, width)
+    keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, map_dims, width,
+                     dims, own_mask, HEAD_DIMS)
+    values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, map_dims, own_mask)
+
+    # The first query that sees the first key, or one before it; the sum keeps the quotient's
+    # numerator from being negative.
+    first_y = (tile_y * TILE_SIDE + 1 + KERNEL_SIZE * (STRIDE - 1)) // STRIDE - KERNEL_SIZE
+    first_x = (tile_x * TILE_SIDE + 1 + KERNEL_SIZE * (STRIDE - 1)) // STRIDE - KERNEL_SIZE
+    sum_k = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
+    sum_v = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
+    for chunk in range(CHUNKS):
+        index = tl.arange(0, ROWS * COLUMNS)
+        row = first_y + chunk * ROWS + index // COLUMNS
+        column = first_x + index % COLUMNS
+        out_y, out_x = phase_y + DILATION * row, phase_x + DILATION * column
+        is_query = (row >= 0) & (out_y < out_height) & (column >= 0) & (out_x < out_width)
+        query_mask = is_query[:, None] & is_dim
+        queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
+                            map_dims, query_mask)
+        place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
+        grads = load_rows(grad_out, place_out * HEAD_DIMS, dims, query_mask)
+        their_log_sum = tl.load(log_sum + place_out, mask=is_query, other=0.0)
+        their_mean = tl.load(mean + place_out, mask=is_query, other=0.0)
+
+        near = is_query[None, :] & are_near(own_y[:, None] - row[None, :] * STRIDE,
+                                            own_x[:, None] - column[None, :] * STRIDE, KERNEL_SIZE)
+        logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
+        weights = tl.exp2(tl.where(near, logits - their_log_sum[None, :], -float('inf')))
+        sum_v += tl.dot(weights.to(grads.dtype), grads, input_precision=PRECISION)
+        grad_logits = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+        grad_logits = weights * (grad_logits - their_mean[None, :])
+        sum_k += tl.dot(grad_logits.to(queries.dtype), queries, input_precision=PRECISION)
+
+    padded_width = width + 2 * reach
+    place_key = (picture * (height + 2 * reach) + padded_y) * padded_width + padded_x
+    place_key = (place_key * num_heads + head) * HEAD_DIMS
+    tl.store(grad_k + place_key[:, None] + dims[None, :],
+             (sum_k * scale).to(grad_k.dtype.element_ty), mask=own_mask)
+    tl.store(grad_v + place_key[:, None] + dims[None, :], sum_v.to(grad_v.dtype.element_ty),
+             mask=own_mask)

@@ -1,0 +1,1 @@
+"""Errors and file writing shared by all packages."""

@@ -1,0 +1,84 @@
+"""torch.compile takes every operator as one step, and computes the same."""
+
+import pytest
+import torch
+from helpers.operators import (
+    DEVICE,
+    assert_compiled_is_equal,
+    conv_tensors,
+    sliding_tensors,
+    window_tensors,
+)
+
+from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
+from acmix_mm.layers import ACmixConv2d, WindowACmix
+
+
+@pytest.mark.parametrize(('layer', 'shape'), [
+    (lambda: WindowACmix(12, 3, window_size=7, shift_size=3), (1, 16, 21, 12)),
+    (lambda: ACmixConv2d(4, 8, stride=2), (1, 4, 19, 16)),
+])
+def test_layers_compile_to_code(layer, shape):
+    assert_compiled_is_equal(layer(), torch.randn(shape), 'inductor')
+
+
+@pytest.mark.parametrize('backbone', [
+    lambda: ACmixSwinTransformer(embed_dims=24, depths=(2, 2), num_heads=(3, 12), strides=(4, 2),
+                                 out_indices=(0, 1), drop_path_rate=0.),
+    lambda: ACmixResNet(26, base_channels=8, stage_blocks=(1, 1, 1, 1),
+                        norm_cfg=dict(type='GN', num_groups=4)),
+])
+def test_backbones_are_one_graph(backbone):
+    module = backbone()
+    module.init_weights()
+    assert_compiled_is_equal(module, torch.randn(1, 3, 64, 80), 'aot_eager')
+
+
+def test_operators_stay_one_step():
+    """What is for exports alone does not come in: there, operators are written out."""
+    steps = set()
+
+    def backend(graph, inputs):
+        steps.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for layer, shape in ((WindowACmix(12, 3, window_size=7, shift_size=3), (1, 16, 21, 12)),
+                         (ACmixConv2d(4, 8), (1, 4, 19, 16))):
+        torch._dynamo.reset()
+        torch.compile(layer.requires_grad_(False), backend=backend, fullgraph=True)(
+            torch.randn(shape))
+    assert {'acmix_mm.attend_row_by_row.default', 'acmix_mm.attend_tiled.default'} <= steps
+
+
+def test_operators_are_registered_rightly():
+    """Shapes, strides and schema as they are promised to the compiler."""
+    operators, opcheck = torch.ops.acmix_mm, torch.library.opcheck
+    qkv, bias = window_tensors(2, (2, 3), (7, 7), 2, 4)
+    geometry = [7, 7], 3, 0.5
+    for each in (qkv, heads_last(qkv)):
+        opcheck(operators.attend_row_by_row.default, (each, bias, *geometry))
+        opcheck(operators.attend_row_by_row_backward.default,
+                (torch.randn(2, 14, 21, 8), each, bias.transpose(1, 2), *geometry))
+
+    qkv, positions = (tensor.to(DEVICE) for tensor in sliding_tensors(1, 1, 4, 5, 4))
+    grad, geometry = torch.randn(1, 3, 2, 1, 4, device=DEVICE), (3, 2, 1, 0.5)
+    for each in (qkv, heads_last(qkv)):
+        inputs = each, positions
+        opcheck(operators.attend_tiled.default, (*inputs, *geometry))
+        opcheck(operators.attend_tiled_backward.default, (grad, *inputs, *geometry))
+        opcheck(operators.attend_triton.default, (*inputs, *geometry))
+        results = operators.attend_triton(*inputs, *geometry)
+        opcheck(operators.attend_triton_backward.default, (grad, *inputs, *results, *geometry))
+
+    maps, _, kernels, _ = conv_tensors(1, 3, 2, 2, 2, 3, False, True)
+    groups, kernels = maps.permute(0, 3, 4, 2, 1).to(DEVICE), kernels.to(DEVICE)
+    bias = torch.randn(6, 2, 2, device=DEVICE)
+    for groups_last in (True, False):
+        opcheck(operators.convolve_triton.default, (groups, kernels, bias, 1, 1, groups_last))
+    opcheck(operators.convolve_triton_backward.default,
+            (torch.randn(1, 2, 2, 2, 3, device=DEVICE), groups, kernels, 1, 1))
+
+
+def heads_last(qkv):
+    """The same in the strides that the CPU's projections have."""
+    return qkv.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)

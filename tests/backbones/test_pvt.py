@@ -1,0 +1,294 @@
+"""ACmix-PVT against MMDetection's plain PVT, and by the counts that its authors publish."""
+
+import functools
+import inspect
+
+import mmdet.models.backbones.pvt as mmdet_pvt
+import pytest
+import torch
+from helpers import relative_error
+from torch.utils.flop_counter import FlopCounterMode
+
+import acmix_mm.layers.base as conv_path
+from acmix_mm.backbones import ACmixPyramidVisionTransformer
+from acmix_mm.layers import ReducedACmix
+from acmix_mm.layers.reduced_acmix import spread
+from acmix_mm.ops import shift_conv
+from acmix_mm.utils.errors import CheckpointError
+
+SMALL = dict(embed_dims=8, num_layers=[1, 2, 1, 1], pretrain_img_size=64)
+TINY = dict(embed_dims=4, num_stages=2, num_layers=[1, 2], num_heads=[1, 2], patch_sizes=[4, 2],
+            strides=[4, 2], paddings=[0, 0], sr_ratios=[2, 1], mlp_ratios=[2, 2],
+            out_indices=(0, 1), pretrain_img_size=32)
+
+
+def randomised(model, scale=0.2):
+    """Give every parameter a value that matters, norms and rates near one."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = scale * torch.randn(parameter.shape, generator=generator)
+            near_one = name.endswith(('rate1', 'rate2')) or (
+                parameter.dim() == 1 and name.endswith('weight'))
+            parameter.copy_(1 + noise if near_one else noise)
+    return model
+
+
+@pytest.mark.parametrize('size', [(64, 64), (96, 64), (65, 99), (32, 71)], ids=str)
+@pytest.mark.parametrize('v2', [False, True], ids=['v1', 'v2'])
+def test_attention_alone_equals_plain_pvt(size, v2):
+    """On the same weights; position embeddings are interpolated to sizes other than 64."""
+    arguments = dict(SMALL)
+    if v2:
+        arguments.update(patch_sizes=[7, 3, 3, 3], paddings=[3, 1, 1, 1], norm_after_stage=True,
+                         use_conv_ffn=True, use_abs_pos_embed=False)
+    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**arguments)).eval().double()
+    ours = ACmixPyramidVisionTransformer(**arguments, mix='attn').eval().double()
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        for expected, actual in zip(plain(x), ours(x)):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_alone_has_the_gradients_of_plain_pvt():
+    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**TINY, drop_path_rate=0.)).double()
+    ours = ACmixPyramidVisionTransformer(**TINY, mix='attn', drop_path_rate=0.).double()
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 40, 28, dtype=torch.float64)
+    for model in (plain, ours):
+        sum(out.square().sum() for out in model(x)).backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected.pop(name).grad)
+    assert not expected
+
+
+def test_takes_the_arguments_of_plain_pvt():
+    theirs = inspect.signature(mmdet_pvt.PyramidVisionTransformer.__init__).parameters
+    own = inspect.signature(ACmixPyramidVisionTransformer.__init__).parameters
+    for name, parameter in theirs.items():
+        assert own[name].default == parameter.default, name
+    assert set(own) - set(theirs) == {'acmix_cfg', 'mix', 'with_cp'}
+
+
+@pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
+def test_any_size(mix):
+    model = randomised(ACmixPyramidVisionTransformer(**SMALL, mix=mix)).eval()
+    for height, width in ((1, 1), (1, 90), (3, 5), (33, 47), (64, 20)):
+        with torch.no_grad():
+            outs = model(torch.randn(1, 3, height, width))
+        for index, out in enumerate(outs):
+            stride, channels = 4 * 2**index, 8 * (1, 2, 5, 8)[index]
+            assert out.shape == (1, channels, max(height // stride, 1), max(width // stride, 1))
+            assert out.isfinite().all()
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    x = torch.randn(1, 3, 40, 36, requires_grad=True)
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = ACmixPyramidVisionTransformer(**TINY, with_cp=with_cp, drop_path_rate=0.5)
+        outs = model(x)
+        gradients.append(torch.autograd.grad(sum(out.square().sum() for out in outs),
+                                             [x, *model.parameters()], allow_unused=True))
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_position_takes_the_keys_and_values_of_its_cell():
+    reduced = torch.arange(6.).view(1, 2, 3, 1)
+    rows = torch.tensor([0, 0, 0, 1, 1, 1, 1])  # the seventh belongs to no whole cell
+    columns = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    expected = (3. * rows[:, None] + columns)[None, ..., None]
+    assert torch.equal(spread(reduced, (7, 9), 3), expected)
+
+
+@pytest.mark.parametrize('sr_ratio', [1, 2, 4])
+@pytest.mark.parametrize('size', [(8, 8), (9, 5), (1, 3)], ids=str)
+def test_layer_follows_its_equation(sr_ratio, size):
+    """Against softmax written out and the reference form of the convolution path."""
+    layer = randomised(ReducedACmix(12, 3, sr_ratio)).double()
+    x = torch.randn(2, *size, 12, dtype=torch.float64)
+    reduced = layer.reduce(x)
+    weight, bias = layer.attn.in_proj_weight, layer.attn.in_proj_bias
+    q = x @ weight[:12].T + bias[:12]
+    k, v = (reduced @ weight[12:].T + bias[12:]).chunk(2, 3)
+    heads = [each.flatten(1, 2).unflatten(2, (3, 4)).transpose(1, 2) for each in (q, k, v)]
+    weights = (heads[0] @ heads[1].transpose(2, 3) / 2).softmax(3)
+    attention = layer.attn.out_proj((weights @ heads[2]).transpose(1, 2).reshape(x.shape))
+    full = [q, spread(k, size, sr_ratio), spread(v, size, sr_ratio)]
+    maps = torch.cat([each.unflatten(3, (3, 4)) for each in full], 3).permute(0, 3, 4, 1, 2)
+    convolution = shift_conv(maps, layer.fc.matrix, layer.dep_conv.weight, layer.fc.bias,
+                             form='reference').permute(0, 2, 3, 1)
+    expected = layer.rate1 * attention + layer.rate2 * convolution
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_paths_add_up():
+    both = randomised(ReducedACmix(12, 3, 2)).eval()
+    x = torch.randn(2, 7, 6, 12)
+    parts = []
+    for mix in ('attn', 'conv'):
+        part = ReducedACmix(12, 3, 2, mix=mix).eval()
+        assert not part.load_state_dict(both.state_dict(), strict=False).missing_keys
+        assert not [name for name, _ in part.named_parameters() if 'rate' in name]
+        parts.append(part(x))
+    torch.testing.assert_close(both(x), both.rate1 * parts[0] + both.rate2 * parts[1])
+
+
+@pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
+def test_every_parameter_gets_a_gradient(mix):
+    model = ACmixPyramidVisionTransformer(**TINY, mix=mix, drop_path_rate=0.)
+    model.init_weights()
+    sum(out.square().sum() for out in model(torch.randn(2, 3, 40, 24))).backward()
+    still = [name for name, parameter in model.named_parameters()
+             if parameter.grad is None or not parameter.grad.any()]
+    assert not still
+
+
+# Published: plain 13.2M, 1.9G and 24.5M, 3.8G; ACmix 13M, 2.0G and 25M, 3.9G.
+COUNTS = [
+    ('attn', [2, 2, 2, 2], None, 13.23, 1.926),
+    ('attn', [3, 4, 6, 3], None, 24.48, 3.806),
+    ('acmix', [2, 2, 2, 2], None, 13.40, 1.972),
+    ('acmix', [3, 4, 6, 3], None, 24.82, 3.906),
+    ('acmix', [2, 2, 2, 2], 'two_step', 13.40, 2.010),
+    ('acmix', [3, 4, 6, 3], 'two_step', 24.82, 3.963),
+]
+
+
+@pytest.mark.parametrize(('mix', 'num_layers', 'form', 'parameters', 'multiply_adds'), COUNTS)
+def test_counts_with_a_head_of_1000_classes(mix, num_layers, form, parameters, multiply_adds,
+                                            monkeypatch):
+    """At 224×224, the convolution path as it runs and in the paper's two steps."""
+    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(shift_conv, form=form))
+    with torch.device('meta'):
+        model = ACmixPyramidVisionTransformer(num_layers=num_layers, mix=mix)
+        image = torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    # The plain network's published parameters include the last norm.
+    head = 2 * 512 + 512 * 1000 + 1000
+    counted = sum(parameter.numel() for parameter in model.parameters()) + head
+    assert counted / 1e6 == pytest.approx(parameters, abs=0.005)
+    counted = counter.get_total_flops() / 2 + 512 * 1000
+    assert counted / 1e9 == pytest.approx(multiply_adds, abs=0.001)
+
+
+def authors_names(state_dict):
+    """A state dict in MMDetection's naming, as the code of PVT's authors would have saved it."""
+    renamed = {}
+    for key, value in state_dict.items():
+        _, stage, part, *rest = key.split('.')
+        stage, rest = int(stage) + 1, '.'.join(rest)
+        if part == '0':
+            renamed[f'patch_embed{stage}.{rest.replace("projection", "proj")}'] = value
+        elif rest == '0.pos_embed':
+            if stage == 2:
+                value = torch.cat([torch.ones(1, 1, value.shape[2]), value], 1)
+            renamed[f'pos_embed{stage}'] = value
+        else:
+            block, _, rest = rest.partition('.')
+            name = f'block{stage}.{int(block) - 1}.{rest}'
+            if 'in_proj_' in name:
+                q, kv = value.tensor_split([value.shape[0] // 3])
+                renamed[name.replace('attn.in_proj_', 'q.')] = q
+                renamed[name.replace('attn.in_proj_', 'kv.')] = kv
+                continue
+            name = name.replace('attn.attn.out_proj', 'attn.proj')
+            for index, layer in (('0', 'fc1'), ('3', 'fc2')):
+                name = name.replace(f'ffn.layers.{index}.', f'mlp.{layer}.')
+            renamed[name] = value.flatten(1) if '.mlp.' in name and value.dim() == 4 else value
+    return {**renamed, 'cls_token': torch.zeros(1, 1, 8), 'norm.weight': torch.zeros(8),
+            'norm.bias': torch.zeros(8), 'head.weight': torch.zeros(10, 8)}
+
+
+def pretrained(path, **arguments):
+    model = ACmixPyramidVisionTransformer(**{**TINY, **arguments},
+                                          init_cfg=dict(checkpoint=str(path)))
+    model.init_weights()
+    return model.eval()
+
+
+@pytest.mark.parametrize('naming', ['authors', 'MMDetection'])
+def test_plain_pvt_computes_the_same_at_first(naming, tmp_path):
+    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**TINY)).eval()
+    state_dict = plain.state_dict()
+    if naming == 'authors':
+        state_dict = authors_names(state_dict)
+        theirs = mmdet_pvt.pvt_convert(state_dict)
+        assert {key: value.shape for key, value in theirs.items() if 'pos_embed' not in key} == {
+            key: value.shape for key, value in plain.state_dict().items() if 'pos_embed' not in key}
+    torch.save(state_dict, tmp_path / 'pvt.pth')
+    model = pretrained(tmp_path / 'pvt.pth')
+    x = torch.randn(2, 3, 48, 36)
+    for expected, actual in zip(plain(x), model(x)):
+        assert relative_error(actual, expected) < 1e-5
+    for module in model.modules():
+        if isinstance(module, ReducedACmix):
+            assert (module.rate1.item(), module.rate2.item()) == (1, 0)
+
+
+def test_position_embedding_of_another_image_size_is_resized(tmp_path):
+    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**{**TINY, 'pretrain_img_size': 64}))
+    torch.save(plain.state_dict(), tmp_path / 'pvt.pth')
+    model = pretrained(tmp_path / 'pvt.pth')
+    assert model.layers[0][1][0].pos_embed.shape == (1, 64, 4)
+    with torch.no_grad():
+        for stage in (0, 1):
+            plain.layers[stage][1][0].pos_embed.fill_(0.7)
+    torch.save(authors_names(plain.state_dict()), tmp_path / 'pvt.pth')
+    table = pretrained(tmp_path / 'pvt.pth').layers[1][1][0].pos_embed
+    torch.testing.assert_close(table, torch.full((1, 16, 8), 0.7))
+
+
+def test_own_checkpoint_round_trip(tmp_path):
+    model = randomised(ACmixPyramidVisionTransformer(**TINY)).eval()
+    torch.save(dict(state_dict={f'backbone.{key}': value
+                                for key, value in model.state_dict().items()}),
+               tmp_path / 'acmix.pth')
+    loaded = pretrained(tmp_path / 'acmix.pth')
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_refuses_checkpoints_of_other_networks(tmp_path):
+    torch.save({'conv1.weight': torch.zeros(1)}, tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match='of none of the networks that are known'):
+        pretrained(tmp_path / 'other.pth')
+    plain = mmdet_pvt.PyramidVisionTransformer(**{**TINY, 'num_layers': [2, 2]})
+    torch.save(plain.state_dict(), tmp_path / 'deeper.pth')
+    with pytest.raises(CheckpointError, match='not in the model'):
+        pretrained(tmp_path / 'deeper.pth')
+
+
+def test_half_precision_and_autocast():
+    model = randomised(ACmixPyramidVisionTransformer(**TINY)).eval()
+    x = torch.randn(1, 3, 45, 50)
+    expected = model(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        for out, full in zip(model(x), expected):
+            assert relative_error(out.float(), full) < 0.05
+    for dtype in (torch.bfloat16, torch.float16):
+        for out, full in zip(model.to(dtype)(x.to(dtype)), expected):
+            assert out.dtype == dtype
+            assert relative_error(out.float(), full) < 0.1
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(mix='both'), 'mix must be one of acmix, attn, conv'),
+    (dict(num_layers=[2, 2]), 'num_layers needs one number for each of the 4 stages'),
+    (dict(out_indices=(0, 4)), 'out_indices must lie below num_stages=4'),
+    (dict(init_cfg=dict(type='Normal')), 'take init_cfg=dict'),
+    (dict(init_cfg=dict(type='Pretrained', checkpoint='a'), pretrained='b'), 'give one'),
+])
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ACmixPyramidVisionTransformer(**arguments)
+
+
+def test_layer_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match='num_heads must divide embed_dims, got 5 heads for 12'):
+        ReducedACmix(12, 5)

@@ -1,0 +1,324 @@
+"""Every mixer in both skeletons, as configs and checkpoints meet it."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule, build_conv_layer
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from acmix_mm.analysis.complexity import complexity_report
+from acmix_mm.backbones.swin import ACmixSwinBlock, ConvolutionMixer
+from acmix_mm.backbones.token_mixers import MIXERS, OPTIONS, mixer_options, with_mixer
+from acmix_mm.engine.config import load_config
+from acmix_mm.layers import ACmixConv2d, Involution2d, WindowACmix
+from acmix_mm.utils.errors import CheckpointError, UsageError
+
+SMALL = {
+    'ACmixResNet': dict(depth=26, base_channels=16, stage_blocks=(2, 1, 1, 1), norm_eval=False,
+                        zero_init_residual=False),
+    'ACmixSwinTransformer': dict(embed_dims=16, depths=(2, 2), num_heads=(2, 4), strides=(4, 2),
+                                 out_indices=(0, 1), drop_path_rate=0.),
+}
+BOTH = pytest.mark.parametrize('backbone', SMALL)
+EACH = pytest.mark.parametrize('mixer', MIXERS)
+
+
+def build(backbone, mixer='acmix', **others):
+    """A backbone with a mixer by its name in comparisons, or with one given as a config."""
+    options = mixer_options(backbone, mixer) if isinstance(mixer, str) else dict(mixer=mixer)
+    return MODELS.build(dict(SMALL[backbone], type=backbone, **{**options, **others}))
+
+
+def mixers_of(model):
+    """The mixers of all blocks, without what follows them."""
+    return [getattr(module, 'conv2', None) or getattr(module.attn, 'w_msa', None) or
+            module.attn.conv for module in model.modules()
+            if type(module).__name__ in ('ACmixBottleneck', 'ACmixSwinBlock')]
+
+
+EXPECTED = {
+    ('ACmixResNet', 'conv'): (nn.Conv2d, dict(kernel_size=(3, 3), bias=None)),
+    ('ACmixResNet', 'attn'): (ACmixConv2d, dict(mix='attn')),
+    ('ACmixResNet', 'acmix'): (ACmixConv2d, dict(mix='acmix')),
+    ('ACmixResNet', 'conv7'): (nn.Conv2d, dict(kernel_size=(7, 7), padding=(3, 3), bias=None)),
+    ('ACmixResNet', 'acmix-conv'): (ACmixConv2d, dict(mix='conv')),
+    ('ACmixResNet', 'involution'): (Involution2d, dict(kernel_size=(7, 7), group_channels=16)),
+    ('ACmixSwinTransformer', 'conv'): (nn.Conv2d, dict(kernel_size=(3, 3), padding=(1, 1))),
+    ('ACmixSwinTransformer', 'attn'): (WindowACmix, dict(mix='attn', window_size=7)),
+    ('ACmixSwinTransformer', 'acmix'): (WindowACmix, dict(mix='acmix')),
+    ('ACmixSwinTransformer', 'conv7'): (nn.Conv2d, dict(kernel_size=(7, 7), padding=(3, 3))),
+    ('ACmixSwinTransformer', 'acmix-conv'): (WindowACmix, dict(mix='conv')),
+    ('ACmixSwinTransformer', 'involution'): (Involution2d, dict(kernel_size=(7, 7))),
+}
+
+
+@pytest.mark.parametrize(('backbone', 'mixer'), EXPECTED)
+def test_every_block_has_the_mixer_and_all_else_is_alike(backbone, mixer):
+    kind, attributes = EXPECTED[backbone, mixer]
+    model, usual = build(backbone, mixer), build(backbone)
+    mixers = mixers_of(model)
+    assert len(mixers) == (5 if backbone == 'ACmixResNet' else 4)
+    for each in mixers:
+        assert type(each) is kind
+        assert {name: getattr(each, name) for name in attributes} == attributes
+    inside = ('.conv2.', '.attn.')
+    rest, expected = ({name: value.shape for name, value in each.state_dict().items()
+                       if not any(part in name for part in inside)} for each in (model, usual))
+    assert rest == expected
+
+
+def test_table_names_what_the_issue_asks_for():
+    assert MIXERS == ('conv', 'attn', 'acmix', 'acmix-conv', 'conv7', 'involution')
+    assert set(EXPECTED) == {(backbone, mixer) for backbone in SMALL for mixer in MIXERS}
+
+
+def test_options_are_the_callers_own():
+    mixer_options('ACmixSwinTransformer', 'involution')['mixer']['kernel_size'] = 3
+    assert mixer_options('ACmixSwinTransformer', 'involution')['mixer']['kernel_size'] == 7
+
+
+@BOTH
+@EACH
+def test_trains_at_any_size(backbone, mixer):
+    model = build(backbone, mixer)
+    model.init_weights()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = [parameter.clone() for parameter in mixers_of(model)[0].parameters()]
+    for height, width in ((1, 1), (33, 70), (75, 9)):
+        outs = model(torch.randn(2, 3, height, width))
+        for index, out in enumerate(outs):
+            stride = 4 * 2**index
+            assert out.shape[2:] == (-(-height // stride), -(-width // stride))
+            # What follows may read a map without a look at strides.
+            assert out.is_contiguous()
+    sum(out.square().sum() for out in outs).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    optimizer.step()
+    after = mixers_of(model)[0].parameters()
+    assert any(not torch.equal(old, new) for old, new in zip(before, after))
+
+
+@BOTH
+@EACH
+def test_checkpoint_of_ones_own_is_loaded_whole(backbone, mixer, tmp_path, said):
+    trained = build(backbone, mixer)
+    with torch.no_grad():
+        for value in trained.state_dict().values():
+            if value.is_floating_point():
+                value.normal_().abs_()
+    path = str(tmp_path / 'own.pth')
+    torch.save(trained.state_dict(), path)
+    model = build(backbone, mixer, init_cfg=dict(type='Pretrained', checkpoint=path))
+    model.init_weights()
+    entries = trained.state_dict()
+    assert f'loaded: {len(entries)} of {len(entries)} entries' in said()
+    assert 'dropped: none' in said()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, entries[name]), name
+
+
+@pytest.mark.parametrize(('source', 'wanted'), [
+    *((source, 'involution') for source in ('conv', 'attn', 'acmix', 'acmix-conv')),
+    *((source, dict(type='Conv2d')) for source in ('attn', 'acmix', 'involution'))], ids=str)
+@BOTH
+def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, wanted, tmp_path, said):
+    path = str(tmp_path / 'other.pth')
+    other = build(backbone, source)
+    torch.save(other.state_dict(), path)
+    model = build(backbone, wanted, init_cfg=dict(type='Pretrained', checkpoint=path))
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    theirs = other.state_dict()
+    with torch.no_grad():
+        for value in theirs.values():
+            if value.is_floating_point():
+                value.normal_()
+    torch.save(theirs, path)
+    model.init_weights()
+    left = ('.conv2.', '.bn2.', '.attn.')
+    for name, value in model.state_dict().items():
+        start = fresh if any(part in name for part in left) else theirs
+        assert torch.equal(value, start[name]), name
+    assert 'at first it computes what the plain' not in said()
+
+
+@BOTH
+@pytest.mark.parametrize(('given', 'wanted', 'message'), [
+    ('involution', 'acmix', r'missing: .*; not in the model: .*(conv2|attn\.conv)\.reduce'),
+    ('involution', 'acmix-conv', r'missing: .*; not in the model: .*(conv2|attn\.conv)\.reduce'),
+    (dict(type='Conv2d', kernel_size=5), dict(type='Conv2d'),
+     r'of another shape: .*\.conv2?\.weight \(16, 16, 5, 5\) instead of \(16, 16, 3, 3\)'),
+], ids=str)
+def test_mixer_that_does_not_fit_is_refused_in_words(backbone, given, wanted, message, tmp_path):
+    path = str(tmp_path / 'other.pth')
+    torch.save(build(backbone, given).state_dict(), path)
+    model = build(backbone, wanted, init_cfg=dict(type='Pretrained', checkpoint=path))
+    with pytest.raises(CheckpointError, match=message):
+        model.init_weights()
+
+
+@BOTH
+def test_recomputing_changes_nothing_but_memory(backbone):
+    x = torch.randn(2, 3, 60, 40, requires_grad=True)
+    gradients = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = build(backbone, 'involution', with_cp=with_cp)
+        outs = model(x)
+        gradients.append(torch.autograd.grad(sum(out.square().sum() for out in outs),
+                                             [x, *model.parameters()]))
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize('mixer', ['conv', 'involution'])
+@BOTH
+def test_frozen_stages_hold_their_mixers(backbone, mixer):
+    model = build(backbone, mixer, frozen_stages=1)
+    model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sum(out.sum() for out in model(torch.randn(2, 3, 64, 64))).backward()
+    first = ('layer1.', 'stages.0.blocks.')
+    mixers = ('.conv2.', '.attn.')
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in mixers):
+            frozen = name.startswith(first)
+            seen.add(frozen)
+            assert (parameter.grad is None) == frozen, name
+    assert seen == {True, False}
+    for name, buffer in model.named_buffers():
+        if name.startswith(first):
+            assert torch.equal(buffer, before[name]), name
+
+
+def test_named_as_a_mixer_acmix_is_what_it_is_without_one():
+    """Of a ResNet, and so is the plain convolution of stages that use no mixer."""
+    for given, same in ((dict(type='ACmix', bias=True), dict()),
+                        (dict(type='Conv2d'), dict(acmix_stages=())),
+                        (dict(type='SlidingAttention', bias=True), dict(mix='attn')),
+                        (dict(type='ACmixConvolution', bias=True), dict(mix='conv'))):
+        outs = []
+        for options in (dict(mixer=given), same):
+            torch.manual_seed(0)
+            model = MODELS.build(dict(SMALL['ACmixResNet'], type='ACmixResNet', **options))
+            model.init_weights()
+            outs.append([*model.eval()(torch.ones(1, 3, 40, 50)), *model.parameters()])
+        assert len(outs[0]) == len(outs[1])
+        for ours, theirs in zip(*outs):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_mixers_of_a_resnet_take_its_strides_and_dilations():
+    model = build('ACmixResNet', dict(type='Involution', kernel_size=5, group_channels=8),
+                  strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), acmix_stages=(1, 2, 3))
+    kinds = [(type(each), each.stride[0], each.dilation[0], each.padding[0])
+             for each in mixers_of(model)]
+    assert kinds == [(nn.Conv2d, 1, 1, 1)] * 2 + [
+        (Involution2d, 2, 1, 2), (Involution2d, 2, 1, 2), (Involution2d, 1, 2, 4)]
+    caffe = build('ACmixResNet', 'involution', style='caffe')
+    assert {each.stride for each in mixers_of(caffe)} == {(1, 1)}
+
+
+def test_convolution_in_a_swin_is_followed_by_the_linear_layer_and_never_shifted():
+    block = ACmixSwinBlock(
+        8, 2, 16, 3, shift=True, qkv_bias=True, qk_scale=None, drop_rate=0., attn_drop_rate=0.,
+        drop_path_rate=0., act_cfg=dict(type='GELU'), norm_cfg=dict(type='LN'), with_cp=False,
+        acmix=dict(), mixer=dict(type='Conv2d', kernel_size=5, bias=True)).double()
+    x = torch.randn(2, 7 * 6, 8, dtype=torch.float64)
+    mixer = block.attn
+    assert isinstance(mixer, ConvolutionMixer)
+    image = F.layer_norm(x, (8,)).transpose(1, 2).unflatten(2, (7, 6))
+    mixed = F.conv2d(image, mixer.conv.weight, mixer.conv.bias, padding=2)
+    mixed = torch.einsum('oc,bcp->bpo', mixer.proj.weight, mixed.flatten(2)) + mixer.proj.bias
+    hidden = x + mixed
+    expected = hidden + block.ffn.layers(F.layer_norm(hidden, (8,)))
+    torch.testing.assert_close(block(x, (7, 6)), expected)
+
+
+@BOTH
+@pytest.mark.parametrize(('options', 'message'), [
+    (dict(mixer=dict(type='Involution'), mix='attn'),
+     "mix='attn' and acmix_cfg=None say something: give one"),
+    (dict(mixer=dict(type='Conv2d', kernel_size=4)), 'kernel_size of a mixer must be odd.* got 4'),
+    (dict(mixer=dict(type='Involution', group_channels=5)), 'group_channels must divide'),
+    (dict(mixer=dict(type='ACmix', num_heads=5)), 'num_heads must divide'),
+])
+def test_backbones_refuse(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(dict(SMALL[backbone], type=backbone, **options))
+
+
+@pytest.mark.parametrize(('backbone', 'mixer', 'message'), [
+    ('ACmixResNet', 'fft', "no mixer 'fft'; name one of conv, attn, acmix, acmix-conv, conv7"),
+    ('ACmixSAN', 'conv', 'ACmixSAN does not take the mixer conv; it takes attn, acmix, acmix-conv'),
+    ('PVT', 'attn', 'PVT has no mixer to exchange; .* one that has: ACmixResNet, ACmixSwin'),
+])
+def test_table_refuses_in_one_sentence(backbone, mixer, message):
+    with pytest.raises(UsageError, match=message):
+        mixer_options(backbone, mixer)
+
+
+@pytest.mark.parametrize(('type_', 'mix'), [
+    ('SlidingAttention', 'attn'), ('ACmixConvolution', 'conv')])
+def test_conv_cfg_builds_one_path_and_plain_pointwise_convolutions(type_, mix):
+    conv_cfg = dict(type=type_, num_heads=2, attn_kernel_size=5)
+    assert type(build_conv_layer(conv_cfg, 8, 16, 1, bias=False)) is nn.Conv2d
+    module = ConvModule(8, 16, 3, stride=2, padding=2, dilation=2, conv_cfg=conv_cfg,
+                        norm_cfg=dict(type='BN'))
+    assert isinstance(module.conv, ACmixConv2d)
+    assert (module.conv.mix, module.conv.attn_kernel_size) == (mix, 5)
+    assert module(torch.randn(2, 8, 9, 5)).shape == (2, 16, 5, 3)
+
+
+@pytest.mark.parametrize('type_', ['SlidingAttention', 'ACmixConvolution'])
+@pytest.mark.parametrize(('cfg', 'sizes', 'layers'), [
+    (dict(type='mmdet.ResNet', depth=50, base_channels=8), (1, 3, 40, 56), 17),
+    (dict(type='mmdet.FPN', in_channels=[8, 16], out_channels=8, num_outs=3),
+     [(1, 8, 20, 13), (1, 16, 10, 7)], 2),
+    (dict(type='mmseg.UPerHead', in_channels=[8, 16], in_index=[0, 1], channels=8, num_classes=3,
+          norm_cfg=dict(type='BN')), [(2, 8, 20, 13), (2, 16, 10, 7)], 3),
+], ids=lambda value: value['type'] if isinstance(value, dict) else None)
+def test_one_path_serves_as_conv_cfg_across_openmmlab(type_, cfg, sizes, layers):
+    init_default_scope(cfg['type'].split('.')[0])
+    x = [torch.randn(size) for size in sizes] if isinstance(sizes, list) else torch.randn(sizes)
+    conv_cfg = dict(type=type_, num_heads=2, attn_kernel_size=5)
+    plain, ours = MODELS.build(dict(cfg)), MODELS.build(dict(cfg, conv_cfg=conv_cfg))
+    built = [module for module in ours.modules() if isinstance(module, ACmixConv2d)]
+    assert len(built) == layers
+    ours.init_weights()
+    expected, actual = (tree_leaves(module(x)) for module in (plain, ours))
+    assert [each.shape for each in actual] == [each.shape for each in expected]
+    sum(each.square().sum() for each in actual).backward()
+    assert all(module.conv3.weight.grad is not None for module in built)
+
+
+@pytest.mark.parametrize('config', [
+    'maskrcnn_acmix_r50', 'upernet_acmix_swin', 'maskrcnn_acmix_pvt', 'maskrcnn_acmix_san'])
+def test_a_config_names_any_mixer_and_the_tool_counts_it(config):
+    own = load_config(f'configs/shapes/{config}.py')
+    mixers = OPTIONS[own.model.backbone.type]
+    reports = set()
+    for mixer in mixers:
+        cfg = deepcopy(own)
+        cfg.model.backbone = with_mixer(cfg.model.backbone, mixer)
+        reports.add(complexity_report(cfg, (256, 256)))
+    assert len(reports) == len(mixers)
+
+
+@pytest.mark.parametrize('present', [
+    dict(mixer=dict(type='Involution', kernel_size=5)), dict(mix='attn'), dict(acmix_stages=[]),
+    dict(acmix_cfg=dict(combine='sum')), dict()])
+@EACH
+def test_a_mixer_takes_the_place_of_any_other(present, mixer):
+    own = ConfigDict(SMALL['ACmixResNet'], type='ACmixResNet', **present)
+    before = deepcopy(own)
+    taken = with_mixer(own, mixer)
+    assert own == before
+    usual = mixers_of(build('ACmixResNet', mixer))
+    assert [repr(each) for each in mixers_of(MODELS.build(taken))] == list(map(repr, usual))
+    assert ('acmix_cfg' in taken) == ('acmix_cfg' in present and 'mixer' not in taken)

@@ -1,0 +1,68 @@
+"""The generated dataset: its two layouts agree, and a seed gives the same files."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from acmix_mm.datasets import shapes as module
+from acmix_mm.datasets.shapes import CLASSES, SEGMENTATION_CLASSES, write_shapes
+from acmix_mm.utils.errors import UsageError
+
+
+def contents(root):
+    return {path.relative_to(root): path.read_bytes()
+            for path in root.glob('**/*') if path.is_file()}
+
+
+def test_same_seed_same_files(tmp_path):
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        write_shapes(str(tmp_path / name), train_images=3, val_images=2, image_size=64, seed=seed)
+    assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+    assert contents(tmp_path / 'a') != contents(tmp_path / 'c')
+
+
+@pytest.mark.parametrize(('coco_split', 'ade_split', 'count'), [
+    ('train2017', 'training', 8), ('val2017', 'validation', 4),
+])
+def test_layouts_agree(shapes, coco_split, ade_split, count):
+    """The masks of COCO's layout, painted into a label map, are ADE20K's."""
+    coco = COCO(str(shapes / 'annotations' / f'instances_{coco_split}.json'))
+    assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+    assert len(coco.getImgIds()) == count
+    for image in coco.loadImgs(coco.getImgIds()):
+        name = image['file_name']
+        first = (shapes / coco_split / name).read_bytes()
+        assert first == (shapes / 'images' / ade_split / name).read_bytes()
+        labels = cv2.imread(str(shapes / 'annotations' / ade_split / name.replace('jpg', 'png')),
+                            cv2.IMREAD_UNCHANGED)
+        assert labels.shape == (96, 96)
+        painted = np.ones_like(labels)
+        annotations = coco.loadAnns(coco.getAnnIds(image['id']))
+        assert 1 <= len(annotations) <= 6
+        for annotation in annotations:
+            class_name = CLASSES[annotation['category_id'] - 1]
+            mask = coco.annToMask(annotation).astype(bool)
+            painted[mask] = SEGMENTATION_CLASSES.index(class_name) + 1
+            assert mask.sum() == pytest.approx(annotation['area'], rel=0.2, abs=12)
+        # The two rasterisers may differ along the outlines.
+        assert (painted != labels).mean() < 0.03
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(module.json, 'dumps', fail)
+    with pytest.raises(OSError, match='disk full'):
+        write_shapes(str(tmp_path / 'shapes'), train_images=1, val_images=1, image_size=64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_to_overwrite(tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    with pytest.raises(UsageError, match='is not empty; remove it, or name another'):
+        write_shapes(str(tmp_path))
+    assert json.dumps([path.name for path in tmp_path.iterdir()]) == '["notes.txt"]'

@@ -1,0 +1,252 @@
+"""Exports with open sizes compute what the networks do, in torch and in ONNX Runtime."""
+
+from copy import deepcopy
+
+import onnxruntime
+import pytest
+import torch
+from helpers import ROOT, relative_error
+from helpers.tools import plain_message
+from torch import nn
+
+from acmix_mm.analysis.complexity import picture_shape
+from acmix_mm.backbones import (
+    ACmixPyramidVisionTransformer,
+    ACmixResNet,
+    ACmixSAN,
+    ACmixSwinTransformer,
+)
+from acmix_mm.deploy import onnx as export
+from acmix_mm.deploy.onnx import (
+    AveragesBySize,
+    ClassMap,
+    export_onnx,
+    export_program,
+    network_of,
+    open_sized,
+    smallest_side,
+    translate,
+)
+from acmix_mm.engine.config import build_model, load_config
+from acmix_mm.utils.errors import UsageError
+
+# (network, smallest height and width)
+NETWORKS = {
+    'swin': (lambda: ACmixSwinTransformer(
+        embed_dims=12, depths=(2, 1), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1),
+        window_size=3, use_abs_pos_embed=True, pretrain_img_size=32), 25),
+    'resnet': (lambda: ACmixResNet(
+        26, base_channels=8, stage_blocks=(1, 1), num_stages=2, strides=(1, 2), dilations=(1, 2),
+        out_indices=(0, 1)), 9),
+    'pvt': (lambda: ACmixPyramidVisionTransformer(
+        embed_dims=8, num_stages=2, num_layers=[1, 1], num_heads=[1, 2], patch_sizes=[4, 2],
+        strides=[4, 2], paddings=[0, 0], sr_ratios=[4, 1], mlp_ratios=[2, 2], out_indices=(0, 1),
+        pretrain_img_size=32), 32),
+    'san': (lambda: SmallSAN(), 33),
+}
+
+
+class SmallSAN(ACmixSAN):
+    """One block, and all poolings; a block more takes seconds to export."""
+
+    def __init__(self):
+        super().__init__(10, base_channels=32)
+        for stage in range(5):
+            setattr(self, f'layer{stage}', getattr(self, f'layer{stage}')[:stage == 1])
+
+
+@pytest.fixture(scope='module', params=NETWORKS)
+def exported(request, tmp_path_factory):
+    """A network, its smallest side, its traced program, and its session in ONNX Runtime."""
+    torch.manual_seed(0)
+    build, side = NETWORKS[request.param]
+    network = build().eval()
+    program = export_program(network)
+    path = tmp_path_factory.mktemp('onnx') / f'{request.param}.onnx'
+    translate(program, network, side).save(path, external_data=False)
+    return network, side, program, onnxruntime.InferenceSession(path)
+
+
+def pictures(side):
+    """Batches at three sizes: the smallest, and two that are no multiples of windows or strides."""
+    return [torch.randn(batch, 3, side + height, side + width)
+            for batch, height, width in ((1, 0, 0), (2, 1, 30), (1, 44, 17))]
+
+
+def test_open_sizes_begin_where_said(exported):
+    network, side, _, _ = exported
+    assert smallest_side(network) == side
+
+
+def test_torch_program_equals_network(exported):
+    network, side, program, _ = exported
+    for images in pictures(side):
+        with torch.no_grad():
+            for actual, expected in zip(program.module()(images), network(images)):
+                assert relative_error(actual, expected) < 1e-5
+
+
+def test_onnx_runtime_equals_network(exported):
+    network, side, _, session = exported
+    names = [output.name for output in session.get_outputs()]
+    assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
+    for images in pictures(side):
+        with torch.no_grad():
+            outs = network(images)
+        assert names == [f'feature{index}' for index in range(len(outs))]
+        for actual, expected in zip(session.run(None, dict(input=images.numpy())), outs):
+            assert relative_error(torch.from_numpy(actual), expected) < 1e-5
+
+
+def test_programs_hold_torch_operations_alone(exported):
+    _, _, program, _ = exported
+    assert not any('acmix' in str(node.target) for node in program.graph.nodes)
+
+
+def test_a_fixed_size_may_be_below_the_smallest(exported):
+    network, side, _, _ = exported
+    images = torch.randn(1, 3, side - 5, side - 2)
+    program = export_program(network, (side - 5, side - 2))
+    with torch.no_grad():
+        for actual, expected in zip(program.module()(images), network(images)):
+            assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize('module', [
+    nn.AdaptiveAvgPool2d((6, 4)),
+    nn.AdaptiveAvgPool2d(1),
+    nn.MaxPool2d(3, stride=2, padding=1),
+    nn.MaxPool2d(2, stride=2, ceil_mode=True),
+    nn.Upsample(scale_factor=2, mode='bilinear'),
+])
+def test_open_sized_modules_equal_torch(module):
+    replaced = open_sized(module)
+    assert replaced is not module
+    for height, width in ((1, 1), (4, 6), (7, 13), (12, 5)):
+        x = torch.randn(2, 3, height, width) - 5
+        torch.testing.assert_close(replaced(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_modules_that_round_otherwise_are_left():
+    for module in (nn.MaxPool2d(2), nn.MaxPool2d(3, 2), nn.Conv2d(1, 1, 3)):
+        assert open_sized(module) is module
+
+
+def test_averages_take_bins_of_unlike_width():
+    x = torch.arange(5.).view(1, 1, 1, 5)
+    assert AveragesBySize((1, 2))(x).tolist() == [[[[1., 3.]]]]
+
+
+def test_one_logit_makes_two_classes():
+    class Segmentor(nn.Module):
+        decode_head = nn.Module()
+
+        def encode_decode(self, images, metas):
+            return images
+
+    segmentor = Segmentor()
+    segmentor.decode_head.threshold = 0.3
+    logits = torch.randn(2, 1, 5, 4)
+    expected = (logits.sigmoid() > 0.3).long()
+    assert torch.equal(ClassMap(segmentor)(logits)[0], expected)
+
+
+def test_what_cannot_be_left_open_is_said():
+    class Thirds(nn.Module):
+        def forward(self, x):
+            return [x * 2 if x.shape[2] % 3 else x + 1]
+
+    with pytest.raises(UsageError, match=r'ties itself to the sizes.*--fixed-size.*does not hold'):
+        export_program(Thirds())
+
+
+TOOL = ['tools/export_onnx.py', 'configs/shapes/upernet_acmix_swin.py']
+TINY = {'model.backbone.embed_dims': 12, 'model.backbone.depths': [1, 1],
+        'model.backbone.num_heads': [1, 2], 'model.backbone.strides': [4, 2],
+        'model.backbone.out_indices': [0, 1], 'model.backbone.window_size': 3,
+        'model.decode_head.in_channels': [12, 24], 'model.decode_head.in_index': [0, 1],
+        'model.decode_head.channels': 16, 'model.auxiliary_head.in_channels': 24,
+        'model.auxiliary_head.in_index': 1}
+
+
+@pytest.fixture(scope='module')
+def segmentor(run_tool, tmp_path_factory):
+    """A tiny UperNet, the folder with its checkpoint and what the tool made of it, and its words.
+    """
+    folder = tmp_path_factory.mktemp('segmentor')
+    torch.manual_seed(0)
+    cfg = load_config(str(ROOT / TOOL[1]), TINY)
+    torch.save(dict(state_dict=build_model(cfg).state_dict(), meta={}), folder / 'tiny.pth')
+    network = network_of(cfg, str(folder / 'tiny.pth'), backbone_only=False)
+    options = [f'{key}={value}'.replace(' ', '') for key, value in TINY.items()]
+    done = run_tool(*TOOL, folder / 'tiny.pth', folder / 'tiny.onnx', '--shape', 96, 130,
+                    '--cfg-options', *options)
+    assert done.returncode == 0, done.stderr
+    return network, folder, done.stdout
+
+
+def test_tool_exports_a_segmentor(segmentor):
+    network, folder, said = segmentor
+    assert said.count('logits ') == 3
+    assert 'input: tensor(float) (batch, 3, height, width)' in said
+    assert 'output: tensor(int64) (batch, 1, height, width)' in said
+    assert 'height and width from 25 on' in said
+    assert 'RGB pictures of 0 to 255, less [123.675, 116.28, 103.53]' in said
+    assert sorted(path.name for path in folder.iterdir()) == ['tiny.onnx', 'tiny.pth']
+    session = onnxruntime.InferenceSession(folder / 'tiny.onnx')
+    images = torch.randn(2, 3, 71, 98)
+    classes, = session.run(None, dict(input=images.numpy()))
+    with torch.no_grad():
+        expected = network.segmentor.encode_decode(images, [dict(img_shape=(71, 98))] * 2)
+    assert (torch.from_numpy(classes) == expected.argmax(1, keepdim=True)).float().mean() > 0.999
+
+
+def test_backbone_takes_the_checkpoint_of_a_whole_model(segmentor):
+    network, folder, _ = segmentor
+    backbone = network_of(load_config(str(ROOT / TOOL[1]), TINY), str(folder / 'tiny.pth'),
+                          backbone_only=True)
+    for actual, expected in zip(backbone.parameters(), network.segmentor.backbone.parameters()):
+        assert torch.equal(actual, expected)
+
+
+def test_a_fixed_size_is_written(tmp_path):
+    said = export_onnx(NETWORKS['pvt'][0]().eval(), str(tmp_path / 'a.onnx'), (20, 33),
+                       fixed_size=True)
+    assert 'input: tensor(float) (1, 3, 20, 33)' in said
+    assert 'feature1: tensor(float) (1, 16, 2, 4)' in said
+    assert [path.name for path in tmp_path.iterdir()] == ['a.onnx']
+
+
+def test_a_file_that_differs_is_not_kept(monkeypatch, tmp_path):
+    network = NETWORKS['pvt'][0]().eval()
+    program = export_program(deepcopy(network), (32, 40))
+    nn.init.constant_(network.layers[1][1][1].attn.rate1, 3.)
+    monkeypatch.setattr(export, 'export_program', lambda *given: program)
+    with pytest.raises(UsageError, match='computes something else than torch'):
+        export_onnx(network, str(tmp_path / 'a.onnx'), (32, 40), fixed_size=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(('config', 'given', 'message'), [
+    ('shapes/upernet_acmix_swin', {}, 'begin at 225×225, and the shape is 192×192'),
+    ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; make it'),
+    ('shapes/upernet_acmix_swin', dict(checkpoint='none.pth'), 'none.pth does not exist'),
+    ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'), 'is of another network'),
+    ('shapes/upernet_acmix_swin', dict(options={'model.test_cfg.mode': 'slide'}), 'mode=whole'),
+    ('shapes/maskrcnn_acmix_swin', {}, 'is of a detector, .* --backbone-only'),
+    ('maskrcnn_r50_acmix_fpn_mask', {}, 'has none of the backbones ACmixPyramidVision'),
+])
+def test_refusals(config, given, message, tmp_path):
+    torch.save(dict(state_dict=dict(a=torch.zeros(1))), tmp_path / 'other.pth')
+    checkpoint = given.get('checkpoint') and str(tmp_path / given['checkpoint'])
+    with pytest.raises(UsageError, match=message):
+        cfg = load_config(str(ROOT / f'configs/{config}.py'), given.get('options'))
+        export_onnx(network_of(cfg, checkpoint, backbone_only=False),
+                    str(tmp_path / given.get('out', 'a.onnx')), picture_shape(cfg),
+                    fixed_size=False)
+    assert [path.name for path in tmp_path.iterdir()] == ['other.pth']
+
+
+def test_refusals_are_one_message(run_tool, tmp_path):
+    done = run_tool(*TOOL, tmp_path / 'a.onnx', '--shape', 512)
+    assert '--shape takes two positive integers' in plain_message(done)

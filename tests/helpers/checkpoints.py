@@ -1,0 +1,59 @@
+"""Networks and checkpoints, good and bad, that the tests of loading share."""
+
+import argparse
+import pickle
+
+import mmdet.models.backbones.swin as mmdet_swin
+import torch
+from helpers.tools import Bomb
+from torch import nn
+
+SWIN = dict(embed_dims=12, depths=(2, 2), num_heads=(3, 6), strides=(4, 2), out_indices=(0, 1))
+PVT = dict(embed_dims=4, num_stages=2, num_layers=(1, 1), num_heads=(1, 2), patch_sizes=(4, 2),
+           strides=(4, 2), paddings=(0, 0), sr_ratios=(2, 1), mlp_ratios=(2, 2),
+           out_indices=(0, 1), pretrain_img_size=32)
+
+
+def randomised(model, std=0.1):
+    """A network whose every parameter and statistic matters, in evaluation."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            is_scale = name.endswith(('running_var', 'weight')) and value.dim() == 1
+            value.normal_(std=std).add_(1) if is_scale else value.normal_(std=std)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.abs_()
+    model.eval()
+    return model
+
+
+def write_bad_checkpoint(kind, folder):
+    path = folder / f'{kind}.pth'
+    good = mmdet_swin.SwinTransformer(**SWIN).state_dict()
+    if kind == 'code':
+        bomb = Bomb(folder / 'ran')
+        torch.save(dict(good, bomb=bomb), path)
+    elif kind == 'code in arguments':
+        bomb = Bomb(folder / 'ran')
+        torch.save(dict(state_dict=good, args=argparse.Namespace(lr=0.1, bomb=bomb)), path)
+    elif kind == 'old code':
+        bomb = Bomb(folder / 'ran')
+        path.write_bytes(pickle.dumps(bomb, protocol=2))
+    elif kind == 'truncated':
+        torch.save(good, path)
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'text':
+        path.write_text('<html>404: not found</html>')
+    elif kind == 'no weights':
+        torch.save(dict(epoch=3), path)
+    elif kind == 'ResNet':
+        torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7), 'bn1.weight': torch.zeros(64)}, path)
+    elif kind == 'wider':
+        torch.save(mmdet_swin.SwinTransformer(**{**SWIN, 'embed_dims': 24}).state_dict(), path)
+    elif kind == 'deeper':
+        torch.save(mmdet_swin.SwinTransformer(**{**SWIN, 'depths': (2, 4)}).state_dict(), path)
+    elif kind == 'shallower':
+        torch.save(mmdet_swin.SwinTransformer(**{**SWIN, 'depths': (2, 1)}).state_dict(), path)
+    return path

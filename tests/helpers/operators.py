@@ -1,0 +1,89 @@
+"""Inputs of the operators, and comparisons of a backend with the reference."""
+
+
+import torch
+from helpers import relative_error
+
+from acmix_mm.ops import sliding_window_attention
+
+# A dtype's relative error: rounding of inputs and of intermediate sums.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+HALF = (torch.bfloat16, torch.float16)
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def compare(run, tensors, form, dtype):
+    """Hold ``form`` in ``dtype`` against the reference in float64: output and every gradient."""
+    results = {}
+    for name, precision in (('reference', torch.float64), (form, dtype)):
+        leaves = [None if tensor is None else tensor.to(dtype).to(precision).requires_grad_()
+                  for tensor in tensors]
+        out = run(*leaves, form=name)
+        assert out.dtype == precision
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        out.backward(cotangent.to(dtype).to(precision))
+        results[name] = [out, *(leaf.grad for leaf in leaves if leaf is not None)]
+    # Some gradients are zero by algebra: rounding is then measured by the others.
+    floor = 0.1 * max(expected.abs().max() for expected in results['reference'])
+    for expected, actual in zip(results['reference'], results[form]):
+        assert actual.shape == expected.shape
+        error = (actual.double() - expected).abs().max()
+        assert error <= TOLERANCE[dtype] * max(expected.abs().max(), floor)
+
+
+
+def conv_tensors(batch, heads, head_dims, height, width, kernel_size, bias, channels_last):
+    shifts = kernel_size**2
+    if channels_last:
+        maps = torch.randn(batch, height, width, 3 * heads, head_dims).permute(0, 3, 4, 1, 2)
+    else:
+        maps = torch.randn(batch, 3 * heads, head_dims, height, width)
+    return [maps, torch.randn(shifts, 3 * heads) / (3 * heads)**0.5,
+            torch.randn(heads * head_dims, shifts, kernel_size, kernel_size) / shifts,
+            torch.randn(shifts) if bias else None]
+
+
+
+def window_tensors(batch, grid, window_size, heads, head_dims):
+    height, width = grid[0] * window_size[0], grid[1] * window_size[1]
+    area = window_size[0] * window_size[1]
+    return [torch.randn(batch, height, width, 3, heads, head_dims), torch.randn(heads, area, area)]
+
+
+
+def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
+    qkv = torch.randn(batch, height, width, 3, heads, head_dims)
+    if heads_last:
+        qkv = qkv.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
+    return [qkv, torch.randn(height, width, head_dims)]
+
+
+
+def slide(kernel_size, stride=1, dilation=1):
+    def run(qkv, positions, form):
+        return sliding_window_attention(qkv, positions, kernel_size, stride=stride,
+                                        dilation=dilation, form=form)
+    return run
+
+
+
+def results(run, module, x):
+    """Outputs and all gradients for one cotangent."""
+    module.zero_grad()
+    leaf = x.clone().requires_grad_()
+    outs = run(leaf)
+    outs = [outs] if isinstance(outs, torch.Tensor) else list(outs)
+    generator = torch.Generator().manual_seed(1)
+    sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outs).backward()
+    return [*outs, leaf.grad, *(parameter.grad for parameter in module.parameters())]
+
+
+
+def assert_compiled_is_equal(module, x, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for actual, expected in zip(results(compiled, module, x), results(module, module, x)):
+        assert relative_error(actual, expected) < 1e-3 or (actual - expected).abs().max() < 1e-5

@@ -1,0 +1,49 @@
+"""Compile Triton's kernels without a GPU; run by test_kernels.py, outside of the interpreter."""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from acmix_mm.ops.shift_conv import triton_kernels as grouped_conv
+from acmix_mm.ops.sliding_attention import triton_kernels as sliding_attention
+
+
+def compile_all():
+    """Compile the kernels for two GPUs, dtypes and widths; print the shared memory of each."""
+    for capability in (80, 90):
+        for dtype, head_dims in ((torch.bfloat16, 16), (torch.bfloat16, 128), (torch.float32, 64),
+                                 (torch.float32, 128)):
+            tiling = sliding_attention.Tiling(
+                torch.empty(1, 1, 1, 1, head_dims, dtype=dtype, device='meta'), 7, 1, 1)
+            for kernel in (sliding_attention.attend_kernel, sliding_attention.grad_queries_kernel):
+                compile_kernel(kernel, dtype, tiling.constants(tiling.keys_across), capability)
+            compile_kernel(sliding_attention.grad_keys_kernel, dtype,
+                           tiling.constants(tiling.queries_across), capability)
+        for dtype in (torch.bfloat16, torch.float32):
+            conv = dict(IN_CHANNELS=12, KERNEL_SIZE=3, STRIDE=1, DILATION=1,
+                        **grouped_conv.tiling(16, 4))
+            for transposed in (False, True):
+                directed = dict(TRANSPOSED=transposed, HAS_BIAS=not transposed, **conv)
+                compile_kernel(grouped_conv.convolve_kernel, dtype, directed, capability)
+            compile_kernel(grouped_conv.grad_kernels_kernel, dtype, dict(ROUNDS=32, **conv),
+                           capability)
+
+
+def compile_kernel(kernel, dtype, constants, capability):
+    name = {torch.bfloat16: 'bf16', torch.float32: 'fp32'}[dtype]
+    constants = dict(constants)
+    options = {key: constants.pop(key) for key in ('num_warps', 'num_stages') if key in constants}
+    pointers = dict.fromkeys(('q', 'k', 'v', 'positions', 'out', 'grad_out', 'grad_q', 'grad_k',
+                              'grad_v', 'maps', 'grads'), f'*{name}')
+    pointers.update(dict.fromkeys(('log_sum', 'mean', 'weights', 'bias', 'partial'), '*fp32'),
+                    scale='fp32')
+    signature = {argument: 'constexpr' if argument in constants else pointers.get(argument, 'i32')
+                 for argument in kernel.arg_names}
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants),
+                              target=GPUTarget('cuda', capability, 32), options=options)
+    print(kernel.__name__, name, capability, compiled.metadata.shared)
+
+
+if __name__ == '__main__':
+    compile_all()

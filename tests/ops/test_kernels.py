@@ -1,0 +1,94 @@
+"""Triton's kernels against the reference: on a GPU, or in Triton's interpreter where there is none.
+
+The interpreter cannot multiply bfloat16; on a GPU that is tested too.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+from helpers.operators import DEVICE, compare, conv_tensors, slide, sliding_tensors
+
+from acmix_mm.ops import shift_conv, sliding_window_attention
+
+pytest.importorskip('triton')
+
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == 'cuda' else ()))
+
+
+def compare_on_device(run, tensors, dtype):
+    tensors = [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+    compare(run, tensors, 'triton', dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ('heads', 'head_dims', 'height', 'width', 'kernel_size', 'stride', 'dilation'), [
+        (1, 4, 1, 1, 7, 1, 1),
+        (2, 16, 3, 12, 7, 1, 1),
+        (1, 16, 9, 4, 7, 2, 1),
+        (1, 24, 3, 2, 5, 3, 1),
+        (1, 8, 5, 11, 3, 1, 2),
+        (1, 72, 6, 5, 3, 1, 1),
+        (1, 128, 3, 4, 3, 1, 2),
+    ])
+def test_sliding_attention(dtype, heads, head_dims, height, width, kernel_size, stride, dilation):
+    for heads_last in (True, False):
+        tensors = sliding_tensors(2, heads, head_dims, height, width, heads_last)
+        compare_on_device(slide(kernel_size, stride, dilation), tensors, dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ('heads', 'head_dims', 'height', 'width', 'kernel_size', 'stride', 'dilation'), [
+        (1, 4, 1, 1, 3, 1, 1),
+        (3, 8, 5, 6, 3, 1, 1),
+        (5, 4, 4, 3, 3, 1, 1),
+        (4, 16, 6, 5, 3, 2, 1),
+        (2, 40, 5, 4, 3, 1, 2),
+        (1, 4, 7, 4, 5, 2, 3),
+    ])
+def test_shift_conv(dtype, heads, head_dims, height, width, kernel_size, stride, dilation):
+    tensors = conv_tensors(2, heads, head_dims, height, width, kernel_size, heads % 2, heads != 4)
+    compare_on_device(functools.partial(shift_conv, stride=stride, dilation=dilation), tensors,
+                      dtype)
+
+
+def test_maps_in_blocks_of_several_programs():
+    """More positions than one program takes, and than one sum of the kernels' gradient does."""
+    compare_on_device(shift_conv, conv_tensors(1, 1, 32, 33, 34, 1, False, True), torch.float32)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(stride=2, dilation=2), 'takes stride or dilation, not both.*got stride=2, dilation=2'),
+    (dict(dtype=torch.float64), 'takes float32, bfloat16 or float16 on an NVIDIA GPU.*float64'),
+    (dict(head_dims=300), 'heads of 512 bytes at most.*300 channels of torch.float32'),
+])
+def test_refuses(change, message):
+    given = {**dict(head_dims=4, stride=1, dilation=1, dtype=torch.float32), **change}
+    tensors = [tensor.to(DEVICE, given['dtype'])
+               for tensor in sliding_tensors(1, 1, given['head_dims'], 3, 3)]
+    with pytest.raises(ValueError, match=message):
+        sliding_window_attention(*tensors, 3, stride=given['stride'], dilation=given['dilation'],
+                                 form='triton')
+
+
+def test_refuses_a_cpu_outside_of_the_interpreter(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    with pytest.raises(ValueError, match=r"shift_conv's form 'triton'.*got torch.float32 on cpu"):
+        shift_conv(*conv_tensors(1, 1, 4, 3, 3, 3, False, True), form='triton')
+
+
+def test_kernels_compile_for_gpus():
+    """They do so without one: for Ampere and Hopper, within the shared memory of the smallest."""
+    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, 'tests/ops/compile_kernels.py'], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert len(compiled) == 2 * (3 * 4 + 3 * 2)
+    assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), done.stdout
