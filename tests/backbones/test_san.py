@@ -185,7 +185,7 @@ def test_layer_equals_reference_forms(size, monkeypatch):
     for module, name in ((conv_path, 'shift_conv'), (patchwise_module, 'patch_features'),
                          (patchwise_module, 'patch_aggregation')):
         operator = getattr(module, name)
-        monkeypatch.setattr(module, name, functools.partial(operator, form='reference'))
+        monkeypatch.setattr(module, name, functools.partial(operator, backend='reference'))
     slow = layer(x)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(gradient, torch.autograd.grad(slow.sin().sum(), x)[0])
