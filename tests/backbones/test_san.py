@@ -19,7 +19,7 @@ import acmix_mm.layers.patchwise_acmix as patchwise_module
 from acmix_mm.backbones import ACmixSAN
 from acmix_mm.backbones.san import ACmixSANBlock
 from acmix_mm.layers import PatchwiseACmix
-from acmix_mm.ops.patchwise_attention import reflection_pad
+from acmix_mm.ops.reflection import reflection_pad
 from acmix_mm.utils.errors import CheckpointError
 
 TINY = dict(depth=10, base_channels=32)

@@ -98,8 +98,8 @@ def attend(window_size, shift_size):
 @pytest.mark.parametrize('backend', ['sdpa', 'chunked'])
 @pytest.mark.parametrize(('batch', 'grid', 'window_size', 'shift_size', 'heads', 'head_dims'),
                          WINDOWS)
-def test_window_attention_equals_reference(dtype, backend, batch, grid, window_size, shift_size, heads,
-                                           head_dims):
+def test_window_attention_equals_reference(dtype, backend, batch, grid, window_size, shift_size,
+                                           heads, head_dims):
     tensors = window_tensors(batch, grid, window_size, heads, head_dims)
     compare(attend(window_size, shift_size), tensors, backend, dtype)
 

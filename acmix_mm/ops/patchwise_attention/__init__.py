@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from acmix_mm.ops.backend import Backend, register_backends, select_backend
-from acmix_mm.ops.reflection import reflected_range
+from acmix_mm.ops.reflection import reflection_pad
 
 # Elements of the copies of neighbourhoods that are held at a time, in whole rows of the map.
 COPIED_AT_ONCE = 2**22
@@ -215,16 +215,6 @@ def row_slices(padded: Tensor, own: Tensor, kernel_size: int) -> Iterator[tuple[
     for top in range(0, height, step):
         bottom = min(top + step, height)
         yield slice(top, bottom), slice(top, bottom + kernel_size - 1)
-
-
-def reflection_pad(maps: Tensor, reach: int) -> Tensor:
-    """Continue (batch, channels, height, width) by ``reach`` on all sides, mirrored at the edges.
-
-    The edge itself is not repeated. Maps smaller than ``reach`` are mirrored again and again.
-    """
-    rows, columns = (reflected_range(-reach, extent + reach, extent, maps.device)
-                     for extent in maps.shape[2:])
-    return maps.index_select(2, rows).index_select(3, columns)
 
 
 register_backends('patch_features', Backend('reference', whole_map), Backend('chunked', row_by_row))

@@ -40,7 +40,7 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         stride: distance of the positions that give an output; the others are left out.
         dilation: distance of one tap of the kernel from the next.
         backend: ``'reference'``, ``'two_step'``, ``'folded'``, ``'conv2d'`` or ``'triton'``; if
-            None the last on a GPU that can run it, ``'conv2d'`` in an export, and else the cheaper of
+            None the last on a GPU that can run it, ``'conv2d'`` in an export, else the cheaper of
             ``'two_step'`` and ``'folded'``.
 
     Returns:

@@ -159,8 +159,8 @@ def sliding_window_attention_triton(qkv: Tensor, positions: Tensor, kernel_size:
     """Do as the tiled form does, a tile and its softmax at a time, in kernels for NVIDIA GPUs."""
     require_triton('sliding_window_attention', qkv)
     if not has_kernel(qkv, stride, dilation):
-        raise ValueError("sliding_window_attention's backend 'triton' takes stride or dilation, not "
-                         'both, and heads of 512 bytes at most; got '
+        raise ValueError("sliding_window_attention's backend 'triton' takes stride or dilation, "
+                         'not both, and heads of 512 bytes at most; got '
                          f'stride={stride}, dilation={dilation} and {qkv.shape[5]} channels of '
                          f'{qkv.dtype}. Leave out backend to have one chosen.')
     return _TritonAttention.apply(qkv, positions, kernel_size, stride, dilation, scale)
