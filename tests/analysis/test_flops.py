@@ -21,7 +21,7 @@ from acmix_mm.analysis.flops import ATTENTION, CLASSES, CONVOLUTION, PROJECTIONS
 from acmix_mm.analysis.published import NETWORKS, count_network
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
-from acmix_mm.ops.shift_conv import convolved_bias
+from acmix_mm.ops.shift_conv.folding import convolved_bias
 from acmix_mm.utils.errors import UsageError
 
 

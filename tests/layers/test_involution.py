@@ -25,7 +25,7 @@ from acmix_mm.layers import Involution2d
 from acmix_mm.ops import involution
 
 # The package has a function of the same name.
-op_module = importlib.import_module('acmix_mm.ops.involution')
+chunked_module = importlib.import_module('acmix_mm.ops.involution.chunked')
 
 
 def tensors_of(batch, groups, per_group, height, width, kernel_size, stride=1):
@@ -74,14 +74,14 @@ def test_equals_the_equation(backend, height, width, kernel_size, stride, dilati
 def test_form_equals_reference(dtype, batch, groups, per_group, height, width, kernel_size, stride,
                                dilation, monkeypatch):
     # Five rows of the largest map at a time.
-    monkeypatch.setattr(op_module, 'SUMMED_AT_ONCE', 2 * 8 * 30 * 5)
+    monkeypatch.setattr(chunked_module, 'CPU_CHUNK', 2 * 8 * 30 * 5)
     tensors = tensors_of(batch, groups, per_group, height, width, kernel_size, stride)
     run = functools.partial(involution, stride=stride, dilation=dilation)
     compare(run, tensors, 'chunked', dtype)
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(op_module, 'SUMMED_AT_ONCE', 1)
+    monkeypatch.setattr(chunked_module, 'CPU_CHUNK', 1)
     for stride, dilation in ((1, 1), (2, 2)):
         leaves = [each.double().requires_grad_() for each in tensors_of(2, 2, 2, 4, 3, 3, stride)]
         assert torch.autograd.gradcheck(
@@ -142,7 +142,7 @@ print(run('chunked', 100, 168), run('reference', 100, 168))
     (dict(kernels=torch.zeros(1, 3, 3, 3, 5, 6)), 'groups dividing 4'),
     (dict(kernels=torch.zeros(1, 0, 3, 3, 5, 6)), 'groups dividing 4'),
     (dict(stride=2), r'\(1, groups, k, k, 3, 3\)'),
-    (dict(kernels=torch.zeros(1, 2, 4, 4, 5, 6)), 'takes odd kernels, got some of 4'),
+    (dict(kernels=torch.zeros(1, 2, 4, 4, 5, 6)), 'takes odd kernels, got one of 4'),
 ])
 def test_operator_refuses(change, message):
     given = dict(zip(('x', 'kernels'), tensors_of(1, 2, 2, 5, 6, 3)))
@@ -156,8 +156,8 @@ def test_operator_is_registered_rightly():
         x, kernels = tensors_of(2, 2, 2, 5, 4, 3, stride)
         grad = torch.randn(x[:, :, ::stride, ::stride].shape)
         for each in (x, x.contiguous(memory_format=torch.channels_last)):
-            opcheck(operators.involve_by_offset.default, (each, kernels, stride, 1))
-            opcheck(operators.involve_by_offset_backward.default, (grad, each, kernels, stride, 1))
+            opcheck(operators.involve_chunked.default, (each, kernels, stride, 1))
+            opcheck(operators.involve_chunked_backward.default, (grad, each, kernels, stride, 1))
 
 
 @pytest.mark.parametrize('stride', [1, 2])
