@@ -1,4 +1,4 @@
-"""Compile Triton's kernels without a GPU; run by test_kernels.py, outside of the interpreter."""
+"""Compile the Triton kernels without a GPU; run by test_kernels.py without the interpreter."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from acmix_mm.ops.sliding_attention import triton_kernels as sliding_attention
 
 
 def compile_all():
-    """Compile the kernels for two GPUs, dtypes and widths; print the shared memory of each."""
+    """Compile each kernel for two GPUs and several dtypes and widths; print its shared memory."""
     for capability in (80, 90):
         for dtype, head_dims in ((torch.bfloat16, 16), (torch.bfloat16, 128), (torch.float32, 64),
                                  (torch.float32, 128)):

@@ -1,6 +1,6 @@
-"""Triton's kernels against the reference: on a GPU, or in Triton's interpreter where there is none.
+"""The Triton kernels against the reference, on a GPU or else in Triton's interpreter.
 
-The interpreter cannot multiply bfloat16; on a GPU that is tested too.
+The interpreter cannot multiply bfloat16, which is tested on GPUs only.
 """
 
 import functools
@@ -58,8 +58,8 @@ def test_shift_conv(dtype, heads, head_dims, height, width, kernel_size, stride,
                       dtype)
 
 
-def test_maps_in_blocks_of_several_programs():
-    """More positions than one program takes, and than one sum of the kernels' gradient does."""
+def test_shift_conv_on_several_programs():
+    """More positions than one program has, and than one partial sum of the kernels' gradient."""
     compare_on_device(shift_conv, conv_tensors(1, 1, 32, 33, 34, 1, False, True), torch.float32)
 
 
@@ -68,7 +68,7 @@ def test_maps_in_blocks_of_several_programs():
     (dict(dtype=torch.float64), 'takes float32, bfloat16 or float16 on an NVIDIA GPU.*float64'),
     (dict(head_dims=300), 'heads of 512 bytes at most.*300 channels of torch.float32'),
 ])
-def test_refuses(change, message):
+def test_invalid_arguments(change, message):
     given = {**dict(head_dims=4, stride=1, dilation=1, dtype=torch.float32), **change}
     tensors = [tensor.to(DEVICE, given['dtype'])
                for tensor in sliding_tensors(1, 1, given['head_dims'], 3, 3)]
@@ -77,14 +77,14 @@ def test_refuses(change, message):
                                  backend='triton')
 
 
-def test_refuses_a_cpu_outside_of_the_interpreter(monkeypatch):
+def test_cpu_without_the_interpreter_is_an_error(monkeypatch):
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     with pytest.raises(ValueError, match=r"backend 'triton'.*got torch.float32 on cpu"):
         shift_conv(*conv_tensors(1, 1, 4, 3, 3, 3, False, True), backend='triton')
 
 
 def test_kernels_compile_for_gpus():
-    """They do so without one: for Ampere and Hopper, within the shared memory of the smallest."""
+    """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
     environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, 'tests/ops/compile_kernels.py'], cwd=ROOT,
                           env=environment, capture_output=True, text=True, check=False)

@@ -228,17 +228,14 @@ def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_st
                                      is_group, out_height, out_width, grad_stride_b, grad_stride_y,
                                      grad_stride_x, grad_stride_g)
         sum1 += inputs * load_inputs(place + grad_stride_c, image, out_row, out_column,
-                                     is_inside & has1, groups, is_group,
-                                     out_height, out_width, grad_stride_b, grad_stride_y,
-                                     grad_stride_x, grad_stride_g)
+                                     is_inside & has1, groups, is_group, out_height, out_width,
+                                     grad_stride_b, grad_stride_y, grad_stride_x, grad_stride_g)
         sum2 += inputs * load_inputs(place + 2 * grad_stride_c, image, out_row, out_column,
-                                     is_inside & has2, groups, is_group,
-                                     out_height, out_width, grad_stride_b, grad_stride_y,
-                                     grad_stride_x, grad_stride_g)
+                                     is_inside & has2, groups, is_group, out_height, out_width,
+                                     grad_stride_b, grad_stride_y, grad_stride_x, grad_stride_g)
         sum3 += inputs * load_inputs(place + 3 * grad_stride_c, image, out_row, out_column,
-                                     is_inside & has3, groups, is_group,
-                                     out_height, out_width, grad_stride_b, grad_stride_y,
-                                     grad_stride_x, grad_stride_g)
+                                     is_inside & has3, groups, is_group, out_height, out_width,
+                                     grad_stride_b, grad_stride_y, grad_stride_x, grad_stride_g)
 
     place = ((share * KERNEL_SIZE * KERNEL_SIZE + tap) * IN_CHANNELS + channel) * out_channels
     place = partial + (place + output) * num_groups + groups
