@@ -20,8 +20,9 @@ from torch.nn.functional import conv2d
 from torch.utils._pytree import tree_leaves
 
 import acmix_mm.layers.involution as layer_module
-from acmix_mm.analysis.flops import REST, count, total
+from acmix_mm.analysis.flops import count, total
 from acmix_mm.layers import Involution2d
+from acmix_mm.layers.base import REST
 from acmix_mm.ops import involution
 
 # The package has a function of the same name.
