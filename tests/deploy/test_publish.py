@@ -104,7 +104,7 @@ def test_unlike_tensors_come_back_as_they_were(tmp_path):
     (dict(state_dict={}), 'b', CheckpointError, "has no weights under 'state_dict'"),
     (dict(optimizer={}), 'b', CheckpointError, "has no weights under 'state_dict'"),
     ([1], 'b', CheckpointError, 'no weights|cannot be read'),
-    (dict(state_dict=dict(a=torch.zeros(1))), 'none/b', UsageError, 'none does not exist; make it'),
+    (dict(state_dict=dict(a=torch.zeros(1))), 'none/b', UsageError, 'none does not exist; create it'),
     ('bomb', 'b', CheckpointError, 'is refused and nothing of it was run'),
 ])
 def test_refusals_leave_nothing_behind(content, target, error, message, tmp_path):
