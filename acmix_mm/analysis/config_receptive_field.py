@@ -15,7 +15,7 @@ from acmix_mm.analysis.receptive_field import SHARE, Field, receptive_fields, sq
 from acmix_mm.backbones.token_mixers import with_mixer
 from acmix_mm.checkpoints.reading import explain_load_error, read_weights, weights_only
 from acmix_mm.engine.config import build_network
-from acmix_mm.engine.runner import checkpoint_sources, fill
+from acmix_mm.engine.runner import checkpoint_sources, load_all_weights
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 
@@ -66,7 +66,7 @@ def build_backbone(cfg: Config, checkpoint: Optional[str]) -> nn.Module:
     backbone = build_network(arguments)
     if checkpoint and not converts:
         # MMEngine would take whatever fits, were it nothing.
-        fill(backbone, read_weights(checkpoint).state_dict, checkpoint)
+        load_all_weights(backbone, read_weights(checkpoint).state_dict, checkpoint)
         return backbone
     try:
         with weights_only():

@@ -24,7 +24,7 @@ from acmix_mm.checkpoints.reading import (
     weights_only,
 )
 from acmix_mm.engine.config import build_model
-from acmix_mm.engine.runner import fill
+from acmix_mm.engine.runner import load_all_weights
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 
@@ -127,7 +127,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
         raise CheckpointError(f'The checkpoint {checkpoint} does not say the names of its classes '
                               '(meta.dataset_meta), as those of tools/train.py do.')
     model = build_model(cfg)
-    fill(model, found, checkpoint)
+    load_all_weights(model, found, checkpoint)
     # From these the functions for inference of MMDetection and MMSegmentation take the rest.
     model.cfg, model.dataset_meta = cfg, found['meta']['dataset_meta']
     return model.to('cuda:0' if torch.cuda.is_available() else 'cpu')

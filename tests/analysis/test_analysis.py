@@ -563,7 +563,7 @@ def test_visualize_refusals(detector, shapes, tmp_path):
             (cfg, (*given, [picture, picture], 'out'), 'Two pictures are called 00000'),
             (cfg, (str(tmp_path / 'no.pth'), [picture], 'out'), r'no\.pth does not exist'),
             (cfg, (str(tmp_path / 'bare.pth'), [picture], 'out'), 'names of its classes'),
-            (other, (*given, [picture], 'out'), 'is of another network')]:
+            (other, (*given, [picture], 'out'), "does not match the config's model")]:
         with pytest.raises(UsageError, match=message):
             visualize(config, *rest)
     small_model('configs/shapes/maskrcnn_acmix_swin.py', tmp_path / 'plain.pth',
@@ -619,7 +619,7 @@ def test_receptive_field_refusals(detector):
     plain = load_config(DETECTION, {'model.backbone.type': 'mmdet.SwinTransformer'})
     with pytest.raises(UsageError, match=r'mmdet\.SwinTransformer has no mixer to exchange'):
         variants(plain, ['attn'])
-    with pytest.raises(CheckpointError, match='is of another network'):
+    with pytest.raises(CheckpointError, match="does not match the config's model"):
         fields_of(plain, (64, 64), 1, str(checkpoint))
     with pytest.raises(CheckpointError, match='does not fit this ACmixSwinTransformer'):
         fields_of(load_config(DETECTION), (64, 64), 1, str(checkpoint))
