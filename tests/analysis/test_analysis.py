@@ -533,7 +533,7 @@ def test_the_point_is_found_in_every_stage():
     # Its centre is at 89, 21 of what the backbone saw.
     for stage, (row, column) in enumerate([(5, 22), (2, 11), (1, 5), (0, 2)]):
         layer = seen.layers[f'stage {stage}']
-        expected = attention_of_point(layer.module, layer.x, (row, column)).weights
+        expected = layer.module.attention_of_point(layer.x, row, column).weights
         head = drawn[f'attention_stage_{stage}'].axes[1].images[0]
         np.testing.assert_array_equal(head.get_array(), expected[0])
         # Positions are 4, 8, … pixels apart for the backbone, half of that in the picture.
