@@ -20,7 +20,7 @@ from acmix_mm.layers.base import (
 from acmix_mm.layers.point_attention import PointAttention, gather, neighbours, scatter
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
 from acmix_mm.ops import patch_aggregation, patch_features
-from acmix_mm.ops.patchwise_attention import reflection_pad
+from acmix_mm.ops.reflection import reflection_pad
 
 # Output channels that share an attention weight, in all published SANs.
 SHARE_CHANNELS = 8
