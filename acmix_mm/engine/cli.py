@@ -27,6 +27,13 @@ class KeyValue(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
+def positive_int(text: str) -> int:
+    """Parse a positive integer; an argparse ``type``."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected a positive integer, got {text!r}')
+    return int(text)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that change a config; MMDetection's, and two for own data."""
     parser.add_argument('--work-dir', metavar='DIR',
