@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from acmix_mm.backbones.position_tables import resize_grid
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
+from acmix_mm.checkpoints.loading import load_with_report, pretrained_init_cfg, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.layers import ReducedACmix
 

@@ -18,11 +18,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from acmix_mm.backbones.mixer import build_mixer, check_one_mixer, has_other_names
 from acmix_mm.checkpoints.convolution import RATES, replace_convolution
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg
+from acmix_mm.checkpoints.loading import load_with_report, pretrained_init_cfg
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
-
-# Blocks of the four stages, as in the authors' code.
-STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+from acmix_mm.checkpoints.resnet import STAGE_BLOCKS
 
 
 class ACmixBottleneck(nn.Module):

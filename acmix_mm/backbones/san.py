@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
+from acmix_mm.checkpoints.loading import load_with_report, pretrained_init_cfg, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
+from acmix_mm.checkpoints.san import STAGE_BLOCKS
 from acmix_mm.layers import PatchwiseACmix
 
-# Blocks of the five stages, and the side of attention's neighbourhood in them.
-STAGE_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
+# Side of attention's neighbourhood in each stage.
 STAGE_KERNELS = (3, 7, 7, 7, 7)
 # Channels of a stage over those of its first stage's.
 STAGE_EXPANSIONS = (1, 4, 8, 16, 32)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from acmix_mm.backbones.mixer import build_mixer, check_one_mixer, has_other_names
 from acmix_mm.backbones.position_tables import resize_grid
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
+from acmix_mm.checkpoints.loading import load_with_report, pretrained_init_cfg, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.layers import WindowACmix
 

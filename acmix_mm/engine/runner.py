@@ -14,6 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from acmix_mm.checkpoints.loading import summary
 from acmix_mm.checkpoints.reading import (
     HAS_ALLOW_LIST,
     LOAD_ERRORS,
@@ -21,7 +22,6 @@ from acmix_mm.checkpoints.reading import (
     explain_load_error,
     is_path,
     read_checkpoint,
-    summary,
     weights_only,
 )
 from acmix_mm.engine.config import check_data, explained_arguments

@@ -198,7 +198,7 @@ def test_unknown_timm_model(run_tool, tmp_path):
     ('empty', 'cannot be read'),
     ('text', 'cannot be read'),
     ('no weights', 'holds no weights'),
-    ('ResNet', 'is of none of the networks that are known here'),
+    ('ResNet', 'is of no known network'),
     ('wider', 'does not fit'),
     ('missing', 'does not exist'),
 ])
