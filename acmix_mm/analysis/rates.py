@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acmix_mm.checkpoints.host import HOSTS, stage_of_layer
 from acmix_mm.checkpoints.reading import read_model_weights
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
@@ -16,14 +17,6 @@ from acmix_mm.utils.errors import CheckpointError, UsageError
 PARTS = ('backbone', 'neck', 'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'decode_head',
          'auxiliary_head')
 CHECKPOINT_NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
-# What the names of the four hosts' layers look like.
-NETWORKS = {
-    'ACmix-Swin': re.compile(r'(stages|layers)\.\d+\.blocks\.\d+\.attn\b'),
-    'ACmix-PVT': re.compile(r'layers\.\d+\.1\.\d+\.attn\b'),
-    'ACmix-SAN': re.compile(r'layer\d+\.\d+\.sam\b'),
-    'ACmix-ResNet': re.compile(r'layer\d+\.\d+\.conv2\b'),
-}
-STAGE = re.compile(r'(?:backbone\.)?(stages\.|layers\.|layer)(\d+)\.')
 
 
 class Rates(NamedTuple):
@@ -44,9 +37,9 @@ class Rates(NamedTuple):
     @property
     def network(self) -> str:
         """Name of the network, for titles."""
-        found = [name for name, pattern in NETWORKS.items()
-                 if any(pattern.search(layer) for layer in self.layers)]
-        return found[0] if found else 'ACmix layers'
+        found = (f'ACmix-{host}' for host, checkpoints in HOSTS.items()
+                 if any(map(checkpoints.acmix_layer.search, self.layers)))
+        return next(found, 'ACmix layers')
 
     @property
     def log_ratio(self) -> np.ndarray:
@@ -88,18 +81,15 @@ def layer_order(layer: str) -> tuple:
 
 
 def stage_of(layer: str) -> str:
-    """Name the stage of a layer, 'stage 2' as in ``out_indices``, or the module that contains it.
+    """Name the stage of a backbone's layer, 'stage 2', or else the group that a layer is part of.
 
-    The four hosts' names are known, ``stages.2.…``, ``layers.2.…`` and ``layer2.…``, of which
-    ResNet's alone begin at one.
+    The group is the module in front of the last number: ``neck.fpn_convs`` for
+    ``neck.fpn_convs.0.conv``.
     """
-    found = STAGE.match(layer)
-    if found:
-        first = 1 if found[1] == 'layer' and not layer.endswith('.sam') else 0
-        return f'stage {int(found[2]) - first}'
     words = layer.split('.')
     numbers = [index for index, word in enumerate(words) if word.isdecimal()]
-    return '.'.join(words[:numbers[-1]] if numbers else words[:-1])
+    group = words[:numbers[-1]] if numbers else words[:-1]
+    return stage_of_layer(layer) or '.'.join(group)
 
 
 def read_rates(source: str) -> list[Rates]:
