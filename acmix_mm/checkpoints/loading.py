@@ -1,32 +1,12 @@
 """Loading weights into a model, with a report of what was loaded."""
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Optional
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from acmix_mm.utils.errors import CheckpointError
-
-
-def pretrained_init_cfg(init_cfg: Optional[dict], pretrained: Optional[str]) -> Optional[dict]:
-    """The one ``init_cfg`` of a backbone, which OpenMMLab's may also be given as ``pretrained``.
-
-    Raises:
-        ValueError: both are given, or ``init_cfg`` is about something else than a checkpoint.
-    """
-    if pretrained is not None:
-        if init_cfg is not None:
-            raise ValueError('init_cfg and pretrained are two ways to say one thing; give one.')
-        warnings.warn('pretrained is deprecated, use init_cfg=dict(type="Pretrained", '
-                      'checkpoint=...) instead', DeprecationWarning, stacklevel=3)
-        return dict(type='Pretrained', checkpoint=pretrained)
-    if init_cfg is not None and 'checkpoint' not in init_cfg:
-        raise ValueError('These backbones take init_cfg=dict(type="Pretrained", checkpoint=...) or '
-                         f'None, got {init_cfg}.')
-    return init_cfg
 
 
 def load_with_report(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str,
