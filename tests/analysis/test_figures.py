@@ -8,7 +8,6 @@ from acmix_mm.analysis import figures
 from acmix_mm.analysis.receptive_field import ReceptiveField
 from acmix_mm.utils.errors import UsageError
 
-
 IMAGE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
 
