@@ -140,6 +140,10 @@ def test_layer_that_is_called_twice_counts_twice():
     assert not layer._forward_pre_hooks
 
 
+EACH_NETWORK = pytest.mark.parametrize(
+    ('backbone', 'network'), NETWORKS, ids=[network.name for _, network in NETWORKS])
+
+
 # Millions of parameters, billions of multiply-adds, and of elementwise work beside them.
 COUNTED = {
     'ACmix-ResNet-26': (10.488, 2.217, 0.027), 'ACmix-ResNet-38': (14.411, 2.859, 0.036),
@@ -150,9 +154,9 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize('network', NETWORKS, ids=lambda network: network.name)
-def test_zoo(network):
-    (parameters, multiply_adds), elementwise = count_network(network)
+@EACH_NETWORK
+def test_paper_networks(backbone, network):
+    (parameters, multiply_adds), elementwise = count_network(backbone, network)
     pinned = COUNTED[network.name]
     assert parameters / 1e6 == pytest.approx(pinned[0], abs=0.0005)
     assert multiply_adds / 1e9 == pytest.approx(pinned[1], abs=0.0005)
@@ -322,11 +326,11 @@ def test_model_index_quotes_the_authors_and_nobody_else():
     assert quoted == {name: {'Top 1 Accuracy': accuracy} for name, accuracy in TOP1.items()}
 
 
-@pytest.mark.parametrize('network', NETWORKS, ids=lambda network: network.name)
-def test_model_index_has_the_counts_of_the_zoo(network):
+@EACH_NETWORK
+def test_model_index_has_the_counts_of_the_paper_networks(backbone, network):
     model, = (model for model in read_models()[0] if model['Config'] is None
               and model['Name'] == f'{network.name.lower()}_3rdparty_in1k')
-    counted = count_network(network).count
+    counted = count_network(backbone, network).count
     assert (model['Metadata']['Parameters'], model['Metadata']['FLOPs']) == counted
 
 
