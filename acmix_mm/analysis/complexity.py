@@ -6,8 +6,9 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from acmix_mm.analysis.flops import CLASSES, Count, count, total
+from acmix_mm.analysis.flops import Count, count, total
 from acmix_mm.engine.config import build_network, enter_scope
+from acmix_mm.layers.base import OPERATOR_CLASSES
 from acmix_mm.utils.errors import UsageError
 from acmix_mm.utils.markdown import table
 
@@ -39,7 +40,7 @@ def complexity_report(cfg: Config, size: Optional[tuple[int, int]] = None) -> st
     enter_scope(cfg)
     height, width = size or padded_image_size(cfg)
     model = build_to_count(cfg.model)
-    rows = [('part', *CLASSES, 'total')]
+    rows = [('part', *OPERATOR_CLASSES, 'total')]
     for name, part in (('backbone', model.backbone), ('model', model)):
         counts = count_on_shapes(part, (height, width))
         columns = [*counts.values(), total(counts)]

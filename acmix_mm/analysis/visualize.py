@@ -14,12 +14,12 @@ from mmengine.registry import VISUALIZERS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from acmix_mm.analysis.attention import attends, attention_of_point
 from acmix_mm.analysis.figures import draw_attention, draw_energies, draw_predictions, save
-from acmix_mm.analysis.paths import inputs_of, last_layers, map_size, path_energies, stride
+from acmix_mm.analysis.paths import inputs_of, last_layers, path_energies, stride
 from acmix_mm.checkpoints.reading import read_checkpoint
 from acmix_mm.engine.config import build_model
 from acmix_mm.engine.runner import fill
+from acmix_mm.layers.base import TwoPathLayer
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 # Detections below this score are not drawn: the default of MMDetection's visualizer.
@@ -169,7 +169,7 @@ class StageLayer(NamedTuple):
     """
 
     name: str
-    module: nn.Module
+    module: TwoPathLayer
     x: Tensor
     stride: int
 
@@ -195,7 +195,7 @@ class StageLayers:
         self.input_size = batch.shape[2:]
         self.layers = {
             stage: StageLayer(stages[stage], modules[stage], x,
-                              stride(self.input_size, map_size(modules[stage], x)))
+                              stride(self.input_size, modules[stage].map_size(x)))
             for stage, x in inputs.items()}
         self.scale = [resized / original for resized, original in zip(
             metainfo['img_shape'][1::-1], image.shape[1::-1])]
@@ -208,12 +208,12 @@ class StageLayers:
         """Draw the attention of one point in each stage whose layer has attention."""
         figures = {}
         for stage, layer in self.layers.items():
-            if not attends(layer.module):
+            if not layer.module.attends:
                 continue
-            size = map_size(layer.module, layer.x)
+            size = layer.module.map_size(layer.x)
             column, row = (min(int((place + 0.5) * scale / layer.stride), extent - 1)
                            for place, scale, extent in zip(point, self.scale, size[::-1]))
-            attention = attention_of_point(layer.module, layer.x, (row, column))
+            attention = layer.module.attention_of_point(layer.x, row, column)
             figures[f'attention_{stage.replace(" ", "_")}'] = draw_attention(
                 self.image, point, attention, self.spacing(layer.stride * attention.cell),
                 f'Attention of one point in {stage} ({layer.name})')

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from helpers import relative_error
 from helpers.analysis import CASES, randomised
 
-from acmix_mm.analysis.attention import attention_of_point
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 
 
@@ -47,7 +46,7 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
     size = shape[1:3] if channels_last else shape[2:]
     step = getattr(layer, 'stride', (1, 1))[0]
     for row, column in itertools.product(range(0, size[0], step), range(0, size[1], step)):
-        attention = attention_of_point(layer, x, (row, column))
+        attention = layer.attention_of_point(x, row, column)
         place = (row // step, column // step)
         expected = (out if channels_last else out.permute(0, 2, 3, 1))[0][place]
         assert relative_error(attended(layer, x, attention), expected) < 1e-4, (row, column)
@@ -73,4 +72,4 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
 
 def test_layer_without_attention_is_rejected():
     with pytest.raises(ValueError, match="mix='conv' does not attend"):
-        attention_of_point(ReducedACmix(8, 2, mix='conv'), torch.randn(1, 4, 4, 8), (0, 0))
+        ReducedACmix(8, 2, mix='conv').attention_of_point(torch.randn(1, 4, 4, 8), 0, 0)

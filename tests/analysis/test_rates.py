@@ -9,8 +9,8 @@ from helpers.tools import plain_message
 from mmengine.registry import MODELS
 
 from acmix_mm.analysis import figures
-from acmix_mm.analysis.paths import LAYERS
 from acmix_mm.analysis.rates import rates_of, read_rates, stage_of
+from acmix_mm.layers.base import TwoPathLayer
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 
@@ -19,7 +19,7 @@ def with_rates(backbone):
     model = MODELS.build(backbone).eval()
     order = []
     hooks = [module.register_forward_hook(lambda _, *rest, name=name: order.append(name))
-             for name, module in model.named_modules() if isinstance(module, LAYERS)]
+             for name, module in model.named_modules() if isinstance(module, TwoPathLayer)]
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
         for index, name in enumerate(order):

@@ -8,7 +8,6 @@ from helpers.analysis import BACKBONES, SMALL, small_model
 from helpers.tools import DETECTION, SEGMENTATION, Bomb
 from mmengine.registry import MODELS
 
-from acmix_mm.analysis.attention import attention_of_point
 from acmix_mm.analysis.paths import last_layers, path_energies
 from acmix_mm.analysis.visualize import StageLayers, visualize
 from acmix_mm.engine.config import load_config
@@ -68,7 +67,7 @@ def test_point_is_located_in_every_stage():
     # The centre of the pixel is at (89, 21) in the backbone's input.
     for stage, (row, column) in enumerate([(5, 22), (2, 11), (1, 5), (0, 2)]):
         layer = layers.layers[f'stage {stage}']
-        expected = attention_of_point(layer.module, layer.x, (row, column)).weights
+        expected = layer.module.attention_of_point(layer.x, row, column).weights
         head = drawn[f'attention_stage_{stage}'].axes[1].images[0]
         np.testing.assert_array_equal(head.get_array(), expected[0])
         # Positions are 4, 8, … pixels apart in the backbone's input, half of that in the image.
