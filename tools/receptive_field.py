@@ -25,7 +25,7 @@ from acmix_mm.analysis.receptive_field import (
     unique_names,
 )
 from acmix_mm.backbones.token_mixers import MIXERS
-from acmix_mm.engine.cli import KeyValue, positive_int, run_tool
+from acmix_mm.engine.cli import add_cfg_options, positive_int, run_tool
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 from acmix_mm.utils.errors import UsageError
@@ -47,8 +47,7 @@ def main() -> None:
                         help='number of random images to average over (default: 8)')
     parser.add_argument('--out', default='receptive_field.png', metavar='FILE',
                         help='output .png file (default: receptive_field.png)')
-    parser.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE',
-                        help='override settings of all configs, as in tools/train.py')
+    add_cfg_options(parser)
     args = parser.parse_args()
     check_mmcv()
     check_png(args.out)

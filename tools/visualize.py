@@ -11,7 +11,7 @@ Example: python tools/visualize.py configs/shapes/maskrcnn_acmix_swin.py work_di
 import argparse
 
 from acmix_mm.analysis.visualize import visualize
-from acmix_mm.engine.cli import KeyValue, run_tool
+from acmix_mm.engine.cli import add_cfg_options, run_tool
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 
@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument('--out-dir', required=True, metavar='DIR', help='output folder')
     parser.add_argument('--point', nargs=2, type=int, metavar=('X', 'Y'),
                         help='point whose attention is drawn, in pixels (default: the centre)')
-    parser.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE',
-                        help='override settings of the config')
+    add_cfg_options(parser)
     args = parser.parse_args()
     check_mmcv()
     cfg = load_config(args.config, args.cfg_options)

@@ -13,10 +13,11 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from acmix_mm.analysis.paths import stride
+from acmix_mm.backbones.base import ACmixBackbone
 from acmix_mm.backbones.token_mixers import with_mixer
 from acmix_mm.checkpoints.reading import explain_load_error, read_weights, weights_only
 from acmix_mm.engine.config import build_network
-from acmix_mm.engine.runner import checkpoint_sources, fill
+from acmix_mm.engine.runner import checkpoint_sources, load_all_weights
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 # Fraction of the gradient energy that the reported square contains.
@@ -154,20 +155,18 @@ def build_backbone(cfg: Config, checkpoint: Optional[str]) -> nn.Module:
         raise UsageError(f'The config {cfg.filename} has no model with a backbone.')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     torch.manual_seed(0)
-    arguments = dict(cfg.model.backbone)
-    converts = arguments['type'].startswith('ACmix')
-    if checkpoint and converts:
-        arguments['init_cfg'] = dict(type='Pretrained', checkpoint=checkpoint)
-    backbone = build_network(arguments)
-    if checkpoint and not converts:
+    backbone = build_network(cfg.model.backbone)
+    if checkpoint and not isinstance(backbone, ACmixBackbone):
         # MMEngine's init_cfg would accept a checkpoint in which nothing fits.
-        fill(backbone, read_weights(checkpoint).state_dict, checkpoint)
+        load_all_weights(backbone, read_weights(checkpoint).state_dict, checkpoint)
         return backbone
+    if checkpoint:
+        backbone.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
     try:
         with weights_only():
             backbone.init_weights()
     except OSError as error:
-        sources = ' or '.join(checkpoint_sources(arguments))
+        sources = ' or '.join(checkpoint_sources(cfg.model.backbone))
         raise CheckpointError(explain_load_error(sources, error)) from error
     return backbone
 

@@ -18,7 +18,7 @@ from acmix_mm.analysis.figures import draw_attention, draw_energies, draw_predic
 from acmix_mm.analysis.paths import inputs_of, last_layers, path_energies, stride
 from acmix_mm.checkpoints.reading import read_checkpoint
 from acmix_mm.engine.config import build_model
-from acmix_mm.engine.runner import fill
+from acmix_mm.engine.runner import load_all_weights
 from acmix_mm.layers.base import TwoPathLayer
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
@@ -120,7 +120,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
         raise CheckpointError(f'The checkpoint {checkpoint} has no class names '
                               '(meta.dataset_meta); use one written by tools/train.py.')
     model = build_model(cfg)
-    fill(model, found, checkpoint)
+    load_all_weights(model, found, checkpoint)
     # The inference functions of MMDetection and MMSegmentation read these attributes.
     model.cfg, model.dataset_meta = cfg, found['meta']['dataset_meta']
     return model.to('cuda:0' if torch.cuda.is_available() else 'cpu')

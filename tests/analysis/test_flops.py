@@ -278,8 +278,8 @@ def test_tool_refuses_bad_arguments(arguments, message, get_flops):
 
 @pytest.mark.parametrize(('shape', 'message'), [
     (['800'], 'expected 2 arguments'),
-    (['0', '8'], "expected a positive integer, got '0'"),
-    (['a', '8'], "expected a positive integer, got 'a'"),
+    (['0', '8'], "must be a positive integer, got '0'"),
+    (['a', '8'], "must be a positive integer, got 'a'"),
 ])
 def test_tool_refuses_bad_shapes(shape, message, get_flops, capsys):
     with pytest.raises(SystemExit):

@@ -105,7 +105,7 @@ def test_invalid_receptive_fields_are_rejected(detector):
     plain = load_config(DETECTION, {'model.backbone.type': 'mmdet.SwinTransformer'})
     with pytest.raises(UsageError, match=r'mmdet\.SwinTransformer has no mixer to exchange'):
         mixer_variants(plain, ['attn'])
-    with pytest.raises(CheckpointError, match='is of another network'):
+    with pytest.raises(CheckpointError, match="does not match the config's model"):
         config_receptive_fields(plain, (64, 64), 1, str(checkpoint))
     with pytest.raises(CheckpointError, match='does not fit this ACmixSwinTransformer'):
         config_receptive_fields(load_config(DETECTION), (64, 64), 1, str(checkpoint))

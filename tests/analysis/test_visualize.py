@@ -98,7 +98,7 @@ def test_visualize_rejects_invalid_input(detector, shapes, tmp_path):
             (cfg, (*given, [image, image], 'out'), 'Two images are called 00000'),
             (cfg, (str(tmp_path / 'no.pth'), [image], 'out'), r'no\.pth does not exist'),
             (cfg, (str(tmp_path / 'bare.pth'), [image], 'out'), 'has no class names'),
-            (other, (*given, [image], 'out'), 'is of another network')]:
+            (other, (*given, [image], 'out'), "does not match the config's model")]:
         with pytest.raises(UsageError, match=message):
             visualize(config, *rest)
     small_model('configs/shapes/maskrcnn_acmix_swin.py', tmp_path / 'plain.pth',

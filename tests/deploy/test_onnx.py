@@ -228,7 +228,7 @@ def test_a_file_that_differs_is_not_kept(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(('config', 'given', 'message'), [
     ('shapes/upernet_acmix_swin', {}, 'begin at 225×225, and the shape is 192×192'),
-    ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; make it'),
+    ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; create it'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='none.pth'), 'none.pth does not exist'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'), 'is of another network'),
     ('shapes/upernet_acmix_swin', dict(options={'model.test_cfg.mode': 'slide'}), 'mode=whole'),
