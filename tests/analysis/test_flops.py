@@ -208,7 +208,7 @@ def test_tool_counts_a_detector(run_tool):
 def test_tool_counts_a_segmentor(get_flops):
     report = get_flops('configs/upernet_acmix_r50.py')
     assert 'one image of 512×512' in report
-    assert 'without auxiliary heads' in report
+    assert 'without auxiliary training heads' in report
     assert row(report, 'model, multiply-adds')[-1] > row(report, 'backbone, multiply-adds')[-1]
 
 
