@@ -21,7 +21,9 @@ from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 # The paper's networks by name, as in "swin-t".
-ARCHS = {network.name.removeprefix('ACmix-').lower(): network.backbone for network in NETWORKS}
+ARCHS = {network.name.removeprefix('ACmix-').lower(): dict(type=backbone.__name__,
+                                                           **network.arguments)
+         for backbone, network in NETWORKS}
 # What turns a backbone into its plain host.
 PLAIN = {'Swin': dict(mix='attn'), 'PVT': dict(mix='attn'), 'SAN': dict(mix='attn'),
          'ResNet': dict(acmix_stages=())}
