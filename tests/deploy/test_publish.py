@@ -105,7 +105,7 @@ def test_unlike_tensors_come_back_as_they_were(tmp_path):
     (dict(optimizer={}), 'b', CheckpointError, "has no weights under 'state_dict'"),
     ([1], 'b', CheckpointError, 'no weights|cannot be read'),
     (dict(state_dict=dict(a=torch.zeros(1))), 'none/b', UsageError, 'none does not exist; make it'),
-    ('bomb', 'b', CheckpointError, 'is refused and nothing of it was run'),
+    ('bomb', 'b', CheckpointError, 'is refused and nothing in it was run'),
 ])
 def test_refusals_leave_nothing_behind(content, target, error, message, tmp_path):
     if content == 'bomb':
