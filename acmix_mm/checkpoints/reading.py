@@ -26,8 +26,7 @@ WEIGHT_ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 WRAPPERS = re.compile(r'^((module|_orig_mod)\.)+')
 # Older versions of torch have no allow list for classes and refuse those of MMEngine's checkpoints.
 HAS_ALLOW_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
-# Names that timm takes: one of its models, or a model on a hub.
-TIMM_SCHEME = 'timm://'
+# Addresses without '://'.
 HUB_SCHEMES = ('hf-hub:', 'hf_hub:')
 
 
@@ -63,8 +62,6 @@ def read_checkpoint(source: str) -> Mapping:
         CheckpointError: the checkpoint is missing, cannot be downloaded, is damaged, or holds code.
     """
     try:
-        if source.startswith((TIMM_SCHEME, *HUB_SCHEMES)):
-            return read_from_timm(source.removeprefix(TIMM_SCHEME))
         if source.endswith('.safetensors'):
             return read_safetensors(source)
         allow_mmengine_checkpoints()
@@ -77,27 +74,6 @@ def read_checkpoint(source: str) -> Mapping:
 def is_path(source: str) -> bool:
     """Whether the source of a checkpoint is a local path rather than an address to download."""
     return '://' not in source and not source.startswith(HUB_SCHEMES)
-
-
-def read_from_timm(name: str) -> Mapping[str, Tensor]:
-    """Let timm build a model, download its weights if it has to, and load them."""
-    try:
-        import timm
-
-        # A hub may hold ACmix models, which timm knows from there.
-        import acmix_mm.timm  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(f'The weights of {name} come through timm, which cannot be imported '
-                              f'({error}); pip install timm.') from error
-    try:
-        with weights_only():
-            return timm.create_model(name, pretrained=True).state_dict()
-    except OSError as error:
-        # Whatever went wrong on the way to the hub, a missing file in its cache included.
-        raise ConnectionError(str(error).split('\n')[0]) from error
-    except RuntimeError as error:
-        raise CheckpointError(f'timm has no weights of the name {name} ({error}); '
-                              'timm.list_pretrained() lists those that it has.') from error
 
 
 def read_safetensors(path: str) -> Mapping[str, Tensor]:

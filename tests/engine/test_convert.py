@@ -202,8 +202,8 @@ def test_missing_files_are_reported_before_training(source, expected):
 def test_unknown_timm_model(run_tool, tmp_path):
     done = run_tool(TOOL, 'timm://resnet999', tmp_path / 'acmix.pth')
     assert done.returncode == 1
-    assert done.stderr == ('error: timm has no weights of the name resnet999 (Unknown model '
-                           '(resnet999)); timm.list_pretrained() lists those that it has.\n')
+    assert done.stderr == ('error: timm has no weights named resnet999 (Unknown model '
+                           '(resnet999)); timm.list_pretrained() lists all that it has.\n')
 
 
 @pytest.mark.parametrize(('kind', 'message'), [
