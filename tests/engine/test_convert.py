@@ -251,7 +251,7 @@ def test_invalid_destinations(tmp_path):
     torch.save(mmdet_swin.SwinTransformer(**SWIN).state_dict(), tmp_path / 'swin.pth')
     with pytest.raises(UsageError, match=r'written as \.pth or \.safetensors; .*acmix\.bin'):
         convert(str(tmp_path / 'swin.pth'), str(tmp_path / 'acmix.bin'))
-    with pytest.raises(UsageError, match='absent does not exist; make it'):
+    with pytest.raises(UsageError, match='absent does not exist; create it'):
         convert(str(tmp_path / 'swin.pth'), str(tmp_path / 'absent' / 'acmix.pth'))
     (tmp_path / 'acmix.pth').mkdir()
     with pytest.raises(UsageError, match='cannot be written'):

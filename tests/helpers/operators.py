@@ -1,5 +1,6 @@
 """Inputs of the operators, and comparisons of a backend with the reference."""
 
+import itertools
 
 import torch
 from helpers import relative_error
@@ -14,13 +15,13 @@ HALF = (torch.bfloat16, torch.float16)
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-def compare(run, tensors, form, dtype):
+def compare(run, tensors, backend, dtype):
     """Hold ``form`` in ``dtype`` against the reference in float64: output and every gradient."""
     results = {}
-    for name, precision in (('reference', torch.float64), (form, dtype)):
+    for name, precision in (('reference', torch.float64), (backend, dtype)):
         leaves = [None if tensor is None else tensor.to(dtype).to(precision).requires_grad_()
                   for tensor in tensors]
-        out = run(*leaves, form=name)
+        out = run(*leaves, backend=name)
         assert out.dtype == precision
         generator = torch.Generator().manual_seed(1)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
@@ -28,7 +29,7 @@ def compare(run, tensors, form, dtype):
         results[name] = [out, *(leaf.grad for leaf in leaves if leaf is not None)]
     # Some gradients are zero by algebra: rounding is then measured by the others.
     floor = 0.1 * max(expected.abs().max() for expected in results['reference'])
-    for expected, actual in zip(results['reference'], results[form]):
+    for expected, actual in zip(results['reference'], results[backend]):
         assert actual.shape == expected.shape
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCE[dtype] * max(expected.abs().max(), floor)
@@ -63,11 +64,32 @@ def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
 
 
 def slide(kernel_size, stride=1, dilation=1):
-    def run(qkv, positions, form):
+    def run(qkv, positions, backend):
         return sliding_window_attention(qkv, positions, kernel_size, stride=stride,
-                                        dilation=dilation, form=form)
+                                        dilation=dilation, backend=backend)
     return run
 
+
+def involution_tensors(batch, groups, per_group, height, width, kernel_size, stride=1):
+    size = [-(-extent // stride) for extent in (height, width)]
+    return [torch.randn(batch, groups * per_group, height, width),
+            torch.randn(batch, groups, kernel_size, kernel_size, *size)]
+
+
+def involution_loop(x, kernels, stride, dilation):
+    """Equation 4 of the paper, as loops over positions, channels and neighbours."""
+    batch, channels, height, width = x.shape
+    groups, kernel_size, out_height, out_width = kernels.shape[1], *kernels.shape[3:]
+    out = torch.zeros(batch, channels, out_height, out_width, dtype=x.dtype)
+    for image, channel, row, column in itertools.product(*map(range, out.shape)):
+        group = channel // (channels // groups)
+        for u, v in itertools.product(range(kernel_size), repeat=2):
+            down = stride * row + dilation * (u - kernel_size // 2)
+            across = stride * column + dilation * (v - kernel_size // 2)
+            if 0 <= down < height and 0 <= across < width:
+                out[image, channel, row, column] += (
+                    kernels[image, group, u, v, row, column] * x[image, channel, down, across])
+    return out
 
 
 def results(run, module, x):
