@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import acmix_mm.timm  # noqa: F401
 from acmix_mm.analysis.flops import count, total
 from acmix_mm.analysis.published import NETWORKS, count_network
-from acmix_mm.layers.base import Shifts
+from acmix_mm.layers.shift_path import Shifts
 
 SWIN = 'acmix_swin_tiny_patch4_window7_224'
 # In the order of the zoo.

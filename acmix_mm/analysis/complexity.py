@@ -7,8 +7,9 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from acmix_mm.analysis.flops import CLASSES, Count, count, total
+from acmix_mm.analysis.flops import Count, count, total
 from acmix_mm.engine.config import build_network, enter_scope
+from acmix_mm.layers.base import OPERATOR_CLASSES
 from acmix_mm.utils.errors import UsageError
 
 # What a picture of COCO's usual scale is padded to.
@@ -133,7 +134,8 @@ def stages(module: Any) -> list[nn.Module]:
 
 def table(parts: dict[str, dict[str, Count]]) -> str:
     """The counts of each part as a Markdown table."""
-    lines = [f'| | {" | ".join(CLASSES)} | total |', '|---' * (len(CLASSES) + 2) + '|']
+    lines = [f'| | {" | ".join(OPERATOR_CLASSES)} | total |',
+             '|---' * (len(OPERATOR_CLASSES) + 2) + '|']
     for name, counts in parts.items():
         columns = [*counts.values(), total(counts)]
         lines.append(f'| {name}, parameters | ' + ' | '.join(

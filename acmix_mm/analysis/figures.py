@@ -17,9 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from acmix_mm.analysis.attention import PointAttention
 from acmix_mm.analysis.rates import Rates, stage_of
 from acmix_mm.analysis.receptive_field import SHARE, Field
+from acmix_mm.layers.base import PointAttention
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from acmix_mm.analysis.flops import Count, count, total
 from acmix_mm.backbones.resnet import ACmixBottleneck
 from acmix_mm.backbones.san import ACmixSANBlock
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix
+from acmix_mm.layers.base import OperatorLayer
 
 NUM_CLASSES = 1000
 IMAGE_SIZE = 224
@@ -127,14 +127,8 @@ def elementwise_work(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor)
         return inputs[0].numel()
     if isinstance(module, (ACmixBottleneck, ACmixSANBlock)):
         return out.numel()
-    if isinstance(module, ACmixConv2d):
-        return 3 * module.out_channels * inputs[0][:, 0].numel()
-    if isinstance(module, PatchwiseACmix):
-        normed = sum(each.num_features for each in module.conv_w
-                     if isinstance(each, nn.BatchNorm2d))
-        biases = sum(each.bias.numel() for each in module.modules()
-                     if isinstance(each, nn.Conv2d) and each.bias is not None)
-        return out[:, 0].numel() * (3 * normed + biases)
+    if isinstance(module, OperatorLayer):
+        return module.elementwise_operations(inputs[0], out)
     return 0
 
 

@@ -14,9 +14,8 @@ from mmengine.registry import VISUALIZERS
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from acmix_mm.analysis.attention import attends, attention_of_point
 from acmix_mm.analysis.figures import draw_attention, draw_energies, draw_predictions, save
-from acmix_mm.analysis.paths import inputs_of, last_layers, map_size, path_energies, stride
+from acmix_mm.analysis.paths import inputs_of, last_layers, path_energies, stride
 from acmix_mm.checkpoints.reading import (
     HAS_ALLOW_LIST,
     LOAD_ERRORS,
@@ -194,7 +193,7 @@ class Seen:
         # A mixing layer behind the last output is not run.
         self.layers = {
             stage: Layer(stages[stage], modules[stage], x,
-                         stride(batch.shape[2:], map_size(modules[stage], x)))
+                         stride(batch.shape[2:], modules[stage].map_size(x)))
             for stage, x in inputs.items()}
         self.scale = [given / own for given, own in zip(metainfo['img_shape'][1::-1],
                                                         picture.shape[1::-1])]
@@ -207,12 +206,12 @@ class Seen:
         """A figure for each stage whose layer attends."""
         figures = {}
         for stage, layer in self.layers.items():
-            if not attends(layer.module):
+            if not layer.module.attends:
                 continue
-            size = map_size(layer.module, layer.x)
+            size = layer.module.map_size(layer.x)
             column, row = (min(int((place + 0.5) * scale / layer.stride), extent - 1)
                            for place, scale, extent in zip(point, self.scale, size[::-1]))
-            attention = attention_of_point(layer.module, layer.x, (row, column))
+            attention = layer.module.attention_of_point(layer.x, row, column)
             figures[f'attention_{stage.replace(" ", "_")}'] = draw_attention(
                 self.picture, point, attention, self.spacing(layer.stride * attention.cell),
                 f'Attention of one point in {stage} ({layer.name})')

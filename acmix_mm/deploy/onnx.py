@@ -23,7 +23,7 @@ from acmix_mm.checkpoints.reading import read_checkpoint
 from acmix_mm.engine.cli import file_to_write
 from acmix_mm.engine.config import build_model
 from acmix_mm.engine.runner import load_all_weights
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers.base import OperatorLayer
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
 
@@ -153,28 +153,20 @@ def smallest_side(network: nn.Module) -> int:
     Every map must be at least as large as ``min_dynamic_size`` of the layer that reads it, and no
     output may have a height or width of 1.
     """
-    def needed(layer: nn.Module) -> int:
-        if isinstance(layer, WindowACmix):
-            return layer.window_size + 1
-        return 2 * layer.sr_ratio if isinstance(layer, ReducedACmix) else 2
+    large_enough: list[bool] = []
 
-    suffices = True
-
-    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal suffices
-        axes = (1, 2) if isinstance(layer, (WindowACmix, ReducedACmix)) else (2, 3)
-        suffices &= min(inputs[0].shape[axis] for axis in axes) >= needed(layer)
+    def measure(layer: OperatorLayer, inputs: tuple[Tensor, ...]) -> None:
+        large_enough.append(min(layer.map_size(inputs[0])) >= layer.min_dynamic_size)
 
     on_shapes = deepcopy(network).to('meta')
     for layer in on_shapes.modules():
-        if isinstance(layer, (ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix)):
+        if isinstance(layer, OperatorLayer):
             layer.register_forward_pre_hook(measure)
 
     def is_enough(side: int) -> bool:
-        nonlocal suffices
-        suffices = True
+        large_enough.clear()
         outs = on_shapes(torch.empty(1, 3, side, side, device='meta'))
-        return suffices and all(min(out.shape[2:]) >= 2 for out in outs)
+        return all(large_enough) and all(min(out.shape[2:]) >= 2 for out in outs)
 
     low, high = 1, 2
     with torch.no_grad():

@@ -20,14 +20,14 @@ from torch import nn
 
 import acmix_mm  # noqa: F401
 from acmix_mm.analysis import figures
-from acmix_mm.analysis.attention import attention_of_point
 from acmix_mm.analysis.config_receptive_field import fields_of, label, short_names, variants
-from acmix_mm.analysis.paths import LAYERS, inputs_of, last_layers, path_energies, stride
+from acmix_mm.analysis.paths import inputs_of, last_layers, path_energies, stride
 from acmix_mm.analysis.rates import rates_of, read_rates, stage_of
 from acmix_mm.analysis.receptive_field import Field, receptive_fields, square
 from acmix_mm.analysis.visualize import Seen, visualize
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers.base import TwoPathLayer
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 DETECTION = 'configs/shapes/maskrcnn_acmix_swin.py'
@@ -47,7 +47,7 @@ def with_rates(backbone):
     model = MODELS.build(backbone).eval()
     order = []
     hooks = [module.register_forward_hook(lambda _, *rest, name=name: order.append(name))
-             for name, module in model.named_modules() if isinstance(module, LAYERS)]
+             for name, module in model.named_modules() if isinstance(module, TwoPathLayer)]
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
         for index, name in enumerate(order):
@@ -269,7 +269,7 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
     size = shape[1:3] if channels_last else shape[2:]
     step = getattr(layer, 'stride', (1, 1))[0]
     for row, column in itertools.product(range(0, size[0], step), range(0, size[1], step)):
-        attention = attention_of_point(layer, x, (row, column))
+        attention = layer.attention_of_point(x, row, column)
         place = (row // step, column // step)
         expected = (out if channels_last else out.permute(0, 2, 3, 1))[0][place]
         assert relative_error(attended(layer, x, attention), expected) < 1e-4, (row, column)
@@ -295,7 +295,7 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
 
 def test_attention_of_a_layer_that_does_not_attend_is_refused():
     with pytest.raises(ValueError, match="mix='conv' does not attend"):
-        attention_of_point(ReducedACmix(8, 2, mix='conv'), torch.randn(1, 4, 4, 8), (0, 0))
+        ReducedACmix(8, 2, mix='conv').attention_of_point(torch.randn(1, 4, 4, 8), 0, 0)
 
 
 @pytest.mark.parametrize('case', CASES)
@@ -533,7 +533,7 @@ def test_the_point_is_found_in_every_stage():
     # Its centre is at 89, 21 of what the backbone saw.
     for stage, (row, column) in enumerate([(5, 22), (2, 11), (1, 5), (0, 2)]):
         layer = seen.layers[f'stage {stage}']
-        expected = attention_of_point(layer.module, layer.x, (row, column)).weights
+        expected = layer.module.attention_of_point(layer.x, row, column).weights
         head = drawn[f'attention_stage_{stage}'].axes[1].images[0]
         np.testing.assert_array_equal(head.get_array(), expected[0])
         # Positions are 4, 8, … pixels apart for the backbone, half of that in the picture.

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import acmix_mm.layers.base as conv_path
 from acmix_mm.backbones import ACmixPyramidVisionTransformer
 from acmix_mm.layers import ReducedACmix
-from acmix_mm.layers.reduced_acmix import spread
+from acmix_mm.layers.reduced_acmix import repeat_cells
 from acmix_mm.ops import shift_conv
 from acmix_mm.utils.errors import CheckpointError
 
@@ -102,7 +102,7 @@ def test_position_takes_the_keys_and_values_of_its_cell():
     rows = torch.tensor([0, 0, 0, 1, 1, 1, 1])  # the seventh belongs to no whole cell
     columns = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
     expected = (3. * rows[:, None] + columns)[None, ..., None]
-    assert torch.equal(spread(reduced, (7, 9), 3), expected)
+    assert torch.equal(repeat_cells(reduced, (7, 9), 3), expected)
 
 
 @pytest.mark.parametrize('sr_ratio', [1, 2, 4])
@@ -118,10 +118,10 @@ def test_layer_follows_its_equation(sr_ratio, size):
     heads = [each.flatten(1, 2).unflatten(2, (3, 4)).transpose(1, 2) for each in (q, k, v)]
     weights = (heads[0] @ heads[1].transpose(2, 3) / 2).softmax(3)
     attention = layer.attn.out_proj((weights @ heads[2]).transpose(1, 2).reshape(x.shape))
-    full = [q, spread(k, size, sr_ratio), spread(v, size, sr_ratio)]
+    full = [q, repeat_cells(k, size, sr_ratio), repeat_cells(v, size, sr_ratio)]
     maps = torch.cat([each.unflatten(3, (3, 4)) for each in full], 3).permute(0, 3, 4, 1, 2)
     convolution = shift_conv(maps, layer.fc.matrix, layer.dep_conv.weight, layer.fc.bias,
-                             form='reference').permute(0, 2, 3, 1)
+                             backend='reference').permute(0, 2, 3, 1)
     expected = layer.rate1 * attention + layer.rate2 * convolution
     torch.testing.assert_close(layer(x), expected)
 
@@ -159,11 +159,11 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(('mix', 'num_layers', 'form', 'parameters', 'multiply_adds'), COUNTS)
-def test_counts_with_a_head_of_1000_classes(mix, num_layers, form, parameters, multiply_adds,
+@pytest.mark.parametrize(('mix', 'num_layers', 'backend', 'parameters', 'multiply_adds'), COUNTS)
+def test_counts_with_a_head_of_1000_classes(mix, num_layers, backend, parameters, multiply_adds,
                                             monkeypatch):
     """At 224×224, the convolution path as it runs and in the paper's two steps."""
-    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(shift_conv, form=form))
+    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(shift_conv, backend=backend))
     with torch.device('meta'):
         model = ACmixPyramidVisionTransformer(num_layers=num_layers, mix=mix)
         image = torch.empty(1, 3, 224, 224)

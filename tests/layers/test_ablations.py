@@ -12,7 +12,8 @@ from acmix_mm.backbones import (
     ACmixSwinTransformer,
 )
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
-from acmix_mm.layers.base import COMBINATIONS, SHIFTS
+from acmix_mm.layers.base import COMBINATIONS
+from acmix_mm.layers.shift_path import SHIFTS
 from acmix_mm.ops import shift_conv, shift_sum
 
 LAYERS = {
@@ -117,7 +118,7 @@ def test_moved_maps_are_convolved_ones(size, stride, dilation):
                              padding=dilation, dilation=dilation)
         torch.testing.assert_close(moved, convolved)
         torch.testing.assert_close(moved, shift_conv(maps, matrix, shifts, each, stride=stride,
-                                                     dilation=dilation, form='reference'))
+                                                     dilation=dilation, backend='reference'))
 
 
 @pytest.mark.parametrize('host', BACKBONES)
