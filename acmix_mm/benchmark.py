@@ -71,52 +71,41 @@ class Result(NamedTuple):
     of_copy: Optional[float] = None
 
 
-class InForms(nn.Module):
-    """A layer whose operators run in the named forms, in place of those that they choose."""
+class OnBackend(nn.Module):
+    """A layer whose operators run on the named backend, if they have it."""
 
-    def __init__(self, layer: nn.Module, **forms: str) -> None:
+    def __init__(self, layer: nn.Module, backend: Optional[str]) -> None:
         super().__init__()
-        self.layer = layer
-        # The modules that the layer's class and its bases are written in, where they look them up.
-        modules = [vars(sys.modules[base.__module__]) for base in type(layer).__mro__]
-        self.operators = [(names, name, functools.partial(names[name], form=form))
-                          for name, form in forms.items()
-                          for names in modules if name in names]
+        self.layer, self.backend = layer, backend
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = [(names, name, names[name]) for names, name, _ in self.operators]
-        try:
-            for names, name, operator in self.operators:
-                names[name] = operator
+        from acmix_mm.ops import use_backend
+        with use_backend(self.backend):
             return self.layer(x)
-        finally:
-            for names, name, operator in chosen:
-                names[name] = operator
 
 
-def sliding_attention(form: Optional[str]) -> Callable[[Tensor, Tensor], Tensor]:
+def sliding_attention(backend: Optional[str]) -> Callable[[Tensor, Tensor], Tensor]:
     from acmix_mm.ops import sliding_window_attention
-    return functools.partial(sliding_window_attention, kernel_size=7, form=form)
+    return functools.partial(sliding_window_attention, kernel_size=7, backend=backend)
 
 
-def shift_conv(form: Optional[str]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def shift_conv(backend: Optional[str]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from acmix_mm.ops import shift_conv as operator
 
     def run(qkv: Tensor, fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
         maps = qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)
-        return operator(maps, fc_weight, shift_weight, form=form)
+        return operator(maps, fc_weight, shift_weight, backend=backend)
     return run
 
 
-def window_attention(form: Optional[str]) -> Callable[[Tensor, Tensor], Tensor]:
+def window_attention(backend: Optional[str]) -> Callable[[Tensor, Tensor], Tensor]:
     from acmix_mm.ops import window_attention as operator
-    return functools.partial(operator, window_size=(7, 7), shift_size=3, form=form)
+    return functools.partial(operator, window_size=(7, 7), shift_size=3, backend=backend)
 
 
-def acmix_conv(form: Optional[str]) -> nn.Module:
+def acmix_conv(backend: Optional[str]) -> nn.Module:
     from acmix_mm.layers import ACmixConv2d
-    layer = ACmixConv2d(64, 64)
-    return layer if form is None else InForms(layer, shift_conv=form, sliding_window_attention=form)
+    return OnBackend(ACmixConv2d(64, 64), backend)
 
 
 def window_acmix(mix: str) -> nn.Module:

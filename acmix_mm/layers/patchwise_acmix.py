@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from acmix_mm.layers.base import FullyConnected, Shifts, TwoPaths, scaled
 from acmix_mm.ops import patch_aggregation, patch_features
-from acmix_mm.ops.patchwise_attention import reflection_pad
+from acmix_mm.ops.reflection import reflection_pad
 
 # Output channels that share one attention weight, in all published SANs.
 SHARE_CHANNELS = 8

@@ -1,8 +1,10 @@
-"""Operators as functions on tensors, each beside a reference that follows the paper.
+"""The operators of ACmix, and involution as a baseline, as functions on tensors.
 
-Those of ACmix, and involution, which it is compared with. They need torch alone.
+Every operator has a reference implementation of the paper's equations and faster backends, chosen
+automatically or by name; see :mod:`acmix_mm.ops.backend`. The package needs torch alone.
 """
 
+from acmix_mm.ops.backend import available_backends, read_environment, use_backend
 from acmix_mm.ops.involution import involution
 from acmix_mm.ops.patchwise_attention import patch_aggregation, patch_features
 from acmix_mm.ops.projection import project
@@ -10,5 +12,8 @@ from acmix_mm.ops.shift_conv import shift_conv, shift_sum
 from acmix_mm.ops.sliding_attention import sliding_window_attention
 from acmix_mm.ops.window_attention import window_attention
 
-__all__ = ['involution', 'patch_aggregation', 'patch_features', 'project', 'shift_conv',
-           'shift_sum', 'sliding_window_attention', 'window_attention']
+__all__ = ['available_backends', 'involution', 'patch_aggregation', 'patch_features', 'project',
+           'shift_conv', 'shift_sum', 'sliding_window_attention', 'use_backend',
+           'window_attention']
+
+read_environment()

@@ -1,68 +1,216 @@
-"""Naming and choosing the forms of an operator."""
+"""The backends of the operators: registration, selection and availability.
 
+An operator runs on the first of these that applies:
+
+1. the backend named by its ``backend`` argument;
+2. the backend of the innermost enclosing :func:`use_backend`, of those that the operator has;
+3. the backend named by the environment variable ``ACMIX_BACKEND``, if the operator has it. The
+   variable is read when ``acmix_mm.ops`` is imported;
+4. its automatic choice, by device, dtype and shapes.
+
+Each choice is logged once per operator, backend and device type, at debug level, by the logger
+``acmix_mm``.
+"""
+
+import logging
 import os
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-# Torch has these from 2.7 and 2.3 on; before, an export takes what torch.compile does.
-torch_exports = getattr(torch.compiler, 'is_exporting', lambda: False)
-dynamo_traces = getattr(torch.compiler, 'is_dynamo_compiling', lambda: True)
+# Torch has these since 2.7, 2.3 and 2.3. Before, an export runs what torch.compile does, and
+# choices are not logged.
+_torch_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+_is_dynamo_compiling = getattr(torch.compiler, 'is_dynamo_compiling', lambda: True)
+_is_compiling = getattr(torch.compiler, 'is_compiling', lambda: True)
+
+ENVIRONMENT_VARIABLE = 'ACMIX_BACKEND'
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def named_form(operator: str, forms: Mapping[str, Callable], form: Optional[str],
-               default: str, exported: str) -> Callable:
-    """Return the form of ``operator`` called ``form``.
+class Backend(NamedTuple):
+    """One implementation of an operator.
 
-    Where it is None that is ``default``, or in an export ``exported``: a form that is written in
-    torch's own operations and in sizes that stay open, so that other runtimes can take it.
+    Args:
+        name: its name, unique within the operator.
+        run: the implementation; takes checked arguments.
+        unavailable: returns why this machine cannot run it, or None if it can.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    unavailable: Callable[[], Optional[str]] = lambda: None
+
+
+_operators: dict[str, dict[str, Backend]] = {}
+# The names given to use_backend, innermost first, then that of the environment variable.
+_preferred: tuple[str, ...] = ()
+
+
+def register_backends(operator: str, *backends: Backend) -> None:
+    """Register the backends of an operator."""
+    _operators[operator] = {backend.name: backend for backend in backends}
+
+
+def select_backend(operator: str, backend: Optional[str], device: torch.device, *,
+                   automatic: str, exporting: str) -> Callable[..., Tensor]:
+    """Return the implementation of an operator to run.
+
+    Args:
+        operator: name of the public function.
+        backend: its ``backend`` argument.
+        device: of its inputs; for the log.
+        automatic: the choice if nothing else names one.
+        exporting: that choice in an export: a backend written in torch's own operations, without
+            conditions on sizes, so that other runtimes can run it at any size.
 
     Raises:
-        ValueError: ``form`` is not one of ``forms``.
+        ValueError: the operator has no backend of that name.
     """
-    if form is None:
-        form = exported if is_exporting() else default
-    if form not in forms:
-        raise ValueError(f'{operator} has no form {form!r}; it has {", ".join(sorted(forms))}.')
-    return forms[form]
+    backends = _operators[operator]
+    if backend is None:
+        backend = exporting if is_exporting() else automatic
+        for name in _preferred:
+            if name in backends:
+                backend = name
+                break
+    if backend not in backends:
+        raise ValueError(f'{operator} has no backend {backend!r}; it has '
+                         f'{", ".join(sorted(backends))}.')
+    if not _is_compiling():
+        _log_once(operator, backend, device.type)
+    return backends[backend].run
+
+
+@contextmanager
+def use_backend(name: Optional[str]) -> Iterator[None]:
+    """Run operators on the named backend, if they have it and their call names no other.
+
+    Operators without that backend choose as they would outside the context, so nested contexts
+    combine. The setting belongs to the process, not to a thread: it also applies to operators that
+    other threads run meanwhile.
+
+    Args:
+        name: a backend of at least one operator; see :func:`available_backends`. None restores the
+            automatic choice, regardless of enclosing contexts and ``ACMIX_BACKEND``.
+
+    Raises:
+        ValueError: no operator has a backend of that name. An operator raises ValueError if it has
+            the backend but cannot run it on its inputs.
+    """
+    global _preferred
+    outside = _preferred
+    if name is None:
+        _preferred = ()
+    else:
+        _check_name(name, 'use_backend')
+        _preferred = (name, *outside)
+    try:
+        yield
+    finally:
+        _preferred = outside
+
+
+def available_backends(op: str) -> dict[str, Optional[str]]:
+    """Map the name of each backend of an operator to None, or to why this machine cannot run it.
+
+    Args:
+        op: name of the operator, such as ``'shift_conv'``.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    if op not in _operators:
+        raise ValueError(f'There is no operator {op!r}; operators with backends are '
+                         f'{", ".join(sorted(_operators))}.')
+    return {name: backend.unavailable() for name, backend in _operators[op].items()}
+
+
+def read_environment() -> None:
+    """Apply ``ACMIX_BACKEND``; called once all operators are registered.
+
+    Raises:
+        ValueError: no operator has a backend of that name.
+    """
+    global _preferred
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if name:
+        _check_name(name, ENVIRONMENT_VARIABLE)
+        _preferred = (name,)
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing, other than with ``strict=True``."""
-    # Under torch.compile torch says that it is exporting, too.
-    return torch_exports() and not dynamo_traces()
+    """Whether torch.export is tracing, except with ``strict=True``."""
+    # Under torch.compile, torch.compiler.is_exporting() is true, too.
+    return _torch_is_exporting() and not _is_dynamo_compiling()
+
+
+def _check_name(name: str, source: str) -> None:
+    known = {backend for backends in _operators.values() for backend in backends}
+    if name not in known:
+        raise ValueError(f'{source}: no operator has a backend {name!r}; known backends are '
+                         f'{", ".join(sorted(known))}.')
+
+
+@cache
+def _log_once(operator: str, backend: str, device: str) -> None:
+    logging.getLogger('acmix_mm').debug('%s runs on backend %r (%s)', operator, backend, device)
+
+
+def _triton_version() -> Optional[str]:
+    try:
+        return version('triton')
+    except PackageNotFoundError:
+        return None
+
+
+# Looked up at import, so that torch.compile need not trace it.
+TRITON_VERSION = _triton_version()
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether Triton's kernels can take a tensor: on an NVIDIA GPU, or under its interpreter."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not has_triton():
+    """Whether the Triton kernels run on a tensor: on an NVIDIA GPU, or in Triton's interpreter."""
+    if tensor.dtype not in TRITON_DTYPES or not has_triton():
         return False
-    if os.environ.get('TRITON_INTERPRET') == '1':
+    if interprets_triton():
         return True
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
-@lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether the package triton is there, in version 3 or newer."""
-    try:
-        return int(version('triton').split('.')[0]) >= 3
-    except PackageNotFoundError:
-        return False
+    """Whether Triton 3 or newer is installed."""
+    return TRITON_VERSION is not None and int(TRITON_VERSION.split('.')[0]) >= 3
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run in its interpreter, which needs no GPU."""
+    return os.environ.get('TRITON_INTERPRET') == '1'
+
+
+def triton_unavailable() -> Optional[str]:
+    """Why this machine cannot run the Triton kernels, or None if it can."""
+    if not has_triton():
+        found = 'it is not installed' if TRITON_VERSION is None else f'found {TRITON_VERSION}'
+        return f'needs the package triton in version 3 or newer; {found}'
+    if interprets_triton():
+        return None
+    capabilities = [torch.cuda.get_device_capability(index)
+                    for index in range(torch.cuda.device_count())]
+    if max(capabilities, default=(0, 0)) >= (8, 0):
+        return None
+    found = ', '.join('{}.{}'.format(*each) for each in capabilities) or 'no GPU'
+    return f'needs an NVIDIA GPU of compute capability 8.0 or higher; found {found}'
 
 
 def require_triton(operator: str, tensor: Tensor) -> None:
-    """Refuse what Triton's kernels cannot take.
-
-    Raises:
-        ValueError: see :func:`runs_triton`.
-    """
+    """Raise ValueError unless the Triton kernels run on a tensor."""
     if not runs_triton(tensor):
         raise ValueError(
-            f"{operator}'s form 'triton' takes float32, bfloat16 or float16 on an NVIDIA GPU of "
+            f"{operator}'s backend 'triton' takes float32, bfloat16 or float16 on an NVIDIA GPU of "
             'compute capability 8.0 or higher, with triton 3 or newer installed; got '
-            f'{tensor.dtype} on {tensor.device}. Leave out form to have one chosen.')
+            f'{tensor.dtype} on {tensor.device}. Leave out backend to have one chosen.')

@@ -36,3 +36,13 @@ def add_reflected_border(padded: Tensor, axis: int, extent: int, reach: int) -> 
     for start, stop in ((0, reach), (reach + extent, padded.shape[axis])):
         inner.index_add_(axis, index[start:stop], padded.narrow(axis, start, stop - start))
     return inner
+
+
+def reflection_pad(maps: Tensor, reach: int) -> Tensor:
+    """Continue (batch, channels, height, width) by ``reach`` on all sides, mirrored at the edges.
+
+    The edge itself is not repeated. Maps smaller than ``reach`` are mirrored again and again.
+    """
+    rows, columns = (reflected_range(-reach, extent + reach, extent, maps.device)
+                     for extent in maps.shape[2:])
+    return maps.index_select(2, rows).index_select(3, columns)

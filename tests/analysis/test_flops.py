@@ -29,14 +29,14 @@ def numbers(counts):
     return {name: each.multiply_adds for name, each in counts.items()}
 
 
-@pytest.mark.parametrize('attention', ['reference', 'sdpa', 'row_by_row'])
+@pytest.mark.parametrize('attention', ['reference', 'sdpa', 'chunked'])
 @pytest.mark.parametrize('convolution', ['reference', 'two_step', 'folded', 'triton'])
 def test_window_acmix_counts_alike_in_every_form(attention, convolution, monkeypatch):
     """Two pictures of 5×6, windows of 4: attention's map is padded to 8×8."""
     monkeypatch.setattr(window_module, 'window_attention', functools.partial(
-        window_module.window_attention, form=attention))
+        window_module.window_attention, backend=attention))
     monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(
-        conv_path.shift_conv, form=convolution))
+        conv_path.shift_conv, backend=convolution))
     layer = WindowACmix(12, 3, window_size=4, shift_size=2)
     counts = count(layer, lambda: layer(torch.zeros(2, 5, 6, 12)))
     assert numbers(counts) == {
@@ -56,9 +56,9 @@ def test_window_acmix_counts_alike_in_every_form(attention, convolution, monkeyp
 def test_acmix_conv_counts_alike_in_every_form(attention, convolution, monkeypatch):
     """Stride 2 on 7×5: q, k, v and the fc are of all 35 positions, the outputs 4×3."""
     monkeypatch.setattr(conv_module, 'sliding_window_attention', functools.partial(
-        conv_module.sliding_window_attention, form=attention))
+        conv_module.sliding_window_attention, backend=attention))
     monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(
-        conv_path.shift_conv, form=convolution))
+        conv_path.shift_conv, backend=convolution))
     layer = ACmixConv2d(6, 8, stride=2, num_heads=2, attn_kernel_size=5)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), layer)
     assert numbers(count(model, lambda: model(torch.zeros(2, 3, 7, 5)))) == {
@@ -80,11 +80,11 @@ def test_reduced_acmix_counts_what_is_reduced_once():
     }
 
 
-@pytest.mark.parametrize('form', ['reference', 'row_by_row'])
-def test_patchwise_acmix_counts_alike_in_every_form(form, monkeypatch):
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+def test_patchwise_acmix_counts_alike_in_every_form(backend, monkeypatch):
     for name in ('patch_features', 'patch_aggregation'):
         monkeypatch.setattr(patchwise_module, name, functools.partial(
-            getattr(patchwise_module, name), form=form))
+            getattr(patchwise_module, name), backend=backend))
     layer = PatchwiseACmix(32, 2, 8, 3).eval()
     assert numbers(count(layer, lambda: layer(torch.zeros(2, 32, 4, 5)))) == {
         PROJECTIONS: 40 * 32 * (2 + 2 + 8),
@@ -102,7 +102,7 @@ def test_patchwise_acmix_counts_alike_in_every_form(form, monkeypatch):
 def test_formula_is_what_a_form_without_detours_computes(layer, x, monkeypatch):
     """Attention by matrix products and the convolution in two steps, counted by torch."""
     monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(
-        conv_path.shift_conv, form='two_step'))
+        conv_path.shift_conv, backend='two_step'))
     layer, x = layer.to('meta'), x.to('meta')
     with FlopCounterMode(display=False) as counter:
         layer(x)

@@ -121,7 +121,7 @@ def test_layer_follows_its_equation(sr_ratio, size):
     full = [q, spread(k, size, sr_ratio), spread(v, size, sr_ratio)]
     maps = torch.cat([each.unflatten(3, (3, 4)) for each in full], 3).permute(0, 3, 4, 1, 2)
     convolution = shift_conv(maps, layer.fc.matrix, layer.dep_conv.weight, layer.fc.bias,
-                             form='reference').permute(0, 2, 3, 1)
+                             backend='reference').permute(0, 2, 3, 1)
     expected = layer.rate1 * attention + layer.rate2 * convolution
     torch.testing.assert_close(layer(x), expected)
 
@@ -159,11 +159,11 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(('mix', 'num_layers', 'form', 'parameters', 'multiply_adds'), COUNTS)
-def test_counts_with_a_head_of_1000_classes(mix, num_layers, form, parameters, multiply_adds,
+@pytest.mark.parametrize(('mix', 'num_layers', 'backend', 'parameters', 'multiply_adds'), COUNTS)
+def test_counts_with_a_head_of_1000_classes(mix, num_layers, backend, parameters, multiply_adds,
                                             monkeypatch):
     """At 224×224, the convolution path as it runs and in the paper's two steps."""
-    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(shift_conv, form=form))
+    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(shift_conv, backend=backend))
     with torch.device('meta'):
         model = ACmixPyramidVisionTransformer(num_layers=num_layers, mix=mix)
         image = torch.empty(1, 3, 224, 224)

@@ -19,7 +19,7 @@ import acmix_mm.layers.patchwise_acmix as patchwise_module
 from acmix_mm.backbones import ACmixSAN
 from acmix_mm.backbones.san import ACmixSANBlock
 from acmix_mm.layers import PatchwiseACmix
-from acmix_mm.ops.patchwise_attention import reflection_pad
+from acmix_mm.ops.reflection import reflection_pad
 from acmix_mm.utils.errors import CheckpointError
 
 TINY = dict(depth=10, base_channels=32)
@@ -185,7 +185,7 @@ def test_layer_equals_reference_forms(size, monkeypatch):
     for module, name in ((conv_path, 'shift_conv'), (patchwise_module, 'patch_features'),
                          (patchwise_module, 'patch_aggregation')):
         operator = getattr(module, name)
-        monkeypatch.setattr(module, name, functools.partial(operator, form='reference'))
+        monkeypatch.setattr(module, name, functools.partial(operator, backend='reference'))
     slow = layer(x)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(gradient, torch.autograd.grad(slow.sin().sum(), x)[0])

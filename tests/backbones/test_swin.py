@@ -159,7 +159,7 @@ def test_layer_equals_reference_forms(size, shift_size, monkeypatch):
     for module, name in ((conv_path, 'shift_conv'), (window_acmix, 'window_attention')):
         operator = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, operator=operator, **kwargs: operator(
-            *args, **kwargs, form='reference'))
+            *args, **kwargs, backend='reference'))
     slow = layer(x)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(gradient, torch.autograd.grad(slow.sin().sum(), x)[0])

@@ -14,13 +14,13 @@ HALF = (torch.bfloat16, torch.float16)
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-def compare(run, tensors, form, dtype):
+def compare(run, tensors, backend, dtype):
     """Hold ``form`` in ``dtype`` against the reference in float64: output and every gradient."""
     results = {}
-    for name, precision in (('reference', torch.float64), (form, dtype)):
+    for name, precision in (('reference', torch.float64), (backend, dtype)):
         leaves = [None if tensor is None else tensor.to(dtype).to(precision).requires_grad_()
                   for tensor in tensors]
-        out = run(*leaves, form=name)
+        out = run(*leaves, backend=name)
         assert out.dtype == precision
         generator = torch.Generator().manual_seed(1)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
@@ -28,7 +28,7 @@ def compare(run, tensors, form, dtype):
         results[name] = [out, *(leaf.grad for leaf in leaves if leaf is not None)]
     # Some gradients are zero by algebra: rounding is then measured by the others.
     floor = 0.1 * max(expected.abs().max() for expected in results['reference'])
-    for expected, actual in zip(results['reference'], results[form]):
+    for expected, actual in zip(results['reference'], results[backend]):
         assert actual.shape == expected.shape
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCE[dtype] * max(expected.abs().max(), floor)
@@ -63,9 +63,9 @@ def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
 
 
 def slide(kernel_size, stride=1, dilation=1):
-    def run(qkv, positions, form):
+    def run(qkv, positions, backend):
         return sliding_window_attention(qkv, positions, kernel_size, stride=stride,
-                                        dilation=dilation, form=form)
+                                        dilation=dilation, backend=backend)
     return run
 
 

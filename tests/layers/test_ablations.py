@@ -117,7 +117,7 @@ def test_moved_maps_are_convolved_ones(size, stride, dilation):
                              padding=dilation, dilation=dilation)
         torch.testing.assert_close(moved, convolved)
         torch.testing.assert_close(moved, shift_conv(maps, matrix, shifts, each, stride=stride,
-                                                     dilation=dilation, form='reference'))
+                                                     dilation=dilation, backend='reference'))
 
 
 @pytest.mark.parametrize('host', BACKBONES)

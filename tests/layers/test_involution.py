@@ -50,14 +50,14 @@ def loop(x, kernels, stride, dilation):
     return out
 
 
-@pytest.mark.parametrize('form', ['reference', 'by_offset'])
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
 @pytest.mark.parametrize(('height', 'width', 'kernel_size', 'stride', 'dilation'), [
     (1, 1, 3, 1, 1), (2, 1, 5, 2, 1), (4, 5, 3, 1, 1), (5, 4, 3, 2, 1), (4, 3, 3, 1, 2),
     (5, 7, 3, 2, 3), (3, 4, 1, 3, 1)])
-def test_equals_the_equation(form, height, width, kernel_size, stride, dilation):
+def test_equals_the_equation(backend, height, width, kernel_size, stride, dilation):
     tensors = [each.double() for each in tensors_of(2, 2, 2, height, width, kernel_size, stride)]
     results = []
-    for run in (loop, functools.partial(involution, form=form)):
+    for run in (loop, functools.partial(involution, backend=backend)):
         leaves = [each.clone().requires_grad_() for each in tensors]
         out = run(*leaves, stride=stride, dilation=dilation)
         cotangent = torch.arange(out.numel()).view_as(out).double().sin()
@@ -77,7 +77,7 @@ def test_form_equals_reference(dtype, batch, groups, per_group, height, width, k
     monkeypatch.setattr(op_module, 'SUMMED_AT_ONCE', 2 * 8 * 30 * 5)
     tensors = tensors_of(batch, groups, per_group, height, width, kernel_size, stride)
     run = functools.partial(involution, stride=stride, dilation=dilation)
-    compare(run, tensors, 'by_offset', dtype)
+    compare(run, tensors, 'chunked', dtype)
 
 
 def test_gradcheck(monkeypatch):
@@ -117,17 +117,17 @@ def mebibytes(entry):
     with open('/proc/self/status') as status:
         return int(re.search(entry + r':\\s+(\\d+) kB', status.read()).group(1)) / 1024
 
-def run(form, *size):
+def run(backend, *size):
     x = torch.randn(1, 64, *size, requires_grad=True)
     kernels = torch.randn(1, 4, 7, 7, *size, requires_grad=True)
     with open('/proc/self/clear_refs', 'w') as peak:
         peak.write('5')
     idle = mebibytes('VmRSS')
-    involution(x, kernels, form=form).sum().backward()
+    involution(x, kernels, backend=backend).sum().backward()
     return mebibytes('VmHWM') - idle
 
-run('by_offset', 16, 16)
-print(run('by_offset', 100, 168), run('reference', 100, 168))
+run('chunked', 16, 16)
+print(run('chunked', 100, 168), run('reference', 100, 168))
 '''], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
                           check=True)
     ours, reference = map(float, done.stdout.split())
@@ -136,7 +136,7 @@ print(run('by_offset', 100, 168), run('reference', 100, 168))
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='cuda'), 'has no form .cuda.; it has by_offset, reference'),
+    (dict(backend='cuda'), 'has no backend .cuda.; it has chunked, reference'),
     (dict(x=torch.zeros(4, 5, 6)), 'takes x of shape'),
     (dict(kernels=torch.zeros(1, 18, 5, 6)), r'needs kernels of shape \(1, groups, k, k, 5, 6\)'),
     (dict(kernels=torch.zeros(1, 3, 3, 3, 5, 6)), 'groups dividing 4'),
@@ -258,10 +258,10 @@ def test_layer_refuses(arguments, message):
         Involution2d(**{**dict(in_channels=16, out_channels=16), **arguments})
 
 
-@pytest.mark.parametrize('form', ['reference', 'by_offset'])
-def test_counts_alike_in_every_form(form, monkeypatch):
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+def test_counts_alike_in_every_form(backend, monkeypatch):
     """Stride 2 on 7×5: 4×3 outputs, each of which makes and applies its kernels."""
-    monkeypatch.setattr(layer_module, 'involution', functools.partial(involution, form=form))
+    monkeypatch.setattr(layer_module, 'involution', functools.partial(involution, backend=backend))
     layer = Involution2d(16, 16, 5, stride=2, group_channels=8)
     model = nn.Sequential(nn.Conv2d(3, 16, 1), layer)
     counts = count(model, lambda: model(torch.zeros(2, 3, 7, 5)))

@@ -74,13 +74,13 @@ def test_refuses(change, message):
                for tensor in sliding_tensors(1, 1, given['head_dims'], 3, 3)]
     with pytest.raises(ValueError, match=message):
         sliding_window_attention(*tensors, 3, stride=given['stride'], dilation=given['dilation'],
-                                 form='triton')
+                                 backend='triton')
 
 
 def test_refuses_a_cpu_outside_of_the_interpreter(monkeypatch):
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    with pytest.raises(ValueError, match=r"shift_conv's form 'triton'.*got torch.float32 on cpu"):
-        shift_conv(*conv_tensors(1, 1, 4, 3, 3, 3, False, True), form='triton')
+    with pytest.raises(ValueError, match=r"backend 'triton'.*got torch.float32 on cpu"):
+        shift_conv(*conv_tensors(1, 1, 4, 3, 3, 3, False, True), backend='triton')
 
 
 def test_kernels_compile_for_gpus():

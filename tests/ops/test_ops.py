@@ -26,7 +26,7 @@ from acmix_mm.ops.reflection import reflected_range
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('form', ['two_step', 'folded', 'plain'])
+@pytest.mark.parametrize('backend', ['two_step', 'folded', 'conv2d'])
 @pytest.mark.parametrize(('heads', 'head_dims', 'height', 'width', 'kernel_size', 'bias'), [
     (1, 4, 1, 1, 3, True),
     (3, 8, 1, 6, 3, True),
@@ -38,21 +38,21 @@ from acmix_mm.ops.reflection import reflected_range
     (2, 4, 7, 6, 5, False),
     (2, 4, 5, 5, 1, True),
 ])
-def test_shift_conv_equals_reference(dtype, form, heads, head_dims, height, width, kernel_size,
+def test_shift_conv_equals_reference(dtype, backend, heads, head_dims, height, width, kernel_size,
                                      bias):
     for channels_last in (True, False):
         tensors = conv_tensors(2, heads, head_dims, height, width, kernel_size, bias,
                                channels_last)
-        compare(shift_conv, tensors, form, dtype)
+        compare(shift_conv, tensors, backend, dtype)
 
 
-@pytest.mark.parametrize('form', ['two_step', 'folded', 'plain'])
+@pytest.mark.parametrize('backend', ['two_step', 'folded', 'conv2d'])
 @pytest.mark.parametrize(('stride', 'dilation'), [(2, 1), (3, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize(('height', 'width', 'kernel_size'), [(1, 1, 3), (8, 5, 3), (13, 12, 5)])
-def test_shift_conv_with_stride_and_dilation(form, stride, dilation, height, width, kernel_size):
+def test_shift_conv_with_stride_and_dilation(backend, stride, dilation, height, width, kernel_size):
     tensors = conv_tensors(2, 3, 4, height, width, kernel_size, True, False)
     run = functools.partial(shift_conv, stride=stride, dilation=dilation)
-    compare(run, tensors, form, torch.float32)
+    compare(run, tensors, backend, torch.float32)
 
 
 def test_shift_conv_starts_as_pure_shifts():
@@ -70,10 +70,10 @@ def test_shift_conv_starts_as_pure_shifts():
 
 
 def test_shift_conv_gradcheck():
-    for form in ('two_step', 'folded'):
+    for backend in ('two_step', 'folded'):
         tensors = [tensor.double().requires_grad_()
                    for tensor in conv_tensors(1, 2, 2, 3, 4, 3, True, True)]
-        assert torch.autograd.gradcheck(lambda *t, form=form: shift_conv(*t, form=form), tensors)
+        assert torch.autograd.gradcheck(functools.partial(shift_conv, backend=backend), tensors)
 
 
 WINDOWS = [
@@ -89,19 +89,19 @@ WINDOWS = [
 
 
 def attend(window_size, shift_size):
-    def run(qkv, bias, form):
-        return window_attention(qkv, bias, window_size, shift_size=shift_size, form=form)
+    def run(qkv, bias, backend):
+        return window_attention(qkv, bias, window_size, shift_size=shift_size, backend=backend)
     return run
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('form', ['sdpa', 'row_by_row'])
+@pytest.mark.parametrize('backend', ['sdpa', 'chunked'])
 @pytest.mark.parametrize(('batch', 'grid', 'window_size', 'shift_size', 'heads', 'head_dims'),
                          WINDOWS)
-def test_window_attention_equals_reference(dtype, form, batch, grid, window_size, shift_size, heads,
-                                           head_dims):
+def test_window_attention_equals_reference(dtype, backend, batch, grid, window_size, shift_size,
+                                           heads, head_dims):
     tensors = window_tensors(batch, grid, window_size, heads, head_dims)
-    compare(attend(window_size, shift_size), tensors, form, dtype)
+    compare(attend(window_size, shift_size), tensors, backend, dtype)
 
 
 def test_window_attention_without_gradients_equals_reference():
@@ -109,8 +109,8 @@ def test_window_attention_without_gradients_equals_reference():
     qkv, bias = window_tensors(2, (2, 3), (7, 7), 3, 8)
     for shift_size in (0, 3):
         run = attend((7, 7), shift_size)
-        for form in ('sdpa', 'row_by_row'):
-            torch.testing.assert_close(run(qkv, bias, form), run(qkv, bias, 'reference'))
+        for backend in ('sdpa', 'chunked'):
+            torch.testing.assert_close(run(qkv, bias, backend), run(qkv, bias, 'reference'))
 
 
 def test_window_attention_gradcheck():
@@ -118,20 +118,20 @@ def test_window_attention_gradcheck():
                window_tensors(2, (2, 2), (2, 3), 2, 2)]
     for shift_size in (0, 1):
         run = attend((2, 3), shift_size)
-        assert torch.autograd.gradcheck(lambda *t, run=run: run(*t, form='row_by_row'), tensors)
+        assert torch.autograd.gradcheck(lambda *t, run=run: run(*t, backend='chunked'), tensors)
 
 
 def test_window_attention_drops_weights_at_its_rate():
     qkv, bias = window_tensors(1, (4, 4), (7, 7), 4, 8)
     qkv[:, :, :, 2] = 1.0
-    for form in (None, 'sdpa', 'reference'):
-        out = window_attention(qkv, torch.zeros_like(bias), (7, 7), dropout_p=0.25, form=form)
+    for backend in (None, 'sdpa', 'reference'):
+        out = window_attention(qkv, torch.zeros_like(bias), (7, 7), dropout_p=0.25, backend=backend)
         assert out.std() > 0.01
         assert out.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize('form', ['tiled', 'at_once'])
+@pytest.mark.parametrize('backend', ['tiled', 'dense'])
 @pytest.mark.parametrize(('heads', 'head_dims', 'height', 'width', 'kernel_size'), [
     (1, 4, 1, 1, 7),
     (2, 8, 1, 12, 7),
@@ -140,27 +140,27 @@ def test_window_attention_drops_weights_at_its_rate():
     (1, 16, 17, 30, 3),
     (2, 8, 65, 97, 7),
 ])
-def test_sliding_attention_equals_reference(dtype, form, heads, head_dims, height, width,
+def test_sliding_attention_equals_reference(dtype, backend, heads, head_dims, height, width,
                                             kernel_size):
     for heads_last in (True, False):
         tensors = sliding_tensors(2, heads, head_dims, height, width, heads_last)
-        compare(slide(kernel_size), tensors, form, dtype)
+        compare(slide(kernel_size), tensors, backend, dtype)
 
 
-@pytest.mark.parametrize('form', ['tiled', 'at_once'])
+@pytest.mark.parametrize('backend', ['tiled', 'dense'])
 @pytest.mark.parametrize(('stride', 'dilation'), [(2, 1), (3, 1), (1, 2), (1, 4), (2, 3)])
 @pytest.mark.parametrize(('height', 'width', 'kernel_size'), [(1, 1, 3), (9, 4, 7), (30, 33, 7)])
-def test_sliding_attention_with_stride_and_dilation(form, stride, dilation, height, width,
+def test_sliding_attention_with_stride_and_dilation(backend, stride, dilation, height, width,
                                                     kernel_size):
     tensors = sliding_tensors(2, 2, 4, height, width)
-    compare(slide(kernel_size, stride, dilation), tensors, form, torch.float32)
+    compare(slide(kernel_size, stride, dilation), tensors, backend, torch.float32)
 
 
 def test_sliding_attention_gradcheck():
     tensors = [tensor.double().requires_grad_() for tensor in sliding_tensors(1, 2, 2, 5, 9)]
     for stride, dilation in ((1, 1), (2, 2)):
         run = slide(3, stride, dilation)
-        assert torch.autograd.gradcheck(lambda *t, run=run: run(*t, form='tiled'), tensors)
+        assert torch.autograd.gradcheck(lambda *t, run=run: run(*t, backend='tiled'), tensors)
 
 
 def test_sliding_attention_averages_the_neighbourhood_when_queries_are_zero():
@@ -200,9 +200,9 @@ def test_patch_operators_equal_reference(dtype, operator, tensors_of, height, wi
                                          monkeypatch):
     monkeypatch.setattr(patch_module, 'COPIED_AT_ONCE', 2 * 4 * width * kernel_size**2 * 3)
     run = functools.partial(operator, kernel_size=kernel_size)
-    compare(run, tensors_of(2, 4, height, width, kernel_size), 'row_by_row', dtype)
+    compare(run, tensors_of(2, 4, height, width, kernel_size), 'chunked', dtype)
     if operator is patch_aggregation:
-        compare(run, tensors_of(2, 4, height, width, kernel_size), 'by_kernel_row', dtype)
+        compare(run, tensors_of(2, 4, height, width, kernel_size), 'kernel_rows', dtype)
 
 
 def test_patch_operators_gradcheck(monkeypatch):
@@ -237,7 +237,7 @@ def test_patch_aggregation_with_bias_alone_is_a_mirrored_convolution():
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fused'), 'has no form .fused.; it has reference, row_by_row'),
+    (dict(backend='fused'), 'has no backend .fused.; it has chunked, reference'),
     (dict(k=torch.zeros(1, 4, 5, 5)), 'takes q and k of shape'),
     (dict(scale=torch.zeros(36)), r'need scale and shift of shape \(40,\)'),
     (dict(kernel_size=4), 'takes odd kernels, got one of 4'),
@@ -250,7 +250,7 @@ def test_patch_features_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fused'), 'has no form .fused.; it has by_kernel_row, reference, row_by_row'),
+    (dict(backend='fused'), 'has no backend .fused.; it has chunked, kernel_rows, reference'),
     (dict(features=torch.zeros(1, 3, 5, 5)), 'takes v and features of shape'),
     (dict(weight=torch.zeros(27, 3), bias=torch.zeros(27)), 'groups dividing 4'),
     (dict(bias=torch.zeros(9)), 'and a bias to it'),
@@ -264,7 +264,7 @@ def test_patch_aggregation_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fused'), 'has no form .fused.; it has at_once, reference, tiled, triton'),
+    (dict(backend='fused'), 'has no backend .fused.; it has dense, reference, tiled, triton'),
     (dict(qkv=torch.zeros(1, 5, 6, 24)), 'takes qkv of shape'),
     (dict(positions=torch.zeros(4, 5, 5)), 'positions must be of shape'),
     (dict(kernel_size=4), 'takes odd kernels, got one of 4'),
@@ -277,8 +277,8 @@ def test_sliding_attention_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='fastest'), 'has no form .fastest.; it has folded, plain, reference, triton, '
-                              'two_step'),
+    (dict(backend='fastest'), 'has no backend .fastest.; it has conv2d, folded, reference, triton, '
+                             'two_step'),
     (dict(maps=torch.zeros(1, 9, 4, 5)), 'takes maps of shape'),
     (dict(shift_weight=torch.zeros(10, 9, 3, 3)), 'need a shift_weight of shape'),
     (dict(shift_weight=torch.zeros(12, 4, 2, 2), fc_weight=torch.zeros(4, 9)), 'odd kernels'),
@@ -292,8 +292,8 @@ def test_shift_conv_refuses(change, message):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(form='flash'), 'has no form .flash.; it has reference, row_by_row, sdpa'),
-    (dict(form='row_by_row', dropout_p=0.1), 'drops no weights; take .sdpa.'),
+    (dict(backend='flash'), 'has no backend .flash.; it has chunked, reference, sdpa'),
+    (dict(backend='chunked', dropout_p=0.1), 'drops no weights; take .sdpa.'),
     (dict(qkv=torch.zeros(1, 7, 7, 12)), 'takes qkv of shape'),
     (dict(window_size=(5, 7)), 'does not divide into windows'),
     (dict(bias=torch.zeros(2, 49, 48)), 'takes a bias of shape'),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from acmix_mm.ops.backend import named_form
+from acmix_mm.ops.backend import Backend, register_backends, select_backend
 from acmix_mm.ops.custom_op import custom_op
 
 # Elements of the output that are summed at a time, in whole rows: on a CPU what its cache holds.
@@ -23,7 +23,7 @@ SUMMED_AT_ONCE_ELSEWHERE = 2**26
 
 
 def involution(x: Tensor, kernels: Tensor, *, stride: int = 1, dilation: int = 1,
-               form: Optional[str] = None) -> Tensor:
+               backend: Optional[str] = None) -> Tensor:
     """Weigh the neighbourhood of every stride-th position with that position's own kernel.
 
     out[c, i] = Σ_j kernels[group of c, j, i] · x[c, stride · i + dilation · (j − ⌊k / 2⌋)], j over
@@ -36,14 +36,15 @@ def involution(x: Tensor, kernels: Tensor, *, stride: int = 1, dilation: int = 1
             channels and k odd; cast to the dtype of ``x``.
         stride: distance of the positions that give an output; the others are left out.
         dilation: distance of neighbours.
-        form: ``'reference'`` or ``'by_offset'``; the latter if None.
+        backend: ``'reference'`` or ``'chunked'``; the latter if None.
 
     Returns:
         (batch, channels, ⌈height / stride⌉, ⌈width / stride⌉), in the dtype and the memory format
         of ``x``.
 
     Raises:
-        ValueError: the shapes do not fit together, the kernels are even, or there is no such form.
+        ValueError: the shapes do not fit together, the kernels are even, or no such
+            backend exists.
     """
     if x.dim() != 4:
         raise ValueError('involution takes x of shape (batch, channels, height, width), got '
@@ -57,7 +58,8 @@ def involution(x: Tensor, kernels: Tensor, *, stride: int = 1, dilation: int = 1
                          f'{size[1]}), groups dividing {channels}, got {tuple(kernels.shape)}.')
     if kernels.shape[2] % 2 == 0:
         raise ValueError(f'involution takes odd kernels, got some of {kernels.shape[2]}.')
-    run = named_form('involution', FORMS, form, 'by_offset', exported='reference')
+    run = select_backend('involution', backend, x.device, automatic='chunked',
+                         exporting='reference')
     return run(x, kernels.to(x.dtype), stride, dilation)
 
 
@@ -176,7 +178,5 @@ def row_slices(out: Tensor) -> Iterator[slice]:
         yield slice(top, min(top + step, height))
 
 
-FORMS = {
-    'reference': involution_reference,
-    'by_offset': involution_by_offset,
-}
+register_backends('involution', Backend('reference', involution_reference),
+                  Backend('chunked', involution_by_offset))

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from acmix_mm.ops.backend import named_form
-from acmix_mm.ops.reflection import reflected_range
+from acmix_mm.ops.backend import Backend, register_backends, select_backend
+from acmix_mm.ops.reflection import reflection_pad
 
 # Elements of the copies of neighbourhoods that are held at a time, in whole rows of the map.
 COPIED_AT_ONCE = 2**22
 
 
 def patch_features(q: Tensor, k: Tensor, scale: Tensor, shift: Tensor, weight: Tensor,
-                   kernel_size: int, *, form: Optional[str] = None) -> Tensor:
+                   kernel_size: int, *, backend: Optional[str] = None) -> Tensor:
     """Map each query and all keys around it to features of their own, linearly after a ReLU.
 
     out_i = weight · relu(scale · [q_i, k_j for all j] + shift), j over the neighbourhood of i in
@@ -36,13 +36,13 @@ def patch_features(q: Tensor, k: Tensor, scale: Tensor, shift: Tensor, weight: T
         shift: of the same shape.
         weight: (features, channels + key channels · kernel_size²).
         kernel_size: side of the neighbourhood, odd.
-        form: ``'reference'`` or ``'row_by_row'``; if None the latter, but the former in an export.
+        backend: ``'reference'`` or ``'chunked'``; if None the latter, but the former in an export.
 
     Returns:
         (batch, features, height, width), in the dtype of ``q``.
 
     Raises:
-        ValueError: the shapes do not fit together, the kernel is even, or there is no such form.
+        ValueError: the shapes do not fit together, the kernel is even, or there is no such backend.
     """
     if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError('patch_features takes q and k of shape (batch, channels, height, width), '
@@ -53,12 +53,13 @@ def patch_features(q: Tensor, k: Tensor, scale: Tensor, shift: Tensor, weight: T
         raise ValueError(f'These maps need scale and shift of shape {(width,)} and a weight of '
                          f'shape (features, {width}), got {tuple(scale.shape)}, '
                          f'{tuple(shift.shape)} and {tuple(weight.shape)}.')
-    run = named_form('patch_features', FORMS, form, 'row_by_row', exported='reference')
+    run = select_backend('patch_features', backend, q.device, automatic='chunked',
+                         exporting='reference')
     return run(features_of_rows, kernel_size, k, q, scale, shift, weight)
 
 
 def patch_aggregation(v: Tensor, features: Tensor, weight: Tensor, bias: Tensor,
-                      kernel_size: int, *, form: Optional[str] = None) -> Tensor:
+                      kernel_size: int, *, backend: Optional[str] = None) -> Tensor:
     """Sum the values around each position, weighed linearly by its features.
 
     out_i = Σ_j (weight_j · features_i + bias_j) · v_j, j over the neighbourhood of i in row-major
@@ -71,14 +72,14 @@ def patch_aggregation(v: Tensor, features: Tensor, weight: Tensor, bias: Tensor,
             run fastest.
         bias: (groups · kernel_size²,).
         kernel_size: side of the neighbourhood, odd.
-        form: ``'reference'``, ``'by_kernel_row'`` or ``'row_by_row'``; if None the last, but
-            ``'by_kernel_row'`` in an export.
+        backend: ``'reference'``, ``'kernel_rows'`` or ``'chunked'``; if None the last, but
+            ``'kernel_rows'`` in an export.
 
     Returns:
         (batch, channels, height, width), in the dtype of ``v``.
 
     Raises:
-        ValueError: the shapes do not fit together, the kernel is even, or there is no such form.
+        ValueError: the shapes do not fit together, the kernel is even, or there is no such backend.
     """
     if v.dim() != 4 or features.dim() != 4 or (
             (v.shape[0], *v.shape[2:]) != (features.shape[0], *features.shape[2:])):
@@ -92,8 +93,8 @@ def patch_aggregation(v: Tensor, features: Tensor, weight: Tensor, bias: Tensor,
         raise ValueError(f'These maps need a weight of shape (groups · {area}, '
                          f'{features.shape[1]}) and a bias to it, groups dividing {v.shape[1]}, '
                          f'got {tuple(weight.shape)} and {tuple(bias.shape)}.')
-    run = named_form('patch_aggregation', AGGREGATION_FORMS, form, 'row_by_row',
-                     exported='by_kernel_row')
+    run = select_backend('patch_aggregation', backend, v.device, automatic='chunked',
+                         exporting='kernel_rows')
     return run(aggregate_rows, kernel_size, v, features, weight, bias)
 
 
@@ -216,18 +217,6 @@ def row_slices(padded: Tensor, own: Tensor, kernel_size: int) -> Iterator[tuple[
         yield slice(top, bottom), slice(top, bottom + kernel_size - 1)
 
 
-def reflection_pad(maps: Tensor, reach: int) -> Tensor:
-    """Continue (batch, channels, height, width) by ``reach`` on all sides, mirrored at the edges.
-
-    The edge itself is not repeated. Maps smaller than ``reach`` are mirrored again and again.
-    """
-    rows, columns = (reflected_range(-reach, extent + reach, extent, maps.device)
-                     for extent in maps.shape[2:])
-    return maps.index_select(2, rows).index_select(3, columns)
-
-
-FORMS = {
-    'reference': whole_map,
-    'row_by_row': row_by_row,
-}
-AGGREGATION_FORMS = {**FORMS, 'by_kernel_row': by_kernel_row}
+register_backends('patch_features', Backend('reference', whole_map), Backend('chunked', row_by_row))
+register_backends('patch_aggregation', Backend('reference', whole_map),
+                  Backend('chunked', row_by_row), Backend('kernel_rows', by_kernel_row))

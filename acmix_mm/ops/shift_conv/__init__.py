@@ -13,13 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from acmix_mm.ops.backend import named_form, require_triton, runs_triton
+from acmix_mm.ops.backend import (
+    Backend,
+    register_backends,
+    require_triton,
+    runs_triton,
+    select_backend,
+    triton_unavailable,
+)
 from acmix_mm.ops.custom_op import custom_op
 
 
 def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
                fc_bias: Optional[Tensor] = None, *, stride: int = 1, dilation: int = 1,
-               form: Optional[str] = None) -> Tensor:
+               backend: Optional[str] = None) -> Tensor:
     """Mix the maps of all heads into k² maps, shift each, and sum them for every output head.
 
     Args:
@@ -32,8 +39,8 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         fc_bias: (k²,), or None.
         stride: distance of the positions that give an output; the others are left out.
         dilation: distance of one tap of the kernel from the next.
-        form: ``'reference'``, ``'two_step'``, ``'folded'``, ``'plain'`` or ``'triton'``; if None
-            the last on a GPU that can run it, ``'plain'`` in an export, and else the cheaper of
+        backend: ``'reference'``, ``'two_step'``, ``'folded'``, ``'conv2d'`` or ``'triton'``; if
+            None the last on a GPU that can run it, ``'conv2d'`` in an export, else the cheaper of
             ``'two_step'`` and ``'folded'``.
 
     Returns:
@@ -41,7 +48,7 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         ``maps``. Positions outside the map count as zero after the bias.
 
     Raises:
-        ValueError: the shapes do not fit together, or there is no such form.
+        ValueError: the shapes do not fit together, or there is no such backend.
     """
     if maps.dim() != 5:
         raise ValueError('shift_conv takes maps of shape (batch, num_maps, head_dims, height, '
@@ -63,7 +70,8 @@ def shift_conv(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     default = 'folded' if num_heads <= 6 else 'two_step'
     if maps.is_cuda and runs_triton(maps):
         default = 'triton'
-    run = named_form('shift_conv', FORMS, form, default, exported='plain')
+    run = select_backend('shift_conv', backend, maps.device, automatic=default,
+                         exporting='conv2d')
     return run(maps, fc_weight, shift_weight, fc_bias, stride, dilation)
 
 
@@ -356,10 +364,7 @@ def runs_of_kinds(extent: int, kinds: int, stride: int) -> dict[int, slice]:
     return runs
 
 
-FORMS = {
-    'reference': shift_conv_reference,
-    'two_step': shift_conv_two_step,
-    'folded': shift_conv_folded,
-    'plain': shift_conv_plain,
-    'triton': shift_conv_triton,
-}
+register_backends('shift_conv', Backend('reference', shift_conv_reference),
+                  Backend('two_step', shift_conv_two_step), Backend('folded', shift_conv_folded),
+                  Backend('conv2d', shift_conv_plain),
+                  Backend('triton', shift_conv_triton, triton_unavailable))

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from acmix_mm.ops.backend import named_form, require_triton, runs_triton
+from acmix_mm.ops.backend import (
+    Backend,
+    register_backends,
+    require_triton,
+    runs_triton,
+    select_backend,
+    triton_unavailable,
+)
 from acmix_mm.ops.caching import cached_by_size
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.reflection import reflect, reflected_range
@@ -26,7 +33,7 @@ LOGITS_AT_ONCE = 2**19
 
 def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *, stride: int = 1,
                              dilation: int = 1, scale: Optional[float] = None,
-                             form: Optional[str] = None) -> Tensor:
+                             backend: Optional[str] = None) -> Tensor:
     """Attend from every stride-th position to the kernel_size² positions around it.
 
     out_i = Σ_j softmax_j(scale · q_i · (k_j + p_i − p_j)) · v_j, j over the neighbourhood of i,
@@ -40,15 +47,15 @@ def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *
         stride: distance of the queries that give an output; the others are left out.
         dilation: distance of neighbours.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
-        form: ``'reference'``, ``'tiled'``, ``'at_once'`` or ``'triton'``; if None the last on a
-            GPU that can run it, ``'at_once'`` in an export, and else ``'tiled'``.
+        backend: ``'reference'``, ``'tiled'``, ``'dense'`` or ``'triton'``; if None the last on a
+            GPU that can run it, ``'dense'`` in an export, and else ``'tiled'``.
 
     Returns:
         (batch, ⌈height / stride⌉, ⌈width / stride⌉, num_heads · head_dims), in the dtype of
         ``qkv``.
 
     Raises:
-        ValueError: the shapes do not fit together, the kernel is even, or there is no such form.
+        ValueError: the shapes do not fit together, the kernel is even, or there is no such backend.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError('sliding_window_attention takes qkv of shape (batch, height, width, 3, '
@@ -62,7 +69,8 @@ def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *
     if scale is None:
         scale = qkv.shape[5]**-0.5
     default = 'triton' if qkv.is_cuda and has_kernel(qkv, stride, dilation) else 'tiled'
-    run = named_form('sliding_window_attention', FORMS, form, default, exported='at_once')
+    run = select_backend('sliding_window_attention', backend, qkv.device, automatic=default,
+                         exporting='dense')
     out = run(qkv, positions.to(qkv.dtype), kernel_size, stride, dilation, scale)
     return out.flatten(3)
 
@@ -151,10 +159,10 @@ def sliding_window_attention_triton(qkv: Tensor, positions: Tensor, kernel_size:
     """Do as the tiled form does, a tile and its softmax at a time, in kernels for NVIDIA GPUs."""
     require_triton('sliding_window_attention', qkv)
     if not has_kernel(qkv, stride, dilation):
-        raise ValueError("sliding_window_attention's form 'triton' takes stride or dilation, not "
-                         'both, and heads of 512 bytes at most; got '
+        raise ValueError("sliding_window_attention's backend 'triton' takes stride or dilation, "
+                         'not both, and heads of 512 bytes at most; got '
                          f'stride={stride}, dilation={dilation} and {qkv.shape[5]} channels of '
-                         f'{qkv.dtype}. Leave out form to have one chosen.')
+                         f'{qkv.dtype}. Leave out backend to have one chosen.')
     return _TritonAttention.apply(qkv, positions, kernel_size, stride, dilation, scale)
 
 
@@ -405,9 +413,8 @@ def tile_mask(tile: int, span: int, kernel_size: int, stride: int, dilation: int
     return mask.masked_fill_(unseen, -torch.inf)
 
 
-FORMS = {
-    'reference': sliding_window_attention_reference,
-    'tiled': sliding_window_attention_tiled,
-    'at_once': sliding_window_attention_at_once,
-    'triton': sliding_window_attention_triton,
-}
+register_backends('sliding_window_attention',
+                  Backend('reference', sliding_window_attention_reference),
+                  Backend('tiled', sliding_window_attention_tiled),
+                  Backend('dense', sliding_window_attention_at_once),
+                  Backend('triton', sliding_window_attention_triton, triton_unavailable))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from acmix_mm.ops.backend import named_form
+from acmix_mm.ops.backend import Backend, register_backends, select_backend
 from acmix_mm.ops.caching import cached_by_size
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.softmax import attention_weights, logits_gradient
@@ -23,7 +23,7 @@ MASKED_LOGIT = -100.0
 
 def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
                      shift_size: int = 0, scale: Optional[float] = None, dropout_p: float = 0.0,
-                     form: Optional[str] = None) -> Tensor:
+                     backend: Optional[str] = None) -> Tensor:
     """Attend within the windows of a map: softmax(q·kᵀ·scale + bias)·v, window by window.
 
     Args:
@@ -37,14 +37,14 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
             opposite edges of the map do not see each other.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
-        form: ``'reference'``, ``'sdpa'`` or ``'row_by_row'``; if None the last on a CPU, and
+        backend: ``'reference'``, ``'sdpa'`` or ``'chunked'``; if None the last on a CPU, and
             ``'sdpa'`` elsewhere and where weights are dropped.
 
     Returns:
         (batch, height, width, num_heads · head_dims), in the dtype of ``qkv``.
 
     Raises:
-        ValueError: the shapes do not fit together, or there is no such form.
+        ValueError: the shapes do not fit together, or there is no such backend.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError('window_attention takes qkv of shape (batch, height, width, 3, num_heads, '
@@ -61,8 +61,9 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         raise ValueError(f'shift_size must lie in [0, {min(window_size)}), got {shift_size}.')
     if scale is None:
         scale = head_dims**-0.5
-    default = 'row_by_row' if qkv.device.type == 'cpu' and not dropout_p else 'sdpa'
-    run = named_form('window_attention', FORMS, form, default, exported='sdpa')
+    default = 'chunked' if qkv.device.type == 'cpu' and not dropout_p else 'sdpa'
+    run = select_backend('window_attention', backend, qkv.device, automatic=default,
+                         exporting='sdpa')
     return run(qkv, bias.to(qkv.dtype), window_size, shift_size, scale, dropout_p)
 
 
@@ -121,7 +122,7 @@ def window_attention_row_by_row(qkv: Tensor, bias: Tensor, window_size: tuple[in
     be the largest thing that training keeps. The backward pass computes them again.
     """
     if dropout_p:
-        raise ValueError("window_attention's form 'row_by_row' drops no weights; take 'sdpa'.")
+        raise ValueError("window_attention's backend 'chunked' drops no weights; take 'sdpa'.")
     return _RowByRow.apply(qkv, bias, list(window_size), shift_size, scale)
 
 
@@ -247,8 +248,6 @@ def edge_masks(window_height: int, window_width: int, shift_size: int, dtype: to
     return (side[..., :, None] != side[..., None, :]).to(dtype) * MASKED_LOGIT
 
 
-FORMS = {
-    'reference': window_attention_reference,
-    'sdpa': window_attention_sdpa,
-    'row_by_row': window_attention_row_by_row,
-}
+register_backends('window_attention', Backend('reference', window_attention_reference),
+                  Backend('sdpa', window_attention_sdpa),
+                  Backend('chunked', window_attention_row_by_row))
