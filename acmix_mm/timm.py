@@ -33,8 +33,8 @@ from acmix_mm.backbones import (
     ACmixSAN,
     ACmixSwinTransformer,
 )
+from acmix_mm.backbones.base import norm_channels
 from acmix_mm.backbones.pvt import AbsolutePositionEmbedding
-from acmix_mm.backbones.swin import norm_channels
 from acmix_mm.layers import (
     ACmixConv2d,
     Involution2d,
@@ -216,7 +216,8 @@ class ACmixSwinClassifier(Classifier, ACmixSwinTransformer):
                          strides=strides, drop_rate=proj_drop_rate, out_indices=(last,),
                          init_cfg=None, **backbone)
         self.add_classifier(
-            self.num_features, strides, [f'stages.{stage}' for stage in range(len(depths))],
+            [each.channels for each in self.stage_info], strides,
+            [each.module for each in self.stage_info],
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool,
             drop_rate=drop_rate, device=device, dtype=dtype, last_norm=f'norm{last}')
 

@@ -14,8 +14,8 @@ Examples: python tools/export_onnx.py configs/upernet_acmix_swin_t.py iter_16000
 
 import argparse
 
-from acmix_mm.analysis.complexity import picture_shape, read_shape
-from acmix_mm.engine.cli import KeyValue, run_tool
+from acmix_mm.analysis.complexity import padded_image_size
+from acmix_mm.engine.cli import KeyValue, positive_int, run_tool
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument('checkpoint', nargs='?', help='checkpoint file')
     parser.add_argument('out', help='ONNX file to write')
     parser.add_argument('--backbone-only', action='store_true', help='leave out neck and heads')
-    parser.add_argument('--shape', nargs='+', metavar=('H', 'W'),
+    parser.add_argument('--shape', nargs=2, type=positive_int, metavar=('H', 'W'),
                         help='height and width of the pictures that the file is made for (default: '
                         'what a segmentation config pads to, 800 1344 for detection)')
     parser.add_argument('--fixed-size', action='store_true',
@@ -36,13 +36,13 @@ def main() -> None:
                         help='override settings of the config')
     args = parser.parse_args()
 
-    shape = None if args.shape is None else read_shape(args.shape)
     check_mmcv()
     # Slow to import, and of no use for --help.
     from acmix_mm.deploy.onnx import export_onnx, network_of, normalisation
     cfg = load_config(args.config, args.cfg_options)
     network = network_of(cfg, args.checkpoint, args.backbone_only)
-    print(export_onnx(network, args.out, shape or picture_shape(cfg), args.fixed_size))
+    size = tuple(args.shape or padded_image_size(cfg))
+    print(export_onnx(network, args.out, size, args.fixed_size))
     print(f'  input is {normalisation(cfg)}')
 
 

@@ -16,6 +16,7 @@ from acmix_mm.comparison.plan import QUANTITIES
 from acmix_mm.comparison.record import write_json
 from acmix_mm.comparison.runs import Run, quality
 from acmix_mm.utils.atomic_write import atomic_write
+from acmix_mm.utils.markdown import table
 
 REPORT, NUMBERS, CURVES, QUALITY_COST = (
     'report.md', 'report.json', 'curves.png', 'quality_cost.png')
@@ -214,12 +215,6 @@ def plus_minus(numbers: dict[str, Any], form: str, unit: str = '') -> str:
 
 def number_of(number: int, what: str) -> str:
     return f'{number} {what}' + 's' * (number != 1)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the heads first, as a Markdown table."""
-    head, *body = [f'| {" | ".join(row)} |' for row in rows]
-    return '\n'.join([head, '|' + '---|' * len(rows[0]), *body])
 
 
 def draw_curves(numbers: dict[str, Any], path: str) -> None:

@@ -22,7 +22,7 @@ from acmix_mm import backbones
 from acmix_mm.engine.cli import file_to_write
 from acmix_mm.engine.config import build_model
 from acmix_mm.engine.runner import load_weights
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers.base import OperatorLayer
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
 
@@ -153,21 +153,15 @@ def smallest_side(network: nn.Module) -> int:
 
     A map is larger than a window (Swin), as large as two cells (PVT), and never a single position.
     """
-    def needed(layer: nn.Module) -> int:
-        if isinstance(layer, WindowACmix):
-            return layer.window_size + 1
-        return 2 * layer.sr_ratio if isinstance(layer, ReducedACmix) else 2
-
     suffices = True
 
-    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def measure(layer: OperatorLayer, inputs: tuple[Tensor, ...]) -> None:
         nonlocal suffices
-        axes = (1, 2) if isinstance(layer, (WindowACmix, ReducedACmix)) else (2, 3)
-        suffices &= min(inputs[0].shape[axis] for axis in axes) >= needed(layer)
+        suffices &= min(layer.map_size(inputs[0])) >= layer.min_dynamic_size
 
     on_shapes = deepcopy(network).to('meta')
     for layer in on_shapes.modules():
-        if isinstance(layer, (ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix)):
+        if isinstance(layer, OperatorLayer):
             layer.register_forward_pre_hook(measure)
 
     def is_enough(side: int) -> bool:

@@ -17,10 +17,11 @@ import acmix_mm.layers.base as conv_path
 import acmix_mm.layers.patchwise_acmix as patchwise_module
 import acmix_mm.layers.window_acmix as window_module
 from acmix_mm.analysis.complexity import complexity_report
-from acmix_mm.analysis.flops import ATTENTION, CLASSES, CONVOLUTION, PROJECTIONS, REST, count, total
+from acmix_mm.analysis.flops import count, total
 from acmix_mm.analysis.published import NETWORKS, count_network
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers.base import ATTENTION, CONVOLUTION, OPERATOR_CLASSES, PROJECTIONS, REST
 from acmix_mm.ops.shift_conv import convolved_bias
 from acmix_mm.utils.errors import UsageError
 
@@ -133,11 +134,15 @@ def test_layer_that_is_called_twice_counts_twice():
     x = torch.zeros(1, 6, 4, 5)
     once = count(layer, lambda: layer(x))
     twice = count(layer, lambda: (layer(x), layer(x)))
-    for name in CLASSES:
+    for name in OPERATOR_CLASSES:
         assert twice[name].multiply_adds == 2 * once[name].multiply_adds
         assert twice[name].parameters == once[name].parameters
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
+
+
+EACH_NETWORK = pytest.mark.parametrize(
+    ('backbone', 'network'), NETWORKS, ids=[network.name for _, network in NETWORKS])
 
 
 # Millions of parameters, billions of multiply-adds, and of elementwise work beside them.
@@ -150,9 +155,9 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize('network', NETWORKS, ids=lambda network: network.name)
-def test_zoo(network):
-    (parameters, multiply_adds), elementwise = count_network(network)
+@EACH_NETWORK
+def test_paper_networks(backbone, network):
+    (parameters, multiply_adds), elementwise = count_network(backbone, network)
     pinned = COUNTED[network.name]
     assert parameters / 1e6 == pytest.approx(pinned[0], abs=0.0005)
     assert multiply_adds / 1e9 == pytest.approx(pinned[1], abs=0.0005)
@@ -190,7 +195,7 @@ def test_tool_counts_a_detector(run_tool):
     done = run_tool('tools/get_flops.py', 'configs/shapes/maskrcnn_acmix_swin.py', '--shape', 224,
                     448)
     assert done.returncode == 0, done.stderr
-    assert 'one picture of 224×448' in done.stdout
+    assert 'one image of 224×448' in done.stdout
     assert re.search(r'RPN, box heads \(\d+ proposals each\) and mask heads', done.stdout)
     for part in ('backbone, parameters', 'backbone, multiply-adds', 'model, parameters'):
         columns = row(done.stdout, part)
@@ -202,8 +207,8 @@ def test_tool_counts_a_detector(run_tool):
 
 def test_tool_counts_a_segmentor(get_flops):
     report = get_flops('configs/upernet_acmix_r50.py')
-    assert 'one picture of 512×512' in report
-    assert 'without auxiliary heads' in report
+    assert 'one image of 512×512' in report
+    assert 'without auxiliary training heads' in report
     assert row(report, 'model, multiply-adds')[-1] > row(report, 'backbone, multiply-adds')[-1]
 
 
@@ -250,7 +255,7 @@ def test_a_twin_differs_by_the_convolution_path(text, added, tmp_path):
 @pytest.mark.parametrize(('text', 'message'), [
     ('optimizer = 1', 'has no model'),
     ("_base_ = 'mmdet::detr/detr_r50_8xb2-150e_coco.py'",
-     'DETR does not run on a picture of 64×64 by shapes alone'),
+     'DETR does not run on an image of 64×64 on the meta device'),
 ], ids=['no model', 'other model'])
 def test_refuses_what_it_cannot_count(text, message, tmp_path):
     (tmp_path / 'other.py').write_text(text)
@@ -259,19 +264,27 @@ def test_refuses_what_it_cannot_count(text, message, tmp_path):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    ([], 'Name a config to count, or pass --zoo: one of the two.'),
-    (['configs/maskrcnn_acmix_r50.py', '--zoo'], 'one of the two'),
-    (['--zoo', '--shape', '8', '8'], 'leave out --shape'),
+    ([], 'Pass either a config or --zoo.'),
+    (['configs/maskrcnn_acmix_r50.py', '--zoo'], 'either a config or --zoo'),
+    (['--zoo', '--shape', '8', '8'], 'omit --shape'),
     (['configs/absent.py'], 'The config configs/absent.py does not exist'),
-    (['configs/maskrcnn_acmix_r50.py', '--shape', '800'], 'two positive integers'),
-    (['configs/maskrcnn_acmix_r50.py', '--shape', '0', '8'], 'got 0 8.'),
-    (['configs/maskrcnn_acmix_r50.py', '--shape', 'a', '8'], 'got a 8.'),
 ])
-def test_bad_arguments_get_one_sentence(arguments, message, get_flops):
+def test_tool_refuses_bad_arguments(arguments, message, get_flops):
     with pytest.raises(SystemExit) as stopped:
         get_flops(*arguments)
     assert str(stopped.value).startswith('error: ')
     assert message in str(stopped.value)
+
+
+@pytest.mark.parametrize(('shape', 'message'), [
+    (['800'], 'expected 2 arguments'),
+    (['0', '8'], "must be a positive integer, got '0'"),
+    (['a', '8'], "must be a positive integer, got 'a'"),
+])
+def test_tool_refuses_bad_shapes(shape, message, get_flops, capsys):
+    with pytest.raises(SystemExit):
+        get_flops('configs/maskrcnn_acmix_r50.py', '--shape', *shape)
+    assert f'error: argument --shape: {message}' in capsys.readouterr().err
 
 
 def read_models():
@@ -314,11 +327,11 @@ def test_model_index_quotes_the_authors_and_nobody_else():
     assert quoted == {name: {'Top 1 Accuracy': accuracy} for name, accuracy in TOP1.items()}
 
 
-@pytest.mark.parametrize('network', NETWORKS, ids=lambda network: network.name)
-def test_model_index_has_the_counts_of_the_zoo(network):
+@EACH_NETWORK
+def test_model_index_has_the_counts_of_the_paper_networks(backbone, network):
     model, = (model for model in read_models()[0] if model['Config'] is None
               and model['Name'] == f'{network.name.lower()}_3rdparty_in1k')
-    counted = count_network(network).count
+    counted = count_network(backbone, network).count
     assert (model['Metadata']['Parameters'], model['Metadata']['FLOPs']) == counted
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import acmix_mm.layers.base as conv_path
 from acmix_mm.backbones import ACmixPyramidVisionTransformer
 from acmix_mm.layers import ReducedACmix
-from acmix_mm.layers.reduced_acmix import spread
+from acmix_mm.layers.reduced_acmix import repeat_cells
 from acmix_mm.ops import shift_conv
 from acmix_mm.utils.errors import CheckpointError
 
@@ -102,7 +102,7 @@ def test_position_takes_the_keys_and_values_of_its_cell():
     rows = torch.tensor([0, 0, 0, 1, 1, 1, 1])  # the seventh belongs to no whole cell
     columns = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
     expected = (3. * rows[:, None] + columns)[None, ..., None]
-    assert torch.equal(spread(reduced, (7, 9), 3), expected)
+    assert torch.equal(repeat_cells(reduced, (7, 9), 3), expected)
 
 
 @pytest.mark.parametrize('sr_ratio', [1, 2, 4])
@@ -118,7 +118,7 @@ def test_layer_follows_its_equation(sr_ratio, size):
     heads = [each.flatten(1, 2).unflatten(2, (3, 4)).transpose(1, 2) for each in (q, k, v)]
     weights = (heads[0] @ heads[1].transpose(2, 3) / 2).softmax(3)
     attention = layer.attn.out_proj((weights @ heads[2]).transpose(1, 2).reshape(x.shape))
-    full = [q, spread(k, size, sr_ratio), spread(v, size, sr_ratio)]
+    full = [q, repeat_cells(k, size, sr_ratio), repeat_cells(v, size, sr_ratio)]
     maps = torch.cat([each.unflatten(3, (3, 4)) for each in full], 3).permute(0, 3, 4, 1, 2)
     convolution = shift_conv(maps, layer.fc.matrix, layer.dep_conv.weight, layer.fc.bias,
                              backend='reference').permute(0, 2, 3, 1)
@@ -256,7 +256,7 @@ def test_own_checkpoint_round_trip(tmp_path):
 
 def test_refuses_checkpoints_of_other_networks(tmp_path):
     torch.save({'conv1.weight': torch.zeros(1)}, tmp_path / 'other.pth')
-    with pytest.raises(CheckpointError, match='of none of the networks that are known'):
+    with pytest.raises(CheckpointError, match='of no known network'):
         pretrained(tmp_path / 'other.pth')
     plain = mmdet_pvt.PyramidVisionTransformer(**{**TINY, 'num_layers': [2, 2]})
     torch.save(plain.state_dict(), tmp_path / 'deeper.pth')

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from acmix_mm.analysis.complexity import complexity_report
 from acmix_mm.backbones.swin import ACmixSwinBlock, ConvolutionMixer
-from acmix_mm.backbones.token_mixers import MIXERS, OPTIONS, mixer_options, with_mixer
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, Involution2d, WindowACmix
 from acmix_mm.utils.errors import CheckpointError, UsageError
@@ -301,7 +300,7 @@ def test_one_path_serves_as_conv_cfg_across_openmmlab(type_, cfg, sizes, layers)
     'maskrcnn_acmix_r50', 'upernet_acmix_swin', 'maskrcnn_acmix_pvt', 'maskrcnn_acmix_san'])
 def test_a_config_names_any_mixer_and_the_tool_counts_it(config):
     own = load_config(f'configs/shapes/{config}.py')
-    mixers = OPTIONS[own.model.backbone.type]
+    mixers = MODELS.get(own.model.backbone.type).mixers
     reports = set()
     for mixer in mixers:
         cfg = deepcopy(own)

@@ -27,7 +27,7 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 
 from acmix_mm.analysis.complexity import predict
 from acmix_mm.analysis.flops import count, total
-from acmix_mm.backbones.token_mixers import MIXERS, OPTIONS
+from acmix_mm.backbones.token_mixers import MIXERS
 from acmix_mm.comparison import matching as variants
 from acmix_mm.comparison import plan as plans
 from acmix_mm.comparison import report as reports
@@ -87,7 +87,7 @@ def config(path, shapes=None, **options):
 @pytest.mark.parametrize('quantity', ['params', 'flops'])
 @pytest.mark.parametrize(('path', 'mixer'), [
     (path, mixer) for path in FEW_BLOCKS for mixer in MIXERS
-    if mixer in OPTIONS[load_config(str(ROOT / path)).model.backbone.type]])
+    if mixer in MODELS.get(load_config(str(ROOT / path)).model.backbone.type).mixers])
 def test_matches_within_two_percent_of_the_backbone(path, mixer, quantity):
     cfg = config(path, **FEW_BLOCKS[path])
     reference = 'attn' if mixer == 'acmix' else 'acmix'

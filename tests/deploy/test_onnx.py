@@ -6,10 +6,9 @@ import onnxruntime
 import pytest
 import torch
 from helpers import ROOT, relative_error
-from helpers.tools import plain_message
 from torch import nn
 
-from acmix_mm.analysis.complexity import picture_shape
+from acmix_mm.analysis.complexity import padded_image_size
 from acmix_mm.backbones import (
     ACmixPyramidVisionTransformer,
     ACmixResNet,
@@ -229,7 +228,7 @@ def test_a_file_that_differs_is_not_kept(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(('config', 'given', 'message'), [
     ('shapes/upernet_acmix_swin', {}, 'begin at 225×225, and the shape is 192×192'),
-    ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; make it'),
+    ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; create it'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='none.pth'), 'none.pth does not exist'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'), 'is of another network'),
     ('shapes/upernet_acmix_swin', dict(options={'model.test_cfg.mode': 'slide'}), 'mode=whole'),
@@ -242,11 +241,13 @@ def test_refusals(config, given, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         cfg = load_config(str(ROOT / f'configs/{config}.py'), given.get('options'))
         export_onnx(network_of(cfg, checkpoint, backbone_only=False),
-                    str(tmp_path / given.get('out', 'a.onnx')), picture_shape(cfg),
+                    str(tmp_path / given.get('out', 'a.onnx')), padded_image_size(cfg),
                     fixed_size=False)
     assert [path.name for path in tmp_path.iterdir()] == ['other.pth']
 
 
 def test_refusals_are_one_message(run_tool, tmp_path):
     done = run_tool(*TOOL, tmp_path / 'a.onnx', '--shape', 512)
-    assert '--shape takes two positive integers' in plain_message(done)
+    assert done.returncode == 2
+    assert 'Traceback' not in done.stderr
+    assert 'error: argument --shape: expected 2 arguments' in done.stderr

@@ -198,7 +198,7 @@ def test_unknown_timm_model(run_tool, tmp_path):
     ('empty', 'cannot be read'),
     ('text', 'cannot be read'),
     ('no weights', 'holds no weights'),
-    ('ResNet', 'is of none of the networks that are known here'),
+    ('ResNet', 'is of no known network'),
     ('wider', 'does not fit'),
     ('missing', 'does not exist'),
 ])
@@ -237,7 +237,7 @@ def test_destinations_that_cannot_be(tmp_path):
     torch.save(mmdet_swin.SwinTransformer(**SWIN).state_dict(), tmp_path / 'swin.pth')
     with pytest.raises(UsageError, match=r'written as \.pth or \.safetensors; .*acmix\.bin'):
         convert(str(tmp_path / 'swin.pth'), str(tmp_path / 'acmix.bin'))
-    with pytest.raises(UsageError, match='absent does not exist; make it'):
+    with pytest.raises(UsageError, match='absent does not exist; create it'):
         convert(str(tmp_path / 'swin.pth'), str(tmp_path / 'absent' / 'acmix.pth'))
     (tmp_path / 'acmix.pth').mkdir()
     with pytest.raises(UsageError, match='cannot be written'):

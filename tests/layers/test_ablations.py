@@ -12,7 +12,8 @@ from acmix_mm.backbones import (
     ACmixSwinTransformer,
 )
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
-from acmix_mm.layers.base import COMBINATIONS, SHIFTS
+from acmix_mm.layers.base import COMBINATIONS
+from acmix_mm.layers.shift_path import SHIFTS
 from acmix_mm.ops import shift_conv, shift_sum
 
 LAYERS = {
