@@ -25,6 +25,7 @@ what the SAN authors' tool also counts: two for each output of a norm, and one f
 ReLU, pooled value, shortcut and bias.
 
 Differences:
+
 - ResNet: the published parameters exceed those of the authors' own code, which our count reproduces
   exactly. How the multiply-adds were counted is not published: with elementwise operations,
   ResNet-26 and ResNet-50 are 1 to 3 % lower. Counting one more for each of the 49 copies of a key,

@@ -182,8 +182,8 @@ def get_flops(monkeypatch, capsys):
     return run
 
 
-def test_readme_has_the_table_that_the_tool_prints(get_flops):
-    assert get_flops('--zoo') in (ROOT / 'README.md').read_text()
+def test_docs_have_the_table_that_the_tool_prints(get_flops):
+    assert get_flops('--zoo') in (ROOT / 'docs/config-zoo.md').read_text()
 
 
 def row(report, name):
