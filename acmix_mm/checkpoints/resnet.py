@@ -9,7 +9,7 @@ from torch import Tensor
 from acmix_mm.checkpoints.host import HostCheckpoints, count_blocks
 
 # Blocks of the four stages by depth, as in the code of ACmix's authors.
-STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+STAGE_BLOCKS: dict[int, tuple[int, ...]] = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
 
 
 class ResNetCheckpoints(HostCheckpoints):

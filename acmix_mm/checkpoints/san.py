@@ -9,7 +9,8 @@ from torch import Tensor
 from acmix_mm.checkpoints.host import HostCheckpoints, count_blocks
 
 # Blocks of the five stages by depth, as in the code of SAN's authors.
-STAGE_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
+STAGE_BLOCKS: dict[int, tuple[int, ...]] = {
+    10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
 
 
 class SANCheckpoints(HostCheckpoints):

@@ -182,7 +182,7 @@ def get_flops(monkeypatch, capsys):
     return run
 
 
-def test_docs_have_the_table_that_the_tool_prints(get_flops):
+def test_documentation_has_the_table_that_the_tool_prints(get_flops):
     assert get_flops('--zoo') in (ROOT / 'docs/config-zoo.md').read_text()
 
 

@@ -142,7 +142,7 @@ def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, wante
     for name, value in model.state_dict().items():
         start = fresh if any(part in name for part in left) else theirs
         assert torch.equal(value, start[name]), name
-    assert 'at first it computes what the plain' not in said()
+    assert 'the model starts as the plain' not in said()
 
 
 @BOTH
