@@ -18,7 +18,7 @@ from pathlib import Path
 from acmix_mm.backbones.token_mixers import MIXERS
 from acmix_mm.comparison.plan import QUANTITIES, check_settings, make_plan
 from acmix_mm.comparison.report import write_report
-from acmix_mm.comparison.runs import all_runs, sole_user, train_all
+from acmix_mm.comparison.runs import all_runs, exclusive_folder, train_all
 from acmix_mm.comparison.schedule import read_budget
 from acmix_mm.engine.cli import add_config_arguments, config_from, run_tool
 from acmix_mm.utils.errors import UsageError
@@ -46,7 +46,7 @@ def main() -> None:
     out = args.work_dir or os.path.join('work_dirs', 'compare', Path(args.config).stem)
 
     check_settings(cfg, args.mixers)
-    with sole_user(out):
+    with exclusive_folder(out):
         plan = make_plan(cfg, args.mixers, args.match, budget, out)
         runs = all_runs(out, args.mixers, args.seeds)
         iterations = {mixer: each['iterations'] for mixer, each in plan['variants'].items()}
