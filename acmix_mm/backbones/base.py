@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from acmix_mm.checkpoints.host import HostCheckpoints
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 
 # The backbones by host, in the order of the paper's results.
@@ -70,7 +71,7 @@ class ACmixBackbone(BaseModule):
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
 
     Attributes:
-        host: name of the host, for messages.
+        checkpoints: what is known of the host's checkpoints.
         mixers: for each token mixer that the backbone supports, the arguments that select it.
         plain_arguments: arguments that turn the backbone into its plain host.
         width_argument: argument that the channels of all stages are proportional to.
@@ -96,7 +97,7 @@ class ACmixBackbone(BaseModule):
             checkpoint.
     """
 
-    host: ClassVar[str]
+    checkpoints: ClassVar[HostCheckpoints]
     mixers: ClassVar[dict[str, dict[str, Any]]]
     plain_arguments: ClassVar[dict[str, Any]]
     width_argument: ClassVar[str]
@@ -117,8 +118,8 @@ class ACmixBackbone(BaseModule):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if 'host' in cls.__dict__:
-            BACKBONES[cls.host] = cls
+        if 'checkpoints' in cls.__dict__:
+            BACKBONES[cls.checkpoints.host] = cls
 
     def __init__(self, init_cfg: Optional[dict] = None, pretrained: Optional[str] = None) -> None:
         if pretrained is not None:
@@ -214,7 +215,8 @@ class ACmixBackbone(BaseModule):
             CheckpointError: the checkpoint cannot be read or does not fit.
         """
         if self.init_cfg is not None:
-            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], self.host))
+            source = self.init_cfg['checkpoint']
+            self.load_pretrained(read_pretrained(source, self.checkpoints.host))
             return
         print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
                   logger='current')

@@ -29,7 +29,8 @@ from acmix_mm.backbones.base import (
 )
 from acmix_mm.backbones.position_tables import resize_grid
 from acmix_mm.backbones.token_mixers import PATHS
-from acmix_mm.checkpoints.reading import load_with_report, start_as_plain
+from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
+from acmix_mm.checkpoints.pvt import PVTCheckpoints
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.layers import ReducedACmix
 
@@ -181,7 +182,7 @@ class ACmixPyramidVisionTransformer(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    host = 'PVT'
+    checkpoints = PVTCheckpoints()
     mixers = PATHS
     plain_arguments: ClassVar = dict(mix='attn')
     # The channels of an attention head; the number of heads is fixed.

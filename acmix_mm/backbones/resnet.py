@@ -30,11 +30,9 @@ from acmix_mm.backbones.token_mixers import (
     has_other_names,
 )
 from acmix_mm.checkpoints.convolution import RATES, replace_convolution
-from acmix_mm.checkpoints.reading import load_with_report
+from acmix_mm.checkpoints.loading import load_with_report
 from acmix_mm.checkpoints.recognition import Pretrained
-
-# Blocks of the four stages, as in the authors' code.
-STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+from acmix_mm.checkpoints.resnet import STAGE_BLOCKS, ResNetCheckpoints
 
 
 class ACmixBottleneck(Block):
@@ -128,7 +126,7 @@ class ACmixResNet(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    host = 'ResNet'
+    checkpoints = ResNetCheckpoints()
     mixers: ClassVar = {'conv': dict(acmix_stages=()), **PATHS, **OPERATORS}
     plain_arguments: ClassVar = dict(acmix_stages=())
     width_argument = 'base_channels'

@@ -18,12 +18,12 @@ from acmix_mm.backbones.base import (
     stochastic_depth,
 )
 from acmix_mm.backbones.token_mixers import PATHS
-from acmix_mm.checkpoints.reading import load_with_report, start_as_plain
+from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
+from acmix_mm.checkpoints.san import STAGE_BLOCKS, SANCheckpoints
 from acmix_mm.layers import PatchwiseACmix
 
-# Blocks of the five stages, and the side of their attention windows.
-STAGE_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
+# Side of the attention window in each stage.
 STAGE_KERNELS = (3, 7, 7, 7, 7)
 # Channels of each stage, relative to the first.
 STAGE_EXPANSIONS = (1, 4, 8, 16, 32)
@@ -114,7 +114,7 @@ class ACmixSAN(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    host = 'SAN'
+    checkpoints = SANCheckpoints()
     mixers = PATHS
     plain_arguments: ClassVar = dict(mix='attn')
     width_argument = 'base_channels'

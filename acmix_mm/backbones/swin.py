@@ -29,8 +29,9 @@ from acmix_mm.backbones.token_mixers import (
     check_one_mixer,
     has_other_names,
 )
-from acmix_mm.checkpoints.reading import load_with_report, start_as_plain
+from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
+from acmix_mm.checkpoints.swin import SwinCheckpoints
 from acmix_mm.layers import WindowACmix
 
 
@@ -180,7 +181,7 @@ class ACmixSwinTransformer(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    host = 'Swin'
+    checkpoints = SwinCheckpoints()
     mixers: ClassVar = {
         'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)), **PATHS, **OPERATORS}
     plain_arguments: ClassVar = dict(mix='attn')

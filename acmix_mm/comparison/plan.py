@@ -17,9 +17,8 @@ from acmix_mm.backbones.token_mixers import mixer_options
 from acmix_mm.benchmark import processor
 from acmix_mm.comparison.matching import (
     TOLERANCE,
+    BackboneSize,
     Family,
-    Size,
-    describe,
     match,
     match_by_measuring,
 )
@@ -89,7 +88,7 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
         config = config_of_run(cfg, models[mixer], budget and iterations[mixer])
         write_config(config, os.path.join(out, mixer, 'config.py'))
         variants[mixer] = dict(
-            change=describe(family, sizes[mixer]),
+            change=family.describe(sizes[mixer]),
             counts=family.counts(sizes[mixer])._asdict(),
             latency={name: each._asdict() for name, each in measured[mixer]._asdict().items()},
             iterations=iterations[mixer])
@@ -125,7 +124,7 @@ def check_settings(cfg: Config, mixers: Sequence[str]) -> None:
     check_data(cfg, ('train', 'val'))
 
 
-def match_all(families: dict[str, Family], quantity: str) -> dict[str, Size]:
+def match_all(families: dict[str, Family], quantity: str) -> dict[str, BackboneSize]:
     """Find the size at which each family costs the same as the first, the reference.
 
     Raises:
@@ -140,9 +139,10 @@ def match_all(families: dict[str, Family], quantity: str) -> dict[str, Size]:
         print(f'Matching the {QUANTITIES[quantity]} of {mixer} …', flush=True)
         family = families[mixer]
         if quantity == 'latency':
-            ratios: dict[Size, float] = {}
+            ratios: dict[BackboneSize, float] = {}
 
-            def ratio(size: Size, family: Family = family, ratios: dict = ratios) -> float:
+            def ratio(size: BackboneSize, family: Family = family,
+                      ratios: dict = ratios) -> float:
                 models = {'reference': families[first].config(sizes[first]),
                           'variant': family.config(size)}
                 ratios[size] = latencies(models, family.shape)['variant'].ratio.median
@@ -160,13 +160,14 @@ def match_all(families: dict[str, Family], quantity: str) -> dict[str, Size]:
         if error > allowed:
             raise UsageError(
                 f'{mixer} cannot be matched within {TOLERANCE:.0%} of the {QUANTITIES[quantity]} '
-                f'of {whose}: the closest network, which changes {describe(family, size)}, is off '
+                f'of {whose}: the closest network, which changes {family.describe(size)}, is off '
                 f'by {error:.1%}; use another reference or config, or pass --match none.')
         sizes[mixer] = size
     return sizes
 
 
-def check_pretraining(cfg: Config, families: dict[str, Family], sizes: dict[str, Size]) -> None:
+def check_pretraining(cfg: Config, families: dict[str, Family],
+                      sizes: dict[str, BackboneSize]) -> None:
     """Check that pretrained weights fit all networks, so that all start from the same weights.
 
     Raises:
@@ -176,7 +177,7 @@ def check_pretraining(cfg: Config, families: dict[str, Family], sizes: dict[str,
     for mixer, family in families.items():
         if sources and sizes[mixer] != family.own_size:
             raise UsageError(
-                f'{mixer} is matched with {describe(family, sizes[mixer])}, but {sources[0]} does '
+                f'{mixer} is matched with {family.describe(sizes[mixer])}, but {sources[0]} does '
                 'not fit that size: train all networks from scratch with --cfg-options '
                 'model.backbone.init_cfg=None, or pass --match none.')
 

@@ -1,8 +1,6 @@
 """Converting a checkpoint into one of a backbone here, and measuring what the conversion lost."""
 
 import inspect
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 
 from acmix_mm import __version__
 from acmix_mm.analysis.published import NETWORKS
-from acmix_mm.backbones.resnet import STAGE_BLOCKS as RESNET_BLOCKS
 from acmix_mm.backbones.resnet import ACmixBottleneck
-from acmix_mm.backbones.san import STAGE_BLOCKS as SAN_BLOCKS
+from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.datasets.shapes import draw
 from acmix_mm.engine.cli import file_to_write
@@ -152,7 +149,7 @@ def architecture(found: Pretrained) -> dict[str, Any]:
         CheckpointError: the weights lack what would tell, or no backbone has their sizes.
     """
     try:
-        arguments = ARCHITECTURES[found.host](found.state_dict)
+        arguments = HOSTS[found.host].backbone_arguments(found.state_dict)
     except KeyError as error:
         raise CheckpointError(f'The checkpoint {found.source} ({found}) is incomplete: it lacks '
                               f'{error}.') from error
@@ -171,120 +168,5 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def swin_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``ACmixSwinTransformer``."""
-    embed_dims, in_channels, patch_size = state_dict['patch_embed.projection.weight'].shape[:3]
-    depths = count_up(state_dict, r'stages\.{}\.blocks\.\d+\.norm1\.weight')
-    tables = [state_dict[f'stages.{stage}.blocks.0.attn.w_msa.relative_position_bias_table']
-              for stage in range(len(depths))]
-    hidden = state_dict['stages.0.blocks.0.ffn.layers.0.0.weight'].shape[0]
-    arguments = dict(
-        in_channels=in_channels,
-        embed_dims=embed_dims,
-        patch_size=patch_size,
-        window_size=(math.isqrt(tables[0].shape[0]) + 1) // 2,
-        mlp_ratio=hidden / embed_dims,
-        depths=depths,
-        num_heads=tuple(table.shape[1] for table in tables),
-        strides=(patch_size, *(2 for _ in depths[1:])),
-        out_indices=tuple(range(len(depths))),
-        qkv_bias='stages.0.blocks.0.attn.w_msa.qkv.bias' in state_dict,
-        patch_norm='patch_embed.norm.weight' in state_dict)
-    if 'absolute_pos_embed' in state_dict:
-        side = math.isqrt(state_dict['absolute_pos_embed'].shape[1])
-        arguments.update(use_abs_pos_embed=True, pretrain_img_size=side * patch_size)
-    return arguments
-
-
-def pvt_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``ACmixPyramidVisionTransformer``.
-
-    Raises:
-        ValueError: the weights are of PVT v2, whose strides the shapes do not tell.
-    """
-    if 'layers.0.1.0.pos_embed' not in state_dict:
-        raise ValueError('it has no position embeddings, as PVT v2; name it in the init_cfg of a '
-                         'backbone that has the arguments of that')
-    num_layers = count_up(state_dict, r'layers\.{}\.1\.\d+\.norm1\.weight')
-    patches = [state_dict[f'layers.{stage}.0.projection.weight']
-               for stage in range(len(num_layers))]
-    blocks = [f'layers.{stage}.1.1' for stage in range(len(num_layers))]
-    cells = [state_dict.get(f'{block}.attn.sr.weight') for block in blocks]
-    widths = [len(patch) for patch in patches]
-    patch_sizes = tuple(patch.shape[2] for patch in patches)
-    side = math.isqrt(state_dict['layers.0.1.0.pos_embed'].shape[1])
-    return dict(
-        pretrain_img_size=side * patch_sizes[0],
-        in_channels=patches[0].shape[1],
-        embed_dims=widths[0],
-        num_stages=len(num_layers),
-        num_layers=num_layers,
-        # All published ones have one head in the first stage, and heads of equal width.
-        num_heads=tuple(width // widths[0] for width in widths),
-        patch_sizes=patch_sizes,
-        strides=patch_sizes,
-        paddings=(0,) * len(num_layers),
-        sr_ratios=tuple(1 if cell is None else cell.shape[2] for cell in cells),
-        out_indices=tuple(range(len(num_layers))),
-        mlp_ratios=tuple(len(state_dict[f'{block}.ffn.layers.0.weight']) // width
-                         for block, width in zip(blocks, widths)),
-        qkv_bias='layers.0.1.1.attn.attn.in_proj_bias' in state_dict)
-
-
-def resnet_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``ACmixResNet``.
-
-    Raises:
-        ValueError: the blocks are not bottlenecks.
-    """
-    if 'layer1.0.conv3.weight' not in state_dict:
-        raise ValueError('its blocks are not the bottlenecks of ResNet-26, 38, 50 and deeper')
-    blocks = count_up(state_dict, r'layer{}\.\d+\.conv1\.weight', first=1)
-    depths = {known: depth for depth, known in RESNET_BLOCKS.items()}
-    deep_stem = 'stem.0.weight' in state_dict
-    arguments = dict(
-        depth=depths.get(blocks, 50),
-        in_channels=state_dict['stem.0.weight' if deep_stem else 'conv1.weight'].shape[1],
-        base_channels=len(state_dict['layer1.0.conv1.weight']),
-        deep_stem=deep_stem,
-        avg_down='layer1.0.downsample.0.weight' not in state_dict)
-    stem_channels = len(state_dict['stem.6.weight' if deep_stem else 'conv1.weight'])
-    if stem_channels != arguments['base_channels']:
-        arguments.update(stem_channels=stem_channels)
-    if blocks not in depths:
-        arguments.update(stage_blocks=blocks)
-    mixed = [stage for stage in range(4) if f'layer{stage + 1}.0.conv2.fc.weight' in state_dict]
-    if mixed:
-        num_maps = state_dict[f'layer{mixed[0] + 1}.0.conv2.fc.weight'].shape[1]
-        arguments.update(num_heads=num_maps // 3, acmix_stages=tuple(mixed))
-    return arguments
-
-
-def san_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``ACmixSAN``.
-
-    Raises:
-        ValueError: no SAN has so many blocks.
-    """
-    blocks = count_up(state_dict, r'layer{}\.\d+\.bn1\.weight')
-    depths = {known: depth for depth, known in SAN_BLOCKS.items()}
-    if blocks not in depths:
-        raise ValueError(f'it has stages of {blocks} blocks; known are '
-                         f'{", ".join(map(str, depths))}')
-    base_channels, in_channels = state_dict['conv_in.weight'].shape[:2]
-    return dict(depth=depths[blocks], in_channels=in_channels, base_channels=base_channels)
-
-
-ARCHITECTURES = {'Swin': swin_architecture, 'PVT': pvt_architecture,
-                 'ResNet': resnet_architecture, 'SAN': san_architecture}
 TYPES = {'Swin': 'ACmixSwinTransformer', 'PVT': 'ACmixPyramidVisionTransformer',
          'ResNet': 'ACmixResNet', 'SAN': 'ACmixSAN'}
-
-
-def count_up(state_dict: Mapping[str, Tensor], pattern: str, first: int = 0) -> tuple[int, ...]:
-    """How many keys match ``pattern``, with a stage's number in its braces, stage by stage."""
-    counts = []
-    while found := sum(bool(re.fullmatch(pattern.format(len(counts) + first), key))
-                       for key in state_dict):
-        counts.append(found)
-    return tuple(counts)

@@ -14,13 +14,13 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from acmix_mm.checkpoints.loading import summary
 from acmix_mm.checkpoints.reading import (
     HAS_ALLOW_LIST,
     LOAD_ERRORS,
     allow_mmengine_checkpoints,
     explain_load_error,
     is_path,
-    summary,
     weights_only,
 )
 from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors

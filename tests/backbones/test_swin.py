@@ -11,7 +11,7 @@ from mmengine.model import kaiming_init
 from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.backbones.swin import ACmixSwinBlock, ACmixSwinTransformer
-from acmix_mm.checkpoints.swin import to_backbone_names
+from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import WindowACmix, window_acmix
 from acmix_mm.layers import base as conv_path
@@ -297,7 +297,7 @@ def test_patch_merging_order_is_converted():
     for index, (row, column, channel) in enumerate(order):
         weight = torch.zeros(6, 12)
         weight[0, index] = 1
-        _, converted = to_backbone_names({
+        _, converted = HOSTS['Swin'].to_backbone_keys({
             'patch_embed.proj.weight': torch.zeros(1),
             'layers.0.blocks.0.norm1.weight': torch.zeros(1),
             'layers.0.downsample.reduction.weight': weight})

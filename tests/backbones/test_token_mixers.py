@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from acmix_mm.analysis.complexity import complexity_report
 from acmix_mm.backbones.swin import ACmixSwinBlock, ConvolutionMixer
+from acmix_mm.backbones.token_mixers import MIXERS, mixer_options, with_mixer
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, Involution2d, WindowACmix
 from acmix_mm.utils.errors import CheckpointError, UsageError
@@ -142,7 +143,7 @@ def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, wante
     for name, value in model.state_dict().items():
         start = fresh if any(part in name for part in left) else theirs
         assert torch.equal(value, start[name]), name
-    assert 'at first it computes what the plain' not in said()
+    assert 'the model starts as the plain' not in said()
 
 
 @BOTH

@@ -175,7 +175,7 @@ def test_arguments_of_a_training_script_are_data(tmp_path):
     ('empty', 'cannot be read .* damaged'),
     ('text', 'cannot be read .* damaged'),
     ('no weights', 'holds no weights'),
-    ('ResNet', r'of none of the networks that are known .* keys are conv1\.weight, bn1\.weight'),
+    ('ResNet', r'of no known network .* keys are conv1\.weight, bn1\.weight'),
     ('wider', r'does not fit .* of another shape: .*patch_embed\.projection\.weight'),
     ('deeper', r'does not fit .* not in the model: stages\.\*\.blocks\.\*\.norm1\.weight \(2×\)'),
     ('shallower', r'does not fit .* missing: .*stages\.1\.blocks\.1\.norm1\.weight'),

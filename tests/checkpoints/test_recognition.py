@@ -21,8 +21,8 @@ from acmix_mm.backbones import (
 )
 from acmix_mm.checkpoints.convolution import (
     NEIGHBOUR_CORRELATION,
-    after_relu,
-    express_convolution,
+    approximate_convolution,
+    relu_statistics,
 )
 from acmix_mm.checkpoints.recognition import read_pretrained
 from acmix_mm.layers import ACmixConv2d
@@ -97,7 +97,7 @@ def test_plain_resnets(kind, tmp_path, said):
 
 def within_reach(kernel, num_heads):
     """The kernel nearest to a random one that the convolution path has exactly."""
-    return express_convolution(kernel, num_heads).kernel
+    return approximate_convolution(kernel, num_heads).kernel
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_what_resnet_loses_is_what_the_log_says(tmp_path, said):
     torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
     model = start(ACmixResNet, tmp_path / 'resnet.pth', depth=26)
     theirs, ours = plain.layer3[1], model.layer3[1]
-    mean, deviation = after_relu(theirs.bn1.weight, theirs.bn1.bias)
+    mean, deviation = relu_statistics(theirs.bn1.weight, theirs.bn1.bias)
     x = correlated(4, 256, 48, 48, factor=NEIGHBOUR_CORRELATION)
     x = x * deviation[:, None, None] + mean[:, None, None]
     expected = theirs.bn2(theirs.conv2(x))[..., 1:-1, 1:-1]
@@ -151,9 +151,9 @@ def test_nearest_expression_is_stationary():
     """No parameter of the path can lessen the weighted error any further."""
     kernel = torch.randn(12, 20, 3, 3, dtype=torch.double)
     scales = torch.rand(20, dtype=torch.double) + 0.1, torch.rand(12, dtype=torch.double) + 0.1
-    expression = express_convolution(kernel, 4, *scales)
+    approximation = approximate_convolution(kernel, 4, *scales)
     layer = ACmixConv2d(20, 12, num_heads=4, mix='conv', bias=False).double()
-    layer.load_state_dict(expression.parameters)
+    layer.load_state_dict(approximation.parameters)
     # The response to an impulse in each input channel is the kernel, mirrored.
     impulses = torch.zeros(20, 20, 5, 5, dtype=torch.double)
     impulses[range(20), range(20), 2, 2] = scales[0]
@@ -161,8 +161,8 @@ def test_nearest_expression_is_stationary():
     wanted = F.conv2d(impulses, kernel, padding=1)
     error = ((made - wanted) * scales[1][:, None, None]).square().sum()
     whole = (wanted * scales[1][:, None, None]).square().sum()
-    assert expression.error == pytest.approx((error / whole).sqrt().item())
-    assert 0.1 < expression.error < 0.9
+    assert approximation.error == pytest.approx((error / whole).sqrt().item())
+    assert 0.1 < approximation.error < 0.9
     error.backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad.abs().max() < 1e-9 * whole, name
@@ -171,23 +171,23 @@ def test_nearest_expression_is_stationary():
 @pytest.mark.parametrize('num_heads', [1, 2, 4])
 def test_few_channels_are_expressed_exactly(num_heads):
     kernel = torch.randn(8, 3, 3, 3)
-    expression = express_convolution(kernel, num_heads)
-    assert expression.error < 1e-6
+    approximation = approximate_convolution(kernel, num_heads)
+    assert approximation.error < 1e-6
     layer = ACmixConv2d(3, 8, num_heads=num_heads, mix='conv', bias=False)
-    layer.load_state_dict(expression.parameters)
+    layer.load_state_dict(approximation.parameters)
     x = torch.randn(2, 3, 6, 7)
     torch.testing.assert_close(layer(x), F.conv2d(x, kernel, padding=1))
 
 
 def test_pruned_kernels():
-    expression = express_convolution(torch.zeros(8, 16, 3, 3), 4)
-    assert expression.error == 0
-    assert all(value.isfinite().all() for value in expression.parameters.values())
+    approximation = approximate_convolution(torch.zeros(8, 16, 3, 3), 4)
+    assert approximation.error == 0
+    assert all(value.isfinite().all() for value in approximation.parameters.values())
 
 
 def test_statistics_behind_a_relu():
     weight, bias = torch.tensor([0.5, 2., -1., 0.]), torch.tensor([0.3, -1., 0., 0.7])
-    mean, deviation = after_relu(weight, bias)
+    mean, deviation = relu_statistics(weight, bias)
     drawn = (torch.randn(1_000_000, 4) * weight + bias).relu()
     torch.testing.assert_close(mean, drawn.mean(0), rtol=0.01, atol=0.003)
     torch.testing.assert_close(deviation, drawn.std(0), rtol=0.01, atol=0.003)

@@ -188,8 +188,8 @@ def test_files_are_looked_for_before_training_and_addresses_are_not(source, expe
 def test_unknown_timm_model(run_tool, tmp_path):
     done = run_tool(TOOL, 'timm://resnet999', tmp_path / 'acmix.pth')
     assert done.returncode == 1
-    assert done.stderr == ('error: timm has no weights of the name resnet999 (Unknown model '
-                           '(resnet999)); timm.list_pretrained() lists those that it has.\n')
+    assert done.stderr == ('error: timm has no weights named resnet999 (Unknown model '
+                           '(resnet999)); timm.list_pretrained() lists all that it has.\n')
 
 
 @pytest.mark.parametrize(('kind', 'message'), [
@@ -198,7 +198,7 @@ def test_unknown_timm_model(run_tool, tmp_path):
     ('empty', 'cannot be read'),
     ('text', 'cannot be read'),
     ('no weights', 'holds no weights'),
-    ('ResNet', 'is of none of the networks that are known here'),
+    ('ResNet', 'is of no known network'),
     ('wider', 'does not fit'),
     ('missing', 'does not exist'),
 ])
