@@ -1,4 +1,4 @@
-"""Convert a checkpoint into weights of an ACmix backbone that continue from its host.
+"""Convert a checkpoint of an ACmix network or of its plain host into weights of an ACmix backbone.
 
 Accepts ACmix checkpoints of the paper's authors and of this project, and plain Swin (Microsoft,
 timm, OpenMMLab), PVT v1 (its authors, OpenMMLab), SAN (its authors) and ResNet (torchvision, timm,
@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument('source', help='a .pth or .safetensors file, a URL, timm://MODEL, or '
                         'hf-hub:OWNER/NAME')
     parser.add_argument('destination', help='the .pth or .safetensors file to write')
-    parser.add_argument('--arch', choices=ARCHS, help='the network to accept '
-                        '(default: any; its architecture follows from the weights)')
+    parser.add_argument('--arch', choices=ARCHS, help='build this network and refuse weights of '
+                        'any other (default: infer the architecture from the weights)')
     args = parser.parse_args()
     print(convert(args.source, args.destination, args.arch))
 

@@ -33,8 +33,8 @@ def convert(source: str, destination: str, arch: Optional[str] = None) -> str:
         source: see :func:`acmix_mm.checkpoints.reading.read_checkpoint`.
         destination: the ``.pth`` or ``.safetensors`` file to write. Its metadata has the source and
             the config of the backbone. If the conversion fails, nothing is written.
-        arch: the only network to accept, a key of ``ARCHS``; if None, the architecture follows from
-            the shapes of the weights.
+        arch: the network to build, a key of ``ARCHS``; weights of any other are refused. If None,
+            the architecture is inferred from the weights.
 
     Returns:
         A report: the backbone as written in a config and, for a plain host, by how much its
@@ -83,7 +83,7 @@ def arguments_of(arch: str, found: Pretrained) -> Mapping[str, Any]:
 
 
 def infer_arguments(found: Pretrained) -> dict[str, Any]:
-    """The arguments of a backbone, without defaults, that follow from the shapes of its weights.
+    """Infer the arguments of a backbone, other than defaults, from the shapes of its weights.
 
     Raises:
         CheckpointError: weights are missing, or they do not determine a backbone.

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from acmix_mm.analysis.complexity import complexity_report
 from acmix_mm.backbones.swin import ACmixSwinBlock, ConvolutionMixer
+from acmix_mm.backbones.token_mixers import MIXERS, mixer_options, with_mixer
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, Involution2d, WindowACmix
 from acmix_mm.utils.errors import CheckpointError, UsageError
