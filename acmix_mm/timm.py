@@ -27,8 +27,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from acmix_mm.backbones.base import BACKBONES, ACmixBackbone, PaperNetwork, norm_channels
-from acmix_mm.layers import Involution2d
-from acmix_mm.layers.base import TwoPaths
+from acmix_mm.layers.base import OperatorLayer
 
 
 class Classifier(nn.Module):
@@ -231,7 +230,7 @@ default_cfgs = generate_default_cfgs({
     for host in BACKBONES.values() for network in host.paper_networks})
 
 # torch.fx cannot trace modules whose control flow depends on the size of the map.
-for each in (TwoPaths, Involution2d, DropPath):
+for each in (OperatorLayer, DropPath):
     register_notrace_module(each)
 for each in BACKBONES.values():
     register(each)

@@ -74,12 +74,12 @@ def test_are_registered():
     assert timm.list_models('acmix_*', module='timm') == timm.list_models('acmix_*')
 
 
-@pytest.mark.parametrize(('name', 'network'), zip(NAMES, NETWORKS),
-                         ids=[network.name for network in NETWORKS])
-def test_counts_are_the_zoos(name, network):
-    model = timm.create_model(name, device='meta').eval()
+@pytest.mark.parametrize(('backbone', 'network'), NETWORKS,
+                         ids=[network.name for _, network in NETWORKS])
+def test_counts_are_those_of_the_paper_networks(backbone, network):
+    model = timm.create_model(network.timm_name, device='meta').eval()
     image = torch.empty(1, 3, 224, 224, device='meta')
-    assert total(count(model, partial(model, image))) == count_network(network).count
+    assert total(count(model, partial(model, image))) == count_network(backbone, network).count
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 

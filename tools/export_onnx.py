@@ -15,7 +15,7 @@ Examples: python tools/export_onnx.py configs/upernet_acmix_swin_t.py iter_16000
 
 import argparse
 
-from acmix_mm.analysis.complexity import picture_shape
+from acmix_mm.analysis.complexity import padded_image_size
 from acmix_mm.engine.cli import add_cfg_options, positive_int, run_tool
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
@@ -41,7 +41,7 @@ def main() -> None:
     from acmix_mm.deploy.onnx import export_onnx, network_of, normalisation
     cfg = load_config(args.config, args.cfg_options)
     network = network_of(cfg, args.checkpoint, args.backbone_only)
-    shape = tuple(args.shape or picture_shape(cfg))
+    shape = tuple(args.shape or padded_image_size(cfg))
     print(export_onnx(network, args.out, shape, args.fixed_size))
     print(f'  input: {normalisation(cfg)}')
 

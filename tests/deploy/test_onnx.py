@@ -8,7 +8,7 @@ import torch
 from helpers import ROOT, relative_error
 from torch import nn
 
-from acmix_mm.analysis.complexity import picture_shape
+from acmix_mm.analysis.complexity import padded_image_size
 from acmix_mm.backbones import (
     ACmixPyramidVisionTransformer,
     ACmixResNet,
@@ -243,7 +243,7 @@ def test_errors(config, given, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         cfg = load_config(str(ROOT / f'configs/{config}.py'), given.get('options'))
         export_onnx(network_of(cfg, checkpoint, backbone_only=False),
-                    str(tmp_path / given.get('out', 'a.onnx')), picture_shape(cfg),
+                    str(tmp_path / given.get('out', 'a.onnx')), padded_image_size(cfg),
                     fixed_size=False)
     assert [path.name for path in tmp_path.iterdir()] == ['other.pth']
 

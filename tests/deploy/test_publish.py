@@ -106,7 +106,7 @@ def test_preserves_unusual_tensors(tmp_path):
     ([1], 'b', CheckpointError, 'no weights|cannot be read'),
     (dict(state_dict=dict(a=torch.zeros(1))), 'none/b', UsageError,
      'none does not exist; create it'),
-    ('bomb', 'b', CheckpointError, 'is refused and nothing of it was run'),
+    ('bomb', 'b', CheckpointError, 'is refused and nothing in it was run'),
 ])
 def test_errors_leave_no_file_behind(content, target, error, message, tmp_path):
     if content == 'bomb':

@@ -157,6 +157,7 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from helpers.samples import image_sample
 from acmix_mm.engine.config import load_config
 
 cfg = load_config('configs/maskrcnn_acmix_r50.py')

@@ -190,7 +190,7 @@ def test_checkpoint_with_code_is_refused_and_runs_nothing(tool, shapes, run_tool
     # A work-around that users of MMEngine set for torch 2.6; it must not open the door here.
     done = run_tool(*given, '--data-root', shapes, '--work-dir', tmp_path / 'work',
                     '--cfg-options', *FAST, *SMALL_IMAGES, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD='1')
-    assert 'is refused and nothing of it was run' in plain_message(done)
+    assert 'is refused and nothing in it was run' in plain_message(done)
     assert 'posix.system' in done.stderr
     assert not (tmp_path / 'ran').exists()
 
