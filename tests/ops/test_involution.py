@@ -110,7 +110,7 @@ print(run('chunked', 100, 168), run('reference', 100, 168))
     (dict(kernels=torch.zeros(1, 3, 3, 3, 5, 6)), 'groups dividing 4'),
     (dict(kernels=torch.zeros(1, 0, 3, 3, 5, 6)), 'groups dividing 4'),
     (dict(stride=2), r'\(1, groups, k, k, 3, 3\)'),
-    (dict(kernels=torch.zeros(1, 2, 4, 4, 5, 6)), 'takes odd kernels, got some of 4'),
+    (dict(kernels=torch.zeros(1, 2, 4, 4, 5, 6)), 'takes odd kernels, got one of 4'),
 ])
 def test_invalid_arguments(change, message):
     given = dict(zip(('x', 'kernels'), involution_tensors(1, 2, 2, 5, 6, 3)))
