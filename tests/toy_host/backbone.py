@@ -22,7 +22,7 @@ class ToyBlock(Block):
 
     def __init__(self, channels: int, num_heads: int, mix: str) -> None:
         super().__init__(with_cp=False)
-        self.norm = nn.GroupNorm(1, channels)
+        self.norm = nn.BatchNorm2d(channels)
         self.mixer = GlobalACmix(channels, num_heads, mix)
 
     def compute(self, x: Tensor) -> Tensor:
