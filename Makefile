@@ -1,6 +1,7 @@
 # make demo   train and evaluate a small Mask R-CNN with an ACmix-Swin backbone
 # make test   ruff, mypy and the test suite
 # make dist   build the wheel and the sdist, and check them
+# make docs   build the documentation into site/; DOCS_EXECUTE=false does not run its notebook
 # Each creates the environment first if it does not exist. VENV=dir uses another one than .venv.
 
 VENV ?= .venv
@@ -9,6 +10,8 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt
 
 TORCH_VERSION := $(RUN) -c 'import torch; print(torch.__version__)' 2>/dev/null
+
+DOCS_EXECUTE ?= true
 
 SHAPES := data/shapes
 DEMO := work_dirs/demo
@@ -22,7 +25,7 @@ MMCV_FLAGS := CFLAGS="-g0 -O2 -DNDEBUG" CXXFLAGS="-g0 -O2 -DNDEBUG"
 # This checkout, not another one that a shared environment may have installed.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: env demo test dist
+.PHONY: env demo test dist docs
 .DELETE_ON_ERROR:
 
 demo: env $(DEMO_CHECKPOINT)
@@ -39,6 +42,11 @@ dist: env
 	rm -rf dist
 	$(RUN) -m build
 	$(RUN) -m twine check --strict dist/*
+
+docs: env
+	$(INSTALL) mkdocs-material mkdocstrings-python mkdocs-include-markdown-plugin mkdocs-jupyter \
+		ipykernel
+	DOCS_EXECUTE=$(DOCS_EXECUTE) NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 env: $(VENV)/.acmix-mm-stack
 	@$(RUN) -m acmix_mm.environment

@@ -14,8 +14,8 @@ CONFIG_FOLDERS = {
     for folder in sorted({path.relative_to(ROOT).parent for path in ROOT.glob('configs/**/*.py')})
 }
 
-# Training and evaluation need these, but only through the extras below: users who install this
-# package into an OpenMMLab environment have them, and MMDetection users may not want MMSegmentation.
+# Training and evaluation need these. They are extras because an OpenMMLab environment already has
+# them, and MMDetection users may not want MMSegmentation.
 # mmcv 2.1 is the newest version that MMDetection 3.3 and MMSegmentation 1.2 accept.
 OPENMMLAB = ['mmengine>=0.10.0,<0.11', 'mmcv>=2.0.0,<2.2']
 

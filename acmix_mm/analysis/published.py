@@ -19,23 +19,24 @@ NETWORKS: tuple[tuple[type[ACmixBackbone], PaperNetwork], ...] = tuple(
     (backbone, network) for backbone in BACKBONES.values() for network in backbone.paper_networks)
 
 NOTES = '''\
-Counted with a classifier of 1000 classes, on one image of 224×224. Multiply-adds are those of
-matrix products, convolutions and attention, with fc and shifts as two steps. "+ elementwise" adds
-what the SAN authors' tool also counts: two for each output of a norm, and one for each output of a
-ReLU, pooled value, shortcut and bias.
+Counted with a classifier of 1000 classes, for one image of 224×224. Multiply-adds are those of
+matrix products, convolutions and attention, with the fc and the shifts of the convolution path as
+two steps. "+ elementwise" adds what the tool of SAN's authors also counts: two for each output of a
+norm, and one for each ReLU, pooled value, shortcut and bias.
 
-Differences:
-- ResNet: the published parameters exceed those of the authors' own code, which our count reproduces
-  exactly. How the multiply-adds were counted is not published: with elementwise operations,
-  ResNet-26 and ResNet-50 are 1 to 3 % lower. Counting one more for each of the 49 copies of a key,
-  to which the published code adds positions, gives 2.27G, 2.94G and 3.62G, but that is a guess
-  fitted to the published values.
-- SAN: no code was published, and no variant that we tried reproduces both published counts. Our
-  parameters are 1 to 2 % lower; with elementwise operations SAN-10 rounds to 2.0G, or to 1.9G if fc
-  and shifts are counted as the single convolution that they are equivalent to (1.92G).
-- PVT: no code was published; both networks round to the published counts.
-- Swin: the published parameters exceed those of the authors' own code, which our count reproduces
-  exactly. Swin-T's multiply-adds are 1 % above the published value.'''
+Where the counts differ from the published ones:
+
+- **ResNet.** The published parameters exceed those of the authors' own code, which our counts match
+  exactly. The paper does not say how multiply-adds were counted. With elementwise operations,
+  ResNet-26 and ResNet-50 are 1 to 3 % lower. One more multiply-add for each of the 49 copies of a
+  key to which the published code adds positions would give 2.27G, 2.94G and 3.62G, but that is a
+  guess that was made to fit.
+- **SAN.** No code was published, and no variant that we tried has both published counts. The
+  parameters of this one are 1 to 2 % lower. With elementwise operations SAN-10 rounds to 2.0G, and
+  to 1.9G if the fc and the shifts are counted as one convolution (1.92G).
+- **PVT.** No code was published. Both counts round to the published figures.
+- **Swin.** The published parameters exceed those of the authors' own code, which our counts match
+  exactly. The multiply-adds of Swin-T are 1 % above the published figure.'''
 
 
 class PaperCount(NamedTuple):

@@ -22,7 +22,7 @@ class HostCheckpoints(ABC):
     """
 
     host: ClassVar[str]
-    acmix_layer: ClassVar['re.Pattern[str]']
+    acmix_layer: ClassVar[re.Pattern[str]]
     first_stage: ClassVar[int] = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

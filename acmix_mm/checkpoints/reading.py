@@ -135,7 +135,7 @@ def explain_load_error(source: str, error: Exception) -> str:
         # torch's message starts with advice on how to load the file anyway.
         unsafe = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', str(error))
         if unsafe:
-            return (f'The checkpoint {source} is refused and nothing of it was run: besides data '
+            return (f'The checkpoint {source} is refused and nothing in it was run: besides data, '
                     f'it holds {unsafe.group(1)}, which could be code; save its weights alone, '
                     'with torch.save(model.state_dict(), path).')
         reason = 'not what torch.save writes'

@@ -4,7 +4,6 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
-from acmix_mm.checkpoints import pvt, resnet, san, swin  # noqa: F401 (they register in HOSTS)
 from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.reading import Weights, read_weights
 from acmix_mm.utils.errors import CheckpointError

@@ -117,7 +117,7 @@ def test_visualize_rejects_code(detector, shapes, tmp_path):
     found = torch.load(checkpoint)
     found['meta']['trap'] = Bomb(tmp_path / 'ran')
     torch.save(found, tmp_path / 'bomb.pth')
-    with pytest.raises(CheckpointError, match='nothing of it was run'):
+    with pytest.raises(CheckpointError, match='nothing in it was run'):
         visualize(cfg, str(tmp_path / 'bomb.pth'), [str(shapes / 'val2017' / '00000.jpg')],
                   str(tmp_path))
     assert not (tmp_path / 'ran').exists()

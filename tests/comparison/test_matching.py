@@ -75,9 +75,9 @@ def test_error_names_the_nearest_size(monkeypatch):
     monkeypatch.setattr(matching, 'BLOCKS_CHANGED', (0,))
     cfg = config(SEGMENTATION)
     families = {name: Family(cfg.model, name, SHAPE) for name in ('acmix', 'conv')}
-    with pytest.raises(UsageError, match=r'conv cannot be brought within 2% of the parameters of '
-                       r"the reference's backbone: the nearest, which changes .*, is off by "
-                       r'\d+\.\d%; .* --match none'):
+    with pytest.raises(UsageError, match=r'conv cannot be matched within 2% of the parameters of '
+                       r"the reference's backbone: the closest network, which changes .*, is off "
+                       r'by \d+\.\d%; .* --match none'):
         match_all(families, 'params')
 
 

@@ -44,7 +44,7 @@ def test_file_name_ends_in_the_hash(published, trained):
     file, output = published
     assert file.name == f'upernet-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth'
     before, after = ((path.stat().st_size / 1e6) for path in (trained / 'iter_2.pth', file))
-    assert f'Wrote {file}: {after:.1f} MB, of {before:.1f} MB.' in output
+    assert f'Wrote {file}: {after:.1f} MB, reduced from {before:.1f} MB.' in output
     assert after < before / 3
 
 
@@ -106,7 +106,7 @@ def test_preserves_unusual_tensors(tmp_path):
     ([1], 'b', CheckpointError, 'no weights|cannot be read'),
     (dict(state_dict=dict(a=torch.zeros(1))), 'none/b', UsageError,
      'none does not exist; create it'),
-    ('bomb', 'b', CheckpointError, 'is refused and nothing of it was run'),
+    ('bomb', 'b', CheckpointError, 'is refused and nothing in it was run'),
 ])
 def test_errors_leave_no_file_behind(content, target, error, message, tmp_path):
     if content == 'bomb':
