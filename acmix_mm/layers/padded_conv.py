@@ -21,8 +21,8 @@ class PaddedConvolution:
         """Check and store the arguments.
 
         Raises:
-            ValueError: the kernel is even, a size is not square, ``groups`` is not 1, or ``padding``
-                is neither None nor ``dilation · (kernel_size // 2)``.
+            ValueError: ``kernel_size`` is even, a size is not square, ``groups`` is not 1, or
+                ``padding`` is neither None nor ``dilation · (kernel_size // 2)``.
         """
         layer = type(self).__name__
         kernel = one_side('kernel_size', kernel_size)
