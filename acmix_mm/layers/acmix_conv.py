@@ -56,10 +56,8 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         bias: whether the three projections have a bias.
         num_heads: number of attention heads; divides ``out_channels``.
         attn_kernel_size: side of attention's neighbourhood, odd.
-        mix: which paths to build; see :class:`acmix_mm.layers.base.TwoPathLayer`.
-        combine: how they are added; see there.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.shift_path.Shifts`.
-        shift_groups: groups of its kernels; see there.
+        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
 
     Raises:
         ValueError: an argument is invalid.

@@ -20,17 +20,9 @@ class PaddedConvolution:
                      padding: Optional[Size], dilation: Size, groups: int) -> None:
         """Check and store the arguments.
 
-        Args:
-            in_channels: channels of the input.
-            out_channels: channels of the output.
-            kernel_size: side of the kernel, odd.
-            stride: stride, the same along both axes.
-            padding: None or ``dilation · (kernel_size // 2)``, which keeps the size at stride 1.
-            dilation: distance between the taps of the kernel.
-            groups: must be 1.
-
         Raises:
-            ValueError: an argument is invalid.
+            ValueError: ``kernel_size`` is even, a size is not square, ``groups`` is not 1, or
+                ``padding`` is neither None nor ``dilation · (kernel_size // 2)``.
         """
         layer = type(self).__name__
         kernel = one_side('kernel_size', kernel_size)

@@ -54,10 +54,8 @@ class PatchwiseACmix(TwoPathLayer):
         out_channels: channels of values and of the output, a multiple of ``SHARE_CHANNELS``.
         kernel_size: side of attention's neighbourhood, odd; with reflection padding at the edges.
         norm: builds the batch norms in ``conv_w`` from their number of channels.
-        mix: which paths to build; see :class:`acmix_mm.layers.base.TwoPathLayer`.
-        combine: how they are added; see there.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.shift_path.Shifts`.
-        shift_groups: groups of its kernels; see there.
+        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
 
     Raises:
         ValueError: an argument is invalid.

@@ -45,10 +45,8 @@ class ReducedACmix(TwoPathLayer):
         attn_drop_rate: dropout rate of the attention weights.
         proj_drop_rate: dropout rate of the output.
         norm: builds the norm of the reduced map from its number of channels.
-        mix: which paths to build; see :class:`acmix_mm.layers.base.TwoPathLayer`.
-        combine: how they are added; see there.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.shift_path.Shifts`.
-        shift_groups: groups of its kernels; see there.
+        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
 
     Raises:
         ValueError: an argument is invalid.
