@@ -32,5 +32,5 @@ def test_paper_networks(backbone, network):
         assert everything == pytest.approx(network.multiply_adds, abs=0.0505)
 
 
-def test_readme_has_the_table(get_flops):
+def test_documentation_has_the_table(get_flops):
     assert get_flops('--zoo') in (ROOT / 'docs/config-zoo.md').read_text()
