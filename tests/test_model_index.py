@@ -67,6 +67,6 @@ def test_counts_of_the_configs(name):
     assert f"{model['Metadata']['FLOPs'] / 1e9:.2f}G |" in report
 
 
-def test_every_config_names_its_plain_twin():
+def test_every_config_names_its_baseline():
     for path in ROOT.glob('configs/*.py'):
-        assert '# Plain twin: ' in path.read_text(), path
+        assert '# Baseline: ' in path.read_text(), path

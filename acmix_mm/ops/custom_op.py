@@ -1,26 +1,27 @@
-"""Functions that torch.compile and torch.export take as one step."""
+"""Functions that torch.compile and torch.export keep as one node of the graph."""
 
 from typing import Callable
 
 import torch
 
 
-def custom_op(shapes: Callable) -> Callable[[Callable], Callable]:
-    """Register a function of tensors as an operator of torch, ``acmix_mm::<its name>``.
+def custom_op(fake: Callable) -> Callable[[Callable], Callable]:
+    """Register a function of tensors as the custom op ``acmix_mm::<its name>``.
 
-    What loops over rows in Python would otherwise be unrolled into thousands of steps, for every
-    size of the map anew. The function's annotations are the operator's signature; it changes no
-    argument and returns none.
+    Otherwise a Python loop over rows would be unrolled into thousands of nodes, and traced again
+    for each size. The schema follows from the type annotations. The function must neither modify
+    nor return its arguments.
 
-    Before torch 2.4, which has no such operators, the function stays as it is.
+    Torch has custom ops since 2.4; before, the function is returned unchanged.
 
     Args:
-        shapes: takes the same arguments and returns empty tensors such as the function's results.
+        fake: takes the same arguments and returns empty tensors with the shapes, dtypes and
+            strides of the results.
     """
     def register(run: Callable) -> Callable:
         if not hasattr(torch.library, 'custom_op'):
             return run
         operator = torch.library.custom_op(f'acmix_mm::{run.__name__}', run, mutates_args=())
-        operator.register_fake(shapes)
+        operator.register_fake(fake)
         return operator
     return register

@@ -1,4 +1,4 @@
-"""Stage I of ACmix: queries, keys and values of every head, which both paths read."""
+"""Stage I of ACmix: the queries, keys and values of every head, shared by both paths."""
 
 from typing import Optional
 
@@ -12,19 +12,20 @@ def project(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
 
     Paper: arXiv 2111.14556, section 4.1, stage I.
 
-    On a CPU, the grouped convolution of the convolution path wants the maps of one channel of all
-    heads side by side. Permuting the small weight puts them there; permuting the map would cost
-    three copies of it, one forward and two backward. Triton's kernels want them as they come.
+    On a CPU, the grouped convolution of the convolution path is fastest if the maps that share a
+    channel index lie side by side, over all heads. Permuting the small weight gives that layout
+    for free; permuting the map would take three copies of it, one forward and two backward. The
+    Triton kernels read the usual layout.
 
     Args:
         x: (…, in_channels), any floating dtype.
-        weight: (3 · num_heads · head_dims, in_channels), in the order of the output's axes.
+        weight: (3 · num_heads · head_dims, in_channels).
         bias: (3 · num_heads · head_dims,), or None.
-        num_heads: heads of each.
-        for_convolution: whether the convolution path reads the result, too.
+        num_heads: number of heads of queries, keys and values each.
+        for_convolution: whether the convolution path reads the result.
 
     Returns:
-        (…, 3, num_heads, head_dims), in the strides that suit the machine.
+        (…, 3, num_heads, head_dims); the strides depend on the device.
     """
     shape = (3, num_heads, weight.shape[0] // (3 * num_heads))
     if not for_convolution or x.device.type != 'cpu':

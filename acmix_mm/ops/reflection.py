@@ -1,4 +1,7 @@
-"""Maps continued beyond their edges as in a mirror, as reflection padding does."""
+"""Reflection padding of any width: maps narrower than the padding are reflected repeatedly.
+
+As in ``torch.nn.functional.pad(mode='reflect')``, the edge itself is not repeated.
+"""
 
 import torch
 from torch import Tensor
@@ -7,42 +10,40 @@ from acmix_mm.ops.symbolic import divide
 
 
 def reflected_range(start: int, stop: int, extent: int, device: torch.device) -> Tensor:
-    """Positions start … stop − 1 folded back into an axis of ``extent``, as often as it takes.
-
-    As reflection padding does, the edge itself is not repeated; an axis of one has only that.
-    """
+    """Positions start … stop − 1 reflected into an axis of length ``extent``, int64."""
     return reflect(torch.arange(start, stop, device=device), extent)
 
 
 def reflect(position: Tensor, extent: int) -> Tensor:
-    """Reflect any positions, int64, into an axis of ``extent`` as reflection padding does."""
+    """Reflect positions, int64, into an axis of length ``extent``."""
     period = max(2 * (extent - 1), 1)
     position = divide(position, period)[1]
     return torch.minimum(position, period - position) if extent > 1 else position
 
 
+def reflection_pad(maps: Tensor, reach: int) -> Tensor:
+    """Pad (batch, channels, height, width) by ``reach`` positions on all four sides."""
+    rows, columns = (reflected_range(-reach, extent + reach, extent, maps.device)
+                     for extent in maps.shape[2:])
+    return maps.index_select(2, rows).index_select(3, columns)
+
+
 def add_reflected_border(padded: Tensor, axis: int, extent: int, reach: int) -> Tensor:
-    """Add what lies beyond the edges of an axis to where it was mirrored from, in place.
+    """Add the border of a padded map onto the positions it reflects, in place.
+
+    This is the gradient of reflection padding along one axis.
 
     Args:
-        padded: a map that begins ``reach`` positions before its axis does.
-        extent: positions of the axis itself.
+        padded: a map with a border of ``reach`` positions before and after ``axis``.
+        axis: the padded axis.
+        extent: length of the axis without its border.
+        reach: width of the border.
 
     Returns:
-        A view of ``padded``, ``extent`` along ``axis``.
+        A view of ``padded`` without the border along ``axis``.
     """
     inner = padded.narrow(axis, reach, extent)
     index = reflected_range(-reach, padded.shape[axis] - reach, extent, padded.device)
     for start, stop in ((0, reach), (reach + extent, padded.shape[axis])):
         inner.index_add_(axis, index[start:stop], padded.narrow(axis, start, stop - start))
     return inner
-
-
-def reflection_pad(maps: Tensor, reach: int) -> Tensor:
-    """Continue (batch, channels, height, width) by ``reach`` on all sides, mirrored at the edges.
-
-    The edge itself is not repeated. Maps smaller than ``reach`` are mirrored again and again.
-    """
-    rows, columns = (reflected_range(-reach, extent + reach, extent, maps.device)
-                     for extent in maps.shape[2:])
-    return maps.index_select(2, rows).index_select(3, columns)

@@ -1,20 +1,20 @@
-"""What the forms share that write out attention and its gradient as matrix products."""
+"""Softmax attention by batched matrix products, and its gradient."""
 
 import torch
 from torch import Tensor
 
 
 def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
-    """softmax(queries · keysᵀ · scale + bias), summed in float32 at least.
+    """softmax(queries · keysᵀ · scale + bias), computed in float32 or higher precision.
 
     Args:
-        queries: (matrices, positions, head_dims).
-        keys: (matrices, other positions, head_dims).
-        bias: added to the logits; broadcasts to (matrices, positions, other positions).
+        queries: (matrices, queries, head_dims).
+        keys: (matrices, keys, head_dims).
+        bias: added to the logits; broadcasts to (matrices, queries, keys).
         scale: factor of the logits.
 
     Returns:
-        (matrices, positions, other positions), in the dtype of ``queries``.
+        (matrices, queries, keys), in the dtype of ``queries``.
     """
     logits = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=scale)
     precise = torch.promote_types(logits.dtype, torch.float32)
@@ -22,6 +22,6 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, scale: float 
 
 
 def logits_gradient(grad_weights: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of softmax, in place: weights · (gradient − its weighted mean)."""
+    """Turn the gradient of the weights into that of the logits, in place."""
     mean = (grad_weights * weights).sum(2, keepdim=True)
     return grad_weights.sub_(mean).mul_(weights)

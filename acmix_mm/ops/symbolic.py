@@ -1,4 +1,4 @@
-"""Sizes as they are in an export: open, so that conditions on them have no answer."""
+"""Arithmetic on sizes that are symbolic in an export of dynamic shapes."""
 
 from typing import Union
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def statically_known_true(condition: Union[bool, 'torch.SymBool']) -> bool:
-    """Whether a condition on sizes holds; in an export, whether it does for all that are allowed.
+    """Whether a condition on sizes holds; if they are symbolic, whether it holds for all sizes.
 
-    For short cuts that change no result: an export of open sizes goes the long way, where asking
-    for the condition itself would tie it to the sizes of its example.
+    For shortcuts that do not change the result. Evaluating the condition itself would specialise
+    the export to the sizes of its example.
     """
     if not isinstance(condition, torch.SymBool):
         return condition
@@ -19,7 +19,7 @@ def statically_known_true(condition: Union[bool, 'torch.SymBool']) -> bool:
 
 
 def divide(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Which stretch of ``length`` a position, int64, lies in, and where in that."""
-    which = position // length
-    # The remainder of an open length has no translation into ONNX.
-    return which, position - which * length
+    """Quotient and remainder of positions, int64, by ``length``."""
+    quotient = position // length
+    # The remainder by a symbolic length cannot be translated into ONNX.
+    return quotient, position - quotient * length

@@ -11,7 +11,7 @@ from acmix_mm.analysis.flops import count, total
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix_mm.layers.base import ATTENTION, CONVOLUTION, OPERATOR_CLASSES, PROJECTIONS, REST
 from acmix_mm.ops import use_backend
-from acmix_mm.ops.shift_conv import convolved_bias
+from acmix_mm.ops.shift_conv.folding import convolved_bias
 
 
 def numbers(counts):

@@ -47,7 +47,7 @@ def test_operators_stay_one_step():
         torch._dynamo.reset()
         torch.compile(layer.requires_grad_(False), backend=backend, fullgraph=True)(
             torch.randn(shape))
-    assert {'acmix_mm.attend_row_by_row.default', 'acmix_mm.attend_tiled.default'} <= steps
+    assert {'acmix_mm.attend_windows.default', 'acmix_mm.attend_tiled.default'} <= steps
 
 
 def test_operators_are_registered_rightly():
@@ -56,8 +56,8 @@ def test_operators_are_registered_rightly():
     qkv, bias = window_tensors(2, (2, 3), (7, 7), 2, 4)
     geometry = [7, 7], 3, 0.5
     for each in (qkv, heads_last(qkv)):
-        opcheck(operators.attend_row_by_row.default, (each, bias, *geometry))
-        opcheck(operators.attend_row_by_row_backward.default,
+        opcheck(operators.attend_windows.default, (each, bias, *geometry))
+        opcheck(operators.attend_windows_backward.default,
                 (torch.randn(2, 14, 21, 8), each, bias.transpose(1, 2), *geometry))
 
     qkv, positions = (tensor.to(DEVICE) for tensor in sliding_tensors(1, 1, 4, 5, 4))

@@ -1,5 +1,6 @@
-"""Inputs of the operators, and comparisons of a backend with the reference."""
+"""Inputs of the operators, and comparison of a backend with the reference."""
 
+import functools
 import itertools
 
 import torch
@@ -7,16 +8,14 @@ from helpers import relative_error
 
 from acmix_mm.ops import sliding_window_attention
 
-# A dtype's relative error: rounding of inputs and of intermediate sums.
+# Relative error allowed for rounding of inputs and intermediate sums.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-
-HALF = (torch.bfloat16, torch.float16)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def compare(run, tensors, backend, dtype):
-    """Hold ``form`` in ``dtype`` against the reference in float64: output and every gradient."""
+    """Compare a backend in ``dtype`` with the reference in float64: output and all gradients."""
     results = {}
     for name, precision in (('reference', torch.float64), (backend, dtype)):
         leaves = [None if tensor is None else tensor.to(dtype).to(precision).requires_grad_()
@@ -27,13 +26,12 @@ def compare(run, tensors, backend, dtype):
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
         out.backward(cotangent.to(dtype).to(precision))
         results[name] = [out, *(leaf.grad for leaf in leaves if leaf is not None)]
-    # Some gradients are zero by algebra: rounding is then measured by the others.
+    # Some gradients are zero by algebra; their rounding errors scale with the other tensors.
     floor = 0.1 * max(expected.abs().max() for expected in results['reference'])
     for expected, actual in zip(results['reference'], results[backend]):
         assert actual.shape == expected.shape
         error = (actual.double() - expected).abs().max()
         assert error <= TOLERANCE[dtype] * max(expected.abs().max(), floor)
-
 
 
 def conv_tensors(batch, heads, head_dims, height, width, kernel_size, bias, channels_last):
@@ -47,12 +45,10 @@ def conv_tensors(batch, heads, head_dims, height, width, kernel_size, bias, chan
             torch.randn(shifts) if bias else None]
 
 
-
 def window_tensors(batch, grid, window_size, heads, head_dims):
     height, width = grid[0] * window_size[0], grid[1] * window_size[1]
     area = window_size[0] * window_size[1]
     return [torch.randn(batch, height, width, 3, heads, head_dims), torch.randn(heads, area, area)]
-
 
 
 def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
@@ -62,13 +58,9 @@ def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
     return [qkv, torch.randn(height, width, head_dims)]
 
 
-
 def slide(kernel_size, stride=1, dilation=1):
-    def run(qkv, positions, backend):
-        return sliding_window_attention(qkv, positions, kernel_size, stride=stride,
-                                        dilation=dilation, backend=backend)
-    return run
-
+    return functools.partial(sliding_window_attention, kernel_size=kernel_size, stride=stride,
+                             dilation=dilation)
 
 def involution_tensors(batch, groups, per_group, height, width, kernel_size, stride=1):
     size = [-(-extent // stride) for extent in (height, width)]
@@ -101,7 +93,6 @@ def results(run, module, x):
     generator = torch.Generator().manual_seed(1)
     sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outs).backward()
     return [*outs, leaf.grad, *(parameter.grad for parameter in module.parameters())]
-
 
 
 def assert_compiled_is_equal(module, x, backend):

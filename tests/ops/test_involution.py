@@ -1,7 +1,6 @@
 """The involution operator: its backends against its equation, its memory and its custom ops."""
 
 import functools
-import importlib
 import os
 import subprocess
 import sys
@@ -13,9 +12,7 @@ from helpers.operators import TOLERANCE, compare, involution_loop, involution_te
 from torch.nn.functional import conv2d
 
 from acmix_mm.ops import involution
-
-# The package acmix_mm.ops has a function of the same name.
-op_module = importlib.import_module('acmix_mm.ops.involution')
+from acmix_mm.ops.involution import chunked
 
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
@@ -43,14 +40,14 @@ def test_equals_the_equation(backend, height, width, kernel_size, stride, dilati
 def test_chunked_equals_reference(dtype, batch, groups, per_group, height, width, kernel_size,
                                   stride, dilation, monkeypatch):
     # The largest map is processed five rows at a time.
-    monkeypatch.setattr(op_module, 'SUMMED_AT_ONCE', 2 * 8 * 30 * 5)
+    monkeypatch.setattr(chunked, 'CPU_CHUNK', 2 * 8 * 30 * 5)
     tensors = involution_tensors(batch, groups, per_group, height, width, kernel_size, stride)
     run = functools.partial(involution, stride=stride, dilation=dilation)
     compare(run, tensors, 'chunked', dtype)
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(op_module, 'SUMMED_AT_ONCE', 1)
+    monkeypatch.setattr(chunked, 'CPU_CHUNK', 1)
     for stride, dilation in ((1, 1), (2, 2)):
         leaves = [each.double().requires_grad_() for each in
                   involution_tensors(2, 2, 2, 4, 3, 3, stride)]
@@ -82,6 +79,7 @@ def test_memory():
 import re
 import torch
 from acmix_mm.ops import involution
+from acmix_mm.ops.involution import chunked
 
 def mebibytes(entry):
     with open('/proc/self/status') as status:
@@ -112,7 +110,7 @@ print(run('chunked', 100, 168), run('reference', 100, 168))
     (dict(kernels=torch.zeros(1, 3, 3, 3, 5, 6)), 'groups dividing 4'),
     (dict(kernels=torch.zeros(1, 0, 3, 3, 5, 6)), 'groups dividing 4'),
     (dict(stride=2), r'\(1, groups, k, k, 3, 3\)'),
-    (dict(kernels=torch.zeros(1, 2, 4, 4, 5, 6)), 'takes odd kernels, got some of 4'),
+    (dict(kernels=torch.zeros(1, 2, 4, 4, 5, 6)), 'takes odd kernels, got one of 4'),
 ])
 def test_invalid_arguments(change, message):
     given = dict(zip(('x', 'kernels'), involution_tensors(1, 2, 2, 5, 6, 3)))

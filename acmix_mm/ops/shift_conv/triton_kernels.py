@@ -1,8 +1,8 @@
-"""Triton kernels of a grouped convolution whose groups are many and narrow, forward and backward.
+"""Triton kernels of a grouped convolution with many narrow groups, forward and backward.
 
-All groups of a position lie side by side in memory, and a program treats a block of them as one
-vector, for a block of positions: every tap and every input channel is one multiplication by a
-vector of weights, added to four output channels at once. Sums are in float32.
+The groups of a position are adjacent in memory. A program computes a block of groups as one vector,
+for a block of positions: each tap and input channel is one multiplication by a vector of weights,
+added to four output channels. Sums are in float32.
 """
 
 from typing import Optional
@@ -12,29 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Output channels of a program, written out in the kernels.
+# Output channels per program, unrolled by hand in the kernels.
 OUTPUTS = 4
-# Groups and positions of a program are as many numbers together.
+# Groups times positions per program.
 BLOCK = 1024
 MAX_GROUPS = 32
-# Blocks of positions that one program sums in the gradient of the kernels, at most.
+# Most blocks of positions that one program sums for the gradient of the kernels.
 MAX_ROUNDS = 32
 
 
 def convolve(maps: Tensor, kernels: Tensor, bias: Optional[Tensor], out: Tensor, stride: int,
              dilation: int) -> None:
-    """Convolve group by group, padded with zeros to keep the size at stride 1.
+    """Grouped convolution with zero padding that keeps the size at stride 1.
 
     Args:
         maps: (batch, height, width, groups, in channels), float16, bfloat16 or float32, any
-            strides; fast where neighbouring groups are neighbours in memory.
+            strides; fastest if groups are adjacent in memory.
         kernels: (groups · out channels, in channels, k, k), k odd.
-        bias: (groups · out channels, kinds of row, kinds of column), as
-            :func:`acmix_mm.ops.shift_conv.convolved_bias` makes it, or None.
-        out: is filled; (batch, ⌈height / stride⌉, ⌈width / stride⌉, groups, out channels), any
+        bias: (groups · out channels, row regions, column regions), from
+            :func:`acmix_mm.ops.shift_conv.folding.convolved_bias`, or None.
+        out: output, (batch, ⌈height / stride⌉, ⌈width / stride⌉, groups, out channels), any
             strides.
-        stride: distance of the positions that give an output.
-        dilation: distance of one tap of the kernel from the next.
+        stride: distance between the positions of the output.
+        dilation: distance between the taps of the kernel.
     """
     weights = kernels.unflatten(0, (maps.shape[3], -1)).flatten(3).permute(3, 2, 1, 0)
     run(maps, weights, bias, out, kernels.shape[-1], stride, dilation, transposed=False)
@@ -42,14 +42,14 @@ def convolve(maps: Tensor, kernels: Tensor, bias: Optional[Tensor], out: Tensor,
 
 def convolve_maps_backward(grads: Tensor, kernels: Tensor, grad_maps: Tensor, stride: int,
                            dilation: int) -> None:
-    """Fill ``grad_maps``, in the shape of the maps, from the output's gradient, any strides."""
+    """Write the gradient of the maps to ``grad_maps``, any strides."""
     weights = kernels.unflatten(0, (grads.shape[3], -1)).flatten(3).permute(3, 1, 2, 0)
     run(grads, weights, None, grad_maps, kernels.shape[-1], stride, dilation, transposed=True)
 
 
 def convolve_kernels_backward(grads: Tensor, maps: Tensor, kernel_size: int, stride: int,
                               dilation: int) -> Tensor:
-    """The gradient of the kernels, (groups · out channels, in channels, k, k), float32."""
+    """Return the gradient of the kernels, (groups · out channels, in channels, k, k), float32."""
     groups = maps.shape[3]
     taps, in_channels, out_channels = kernel_size**2, maps.shape[4], grads.shape[4]
     blocks = tiling(groups, out_channels)
@@ -68,7 +68,7 @@ def convolve_kernels_backward(grads: Tensor, maps: Tensor, kernel_size: int, str
 
 def run(maps: Tensor, weights: Tensor, bias: Optional[Tensor], out: Tensor, kernel_size: int,
         stride: int, dilation: int, transposed: bool) -> None:
-    """Fill ``out`` with the convolution, or the transposed one, of ``maps``.
+    """Write the convolution, or the transposed convolution, of ``maps`` to ``out``.
 
     Args:
         maps: (batch, height, width, groups, in channels).
@@ -83,15 +83,16 @@ def run(maps: Tensor, weights: Tensor, bias: Optional[Tensor], out: Tensor, kern
             triton.cdiv(positions, blocks['POSITIONS']),)
     weights = weights.float().contiguous()
     has_bias = bias is not None
-    bias, kinds = (bias.float().contiguous(), bias.shape[1:]) if has_bias else (weights, (1, 1))
+    bias, regions = (bias.float().contiguous(), bias.shape[1:]) if has_bias else (weights, (1, 1))
     convolve_kernel[grid](
         maps, weights, bias, out, *maps.stride(), *out.stride(), *maps.shape[:3],
-        *out.shape[1:3], groups, out_channels, *kinds, HAS_BIAS=has_bias, IN_CHANNELS=in_channels,
-        KERNEL_SIZE=kernel_size, STRIDE=stride, DILATION=dilation, TRANSPOSED=transposed, **blocks)
+        *out.shape[1:3], groups, out_channels, *regions, HAS_BIAS=has_bias,
+        IN_CHANNELS=in_channels, KERNEL_SIZE=kernel_size, STRIDE=stride, DILATION=dilation,
+        TRANSPOSED=transposed, **blocks)
 
 
 def tiling(groups: int, out_channels: int) -> dict:
-    """How many groups, positions and output channels one program has, and how many programs."""
+    """Groups and positions per program, and blocks of groups and output channels in all."""
     group_block = min(triton.next_power_of_2(groups), MAX_GROUPS)
     return dict(GROUPS=group_block, POSITIONS=BLOCK // group_block,
                 GROUP_BLOCKS=triton.cdiv(groups, group_block),
@@ -100,39 +101,38 @@ def tiling(groups: int, out_channels: int) -> dict:
 
 @triton.jit
 def split(positions, height, width):
-    """Picture, row and column of positions counted through a batch of maps."""
+    """Image, row and column of flat indices into a batch of maps."""
     row = positions // width
     return (row // height).to(tl.int64), row % height, positions % width
 
 
 @triton.jit
-def load_inputs(maps, picture, row, column, is_inside, groups, is_group, height, width, stride_b,
+def load_inputs(maps, image, row, column, is_inside, groups, is_group, height, width, stride_b,
                 stride_y, stride_x, stride_g):
-    """(positions, groups) in float32; zero outside of the map."""
+    """Load (positions, groups) in float32, zero outside the map."""
     is_inside = is_inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    place = picture * stride_b + row * stride_y + column * stride_x
+    place = image * stride_b + row * stride_y + column * stride_x
     return tl.load(maps + place[:, None] + groups[None, :] * stride_g,
                    mask=is_inside[:, None] & is_group[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_weights(place, mask):
-    """(1, groups)."""
+    """Load (1, groups)."""
     return tl.load(place, mask=mask, other=0.0)[None, :]
 
 
 @triton.jit
-def kind_of(position, extent, kinds):
-    """Which of the kinds of the convolved bias a position has; the middle one is all but borders.
-    """
-    return tl.maximum(tl.minimum(position, kinds // 2), position - extent + kinds)
+def region_of(position, extent, regions):
+    """The border region of a position along an axis; see acmix_mm.ops.shift_conv.folding."""
+    return tl.maximum(tl.minimum(position, regions // 2), position - extent + regions)
 
 
 @triton.jit
 def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_stride_x,
                     map_stride_g, map_stride_c, out_stride_b, out_stride_y, out_stride_x,
                     out_stride_g, out_stride_c, batch, height, width, out_height, out_width,
-                    num_groups, out_channels, row_kinds, column_kinds, HAS_BIAS: tl.constexpr,
+                    num_groups, out_channels, row_regions, column_regions, HAS_BIAS: tl.constexpr,
                     IN_CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
                     DILATION: tl.constexpr, TRANSPOSED: tl.constexpr, GROUPS: tl.constexpr,
                     POSITIONS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
@@ -144,7 +144,7 @@ def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_st
     is_group = groups < num_groups
     positions = rest // GROUP_BLOCKS * POSITIONS + tl.arange(0, POSITIONS)
     is_inside = positions < batch * out_height * out_width
-    picture, out_row, out_column = split(positions, out_height, out_width)
+    image, out_row, out_column = split(positions, out_height, out_width)
 
     sum0 = tl.zeros((POSITIONS, GROUPS), tl.float32)
     sum1, sum2, sum3 = sum0, sum0, sum0
@@ -163,7 +163,7 @@ def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_st
             row, column = out_row * STRIDE + down, out_column * STRIDE + across
             is_read = is_inside
         for channel in range(IN_CHANNELS):
-            inputs = load_inputs(maps + channel * map_stride_c, picture, row, column, is_read,
+            inputs = load_inputs(maps + channel * map_stride_c, image, row, column, is_read,
                                  groups, is_group, height, width, map_stride_b, map_stride_y,
                                  map_stride_x, map_stride_g)
             place = weights + ((tap * IN_CHANNELS + channel) * out_channels + output) * num_groups
@@ -173,17 +173,17 @@ def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_st
             sum2 += inputs * load_weights(place + 2 * num_groups, is_group & has2)
             sum3 += inputs * load_weights(place + 3 * num_groups, is_group & has3)
 
-    # Side by side, as they lie in memory where channels do.
+    # Interleave the output channels, so that stores are coalesced.
     sums = tl.interleave(tl.interleave(sum0, sum2), tl.interleave(sum1, sum3))
     index = tl.arange(0, GROUPS * 4)
     group, channel = rest % GROUP_BLOCKS * GROUPS + index // 4, output + index % 4
     mask = is_inside[:, None] & ((group < num_groups) & (channel < out_channels))[None, :]
     if HAS_BIAS:
-        kind = kind_of(out_row * STRIDE, height, row_kinds) * column_kinds
-        kind += kind_of(out_column * STRIDE, width, column_kinds)
-        place = (group * out_channels + channel)[None, :] * row_kinds * column_kinds + kind[:, None]
-        sums += tl.load(bias + place, mask=mask, other=0.0)
-    place = picture * out_stride_b + out_row * out_stride_y + out_column * out_stride_x
+        region = region_of(out_row * STRIDE, height, row_regions) * column_regions
+        region += region_of(out_column * STRIDE, width, column_regions)
+        place = (group * out_channels + channel)[None, :] * row_regions * column_regions
+        sums += tl.load(bias + place + region[:, None], mask=mask, other=0.0)
+    place = image * out_stride_b + out_row * out_stride_y + out_column * out_stride_x
     place = place[:, None] + (group * out_stride_g + channel * out_stride_c)[None, :]
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=mask)
 
@@ -196,7 +196,7 @@ def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_st
                         KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
                         ROUNDS: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr,
                         GROUP_BLOCKS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr):
-    """Sums input · gradient over a share of the positions, for one tap and one input channel.
+    """Sum input · gradient over a share of the positions, for one tap and one input channel.
 
     ``partial`` is (shares, k², in channels, out channels, groups).
     """
@@ -219,23 +219,23 @@ def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_st
     for block in range(ROUNDS):
         positions = (share * ROUNDS + block) * POSITIONS + tl.arange(0, POSITIONS)
         is_inside = positions < total
-        picture, out_row, out_column = split(positions, out_height, out_width)
-        inputs = load_inputs(maps + channel * map_stride_c, picture, out_row * STRIDE + down,
+        image, out_row, out_column = split(positions, out_height, out_width)
+        inputs = load_inputs(maps + channel * map_stride_c, image, out_row * STRIDE + down,
                              out_column * STRIDE + across, is_inside, groups, is_group, height,
                              width, map_stride_b, map_stride_y, map_stride_x, map_stride_g)
         place = grads + output * grad_stride_c
-        sum0 += inputs * load_inputs(place, picture, out_row, out_column, is_inside, groups,
+        sum0 += inputs * load_inputs(place, image, out_row, out_column, is_inside, groups,
                                      is_group, out_height, out_width, grad_stride_b, grad_stride_y,
                                      grad_stride_x, grad_stride_g)
-        sum1 += inputs * load_inputs(place + grad_stride_c, picture, out_row, out_column,
+        sum1 += inputs * load_inputs(place + grad_stride_c, image, out_row, out_column,
                                      is_inside & has1, groups, is_group,
                                      out_height, out_width, grad_stride_b, grad_stride_y,
                                      grad_stride_x, grad_stride_g)
-        sum2 += inputs * load_inputs(place + 2 * grad_stride_c, picture, out_row, out_column,
+        sum2 += inputs * load_inputs(place + 2 * grad_stride_c, image, out_row, out_column,
                                      is_inside & has2, groups, is_group,
                                      out_height, out_width, grad_stride_b, grad_stride_y,
                                      grad_stride_x, grad_stride_g)
-        sum3 += inputs * load_inputs(place + 3 * grad_stride_c, picture, out_row, out_column,
+        sum3 += inputs * load_inputs(place + 3 * grad_stride_c, image, out_row, out_column,
                                      is_inside & has3, groups, is_group,
                                      out_height, out_width, grad_stride_b, grad_stride_y,
                                      grad_stride_x, grad_stride_g)

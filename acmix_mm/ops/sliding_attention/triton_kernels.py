@@ -1,12 +1,12 @@
 """Triton kernels of sliding-window attention, forward and backward.
 
-A program takes a tile of queries of one head and visits the keys around it in chunks of a few
-rows, with a streamed softmax (arXiv 2205.14135); pairs that are not neighbours are masked. Nothing
-is as large as the maps but the inputs, the output and the gradients.
+A program computes a tile of queries of one head. It reads the keys around the tile in chunks of a
+few rows, with a streamed softmax (arXiv 2205.14135); pairs that are not neighbours are masked.
+Beyond the inputs, the output and the gradients, no tensor has the size of the maps.
 
-Dilation splits a map into dilation² interleaved ones, its phases, whose queries and keys never
-meet those of another phase: within a phase, neighbours are adjacent. Positions outside the map
-are virtual, and read from where the mirrored border shows them.
+Dilation divides a map into dilation² interleaved phases. Queries attend to keys of their own phase
+only, and within a phase, neighbours are adjacent. Positions outside the map are virtual: they are
+read from the positions that reflection padding maps them to.
 """
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor
 from acmix_mm.ops.reflection import add_reflected_border
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# What a GPU of 99 KiB of shared memory can hold, measured by compiling: the bytes of one query, at
-# most, the side of a tile of queries, and how many keys a chunk has.
+# (largest size of a query in bytes, side of a tile of queries, keys per chunk) that fit a GPU with
+# 99 KiB of shared memory, found by compiling.
 TILINGS = ((64, 8, 64), (256, 8, 32), (512, 4, 32))
 
 
 def fits(head_dims: int, dtype: torch.dtype) -> bool:
-    """Whether tiles of this many channels fit into a processor's memory."""
+    """Whether the kernels support heads of this width; wider ones exceed the shared memory."""
     return row_bytes(head_dims, dtype) <= TILINGS[-1][0]
 
 
@@ -33,14 +33,14 @@ def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_
 
     Args:
         qkv: (batch, height, width, 3, num_heads, head_dims), float16, bfloat16 or float32, any
-            strides; fast where neighbouring channels of a head are neighbours in memory.
-        positions: what is subtracted from the keys, (height, width, head_dims).
-        out: is filled; (batch, out height, out width, num_heads, head_dims), contiguous.
-        log_sum: is filled with the logarithm to base 2 of the sum of each softmax, (batch, out
-            height, out width, num_heads), float32, contiguous.
+            strides; fastest if the channels of a head are adjacent in memory.
+        positions: subtracted from the keys, (height, width, head_dims).
+        out: output, (batch, out height, out width, num_heads, head_dims), contiguous.
+        log_sum: output, the base-2 logarithm of the sum of each softmax, (batch, out height,
+            out width, num_heads), float32, contiguous.
         kernel_size: side of the neighbourhood, odd.
-        stride: distance of the queries; 1 if ``dilation`` is not.
-        dilation: distance of neighbours.
+        stride: distance between queries; must be 1 if ``dilation`` is not.
+        dilation: distance between neighbours.
         scale: factor of the logits.
     """
     q, k, v = qkv.unbind(3)
@@ -54,7 +54,10 @@ def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_
 def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tensor,
                     log_sum: Tensor, grad_qkv: Tensor, kernel_size: int, stride: int,
                     dilation: int, scale: float) -> None:
-    """Fill ``grad_qkv``, in the strides of ``qkv``, but for queries that were left out."""
+    """Write the gradient to ``grad_qkv``, in the strides of ``qkv``.
+
+    With a stride, the queries without an output are left as they are.
+    """
     q, k, v = qkv.unbind(3)
     grad_q, grad_k, grad_v = grad_qkv.unbind(3)
     positions, grad_out = positions.contiguous(), grad_out.contiguous()
@@ -79,12 +82,12 @@ def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tenso
 
 
 def row_bytes(head_dims: int, dtype: torch.dtype) -> int:
-    """Size of one query in a tile, whose channels are padded to what a matrix product takes."""
+    """Size of a query in a tile, its channels padded for ``tl.dot``."""
     return max(triton.next_power_of_2(head_dims), 16) * dtype.itemsize
 
 
 class Tiling:
-    """How a map is cut up into tiles, one for each program, and their surroundings into chunks."""
+    """Division of a map into tiles, one per program, and of their surroundings into chunks."""
 
     def __init__(self, q: Tensor, kernel_size: int, stride: int, dilation: int) -> None:
         self.batch, _, _, self.num_heads, self.head_dims = q.shape
@@ -95,27 +98,28 @@ class Tiling:
 
     @property
     def keys_across(self) -> int:
-        """Keys that the queries of a tile see, along one axis."""
+        """Number of keys that the queries of a tile can see, along one axis."""
         return (self.tile - 1) * self.stride + self.kernel_size
 
     @property
     def queries_across(self) -> int:
-        """Queries that see the keys of a tile, along one axis; with a stride, one more at most."""
+        """Upper bound of the number of queries that can see the keys of a tile, along one axis."""
         return (self.tile + self.kernel_size - 2) // self.stride + 2
 
     def tiles(self, height: int, width: int) -> tuple[int, int]:
-        """Tiles down and across of a map's largest phase."""
+        """Rows and columns of tiles in the largest phase of a map."""
         step = self.tile * self.dilation
         return -(-height // step), -(-width // step)
 
     def programs(self, tiles: tuple[int, int]) -> tuple[int]:
+        """The grid of a kernel."""
         return (self.num_heads * self.dilation**2 * tiles[0] * tiles[1] * self.batch,)
 
     def constants(self, across: int) -> dict:
-        """What a kernel is compiled for, where a tile's surroundings are ``across`` wide."""
+        """The constants and options of a kernel that reads surroundings of side ``across``."""
         columns = triton.next_power_of_2(across)
         rows = max(self.chunk // columns, 1)
-        # Three products of rounded halves make one that is as good as float32's own.
+        # tf32x3 is as precise as float32.
         precision = 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
         return dict(
             HEAD_DIMS=self.head_dims, BLOCK_DIMS=max(triton.next_power_of_2(self.head_dims), 16),
@@ -125,74 +129,97 @@ class Tiling:
 
 
 @triton.jit
-def reflected_range(position, extent):
-    """Fold positions back into an axis, as :func:`acmix_mm.ops.reflection.reflected_range` does."""
+def reflect(position, extent):
+    """Reflect positions into an axis, as :func:`acmix_mm.ops.reflection.reflect` does."""
     period = tl.maximum(2 * (extent - 1), 1)
     position = position % period
-    # Of a negative number, the remainder is negative in C.
+    # The remainder of a negative number is negative, as in C.
     position = tl.where(position < 0, position + period, position)
     return tl.minimum(position, period - position)
 
 
 @triton.jit
-def place(num_heads, tiles_down, tiles_across, DILATION: tl.constexpr):
-    """Which head, picture, phase and tile this program works on; heads of a tile run together."""
+def locate(num_heads, tiles_down, tiles_across, stride_b, stride_n, stride_d,
+           HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr, DILATION: tl.constexpr):
+    """What a program works on; those of the heads of a tile run together.
+
+    Returns:
+        head, image, phase_y, phase_x, tile_y, tile_x; the indices of channels, (BLOCK_DIMS,), and
+        which of them exist, (1, BLOCK_DIMS); the offset of the head in the maps, and those of its
+        channels.
+    """
     rest = tl.program_id(0)
     head, rest = rest % num_heads, rest // num_heads
     tile_x, rest = rest % tiles_across, rest // tiles_across
     tile_y, rest = rest % tiles_down, rest // tiles_down
     phase_x, rest = rest % DILATION, rest // DILATION
-    phase_y, picture = rest % DILATION, rest // DILATION
-    return head, picture.to(tl.int64), phase_y, phase_x, tile_y, tile_x
+    phase_y, image = rest % DILATION, (rest // DILATION).to(tl.int64)
+    dims = tl.arange(0, BLOCK_DIMS)
+    return (head, image, phase_y, phase_x, tile_y, tile_x, dims, (dims < HEAD_DIMS)[None, :],
+            image * stride_b + head * stride_n, dims * stride_d)
 
 
 @triton.jit
 def load_rows(maps, offsets, dims, mask):
-    """(positions, BLOCK_DIMS) of a map; zero where ``mask`` is false."""
+    """Load (positions, BLOCK_DIMS) of a map, zero where ``mask`` is false."""
     return tl.load(maps + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, dims, mask,
               HEAD_DIMS: tl.constexpr):
-    """Keys minus their positions, (positions, BLOCK_DIMS), subtracted in float32."""
+    """Load keys and subtract their position encoding in float32: (positions, BLOCK_DIMS)."""
     keys = load_rows(k, key_y * stride_y + key_x * stride_x, map_dims, mask).to(tl.float32)
     encoding = load_rows(positions, (key_y * width + key_x) * HEAD_DIMS, dims, mask)
     return (keys - encoding.to(tl.float32)).to(k.dtype.element_ty)
 
 
 @triton.jit
-def queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION: tl.constexpr,
-                    TILE_SIDE: tl.constexpr):
-    """Where in its tile, and where in the output, each query of a tile is."""
+def load_queries(q, head, image, phase_y, phase_x, tile_y, tile_x, stride_y, stride_x, map_dims,
+                 out_height, out_width, num_heads, is_dim, STRIDE: tl.constexpr,
+                 DILATION: tl.constexpr, TILE_SIDE: tl.constexpr):
+    """Load the queries of a tile.
+
+    Returns:
+        Row and column in the tile, which queries exist, and which of their channels; their offsets
+        in the maps and in the output; the queries, (TILE_SIDE², BLOCK_DIMS).
+    """
     own = tl.arange(0, TILE_SIDE * TILE_SIDE)
     own_y, own_x = own // TILE_SIDE, own % TILE_SIDE
     out_y = phase_y + DILATION * (tile_y * TILE_SIDE + own_y)
     out_x = phase_x + DILATION * (tile_x * TILE_SIDE + own_x)
-    return own_y, own_x, out_y, out_x
+    is_own = (out_y < out_height) & (out_x < out_width)
+    own_mask = is_own[:, None] & is_dim
+    place = out_y * STRIDE * stride_y + out_x * STRIDE * stride_x
+    place_out = ((image * out_height + out_y) * out_width + out_x) * num_heads + head
+    return (own_y, own_x, is_own, own_mask, place, place_out,
+            load_rows(q, place, map_dims, own_mask))
 
 
 @triton.jit
 def are_near(down, across, KERNEL_SIZE: tl.constexpr):
-    """Whether a key is a neighbour, from where it lies seen from its query's first neighbour."""
+    """Whether a key is a neighbour, from its offset to the first neighbour of the query."""
     return (down >= 0) & (down < KERNEL_SIZE) & (across >= 0) & (across < KERNEL_SIZE)
 
 
 @triton.jit
-def look_around(chunk, queries, own_y, own_x, k, v, positions, phase_y, phase_x, tile_y, tile_x,
-                stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
-                HEAD_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
-                DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
-                COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """A chunk of the keys and values around a tile, (keys, BLOCK_DIMS), and the logits of all its
-    queries to base 2, (queries, keys): minus infinity where a key is no neighbour.
+def load_chunk(chunk, queries, own_y, own_x, k, v, positions, phase_y, phase_x, tile_y, tile_x,
+               stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
+               HEAD_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+               DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
+               COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """Load a chunk of the keys and values around a tile and compute its logits.
+
+    Returns:
+        Keys and values, (keys, BLOCK_DIMS), and the logits times log2(e), (queries, keys): minus
+        infinity if a key is not a neighbour.
     """
     index = tl.arange(0, ROWS * COLUMNS)
     row, column = chunk * ROWS + index // COLUMNS, index % COLUMNS
     key_y = tile_y * TILE_SIDE * STRIDE + row - KERNEL_SIZE // 2
     key_x = tile_x * TILE_SIDE * STRIDE + column - KERNEL_SIZE // 2
-    key_y = reflected_range(phase_y + DILATION * key_y, height)
-    key_x = reflected_range(phase_x + DILATION * key_x, width)
+    key_y = reflect(phase_y + DILATION * key_y, height)
+    key_x = reflect(phase_x + DILATION * key_x, width)
     keys = load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, dims, is_dim,
                      HEAD_DIMS)
     values = load_rows(v, key_y * stride_y + key_x * stride_x, map_dims, is_dim)
@@ -209,24 +236,18 @@ def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x
                   KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
                   TILE_SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                   CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
-                                                            DILATION)
-    dims = tl.arange(0, BLOCK_DIMS)
-    is_dim = (dims < HEAD_DIMS)[None, :]
-    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
-
-    own_y, own_x, out_y, out_x = queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION,
-                                                 TILE_SIDE)
-    is_own = (out_y < out_height) & (out_x < out_width)
-    own_mask = is_own[:, None] & is_dim
-    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
-                        map_dims, own_mask)
+    head, image, phase_y, phase_x, tile_y, tile_x, dims, is_dim, map_base, map_dims = locate(
+        num_heads, tiles_down, tiles_across, stride_b, stride_n, stride_d, HEAD_DIMS, BLOCK_DIMS,
+        DILATION)
+    own_y, own_x, is_own, own_mask, _place, place_out, queries = load_queries(
+        q + map_base, head, image, phase_y, phase_x, tile_y, tile_x, stride_y, stride_x, map_dims,
+        out_height, out_width, num_heads, is_dim, STRIDE, DILATION, TILE_SIDE)
 
     highest = tl.full((TILE_SIDE * TILE_SIDE,), -1e30, tl.float32)
     total = tl.zeros((TILE_SIDE * TILE_SIDE,), tl.float32)
     mean = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
     for chunk in range(CHUNKS):
-        _, values, logits = look_around(
+        _, values, logits = load_chunk(
             chunk, queries, own_y, own_x, k + map_base, v + map_base, positions, phase_y, phase_x,
             tile_y, tile_x, stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
             HEAD_DIMS, KERNEL_SIZE, STRIDE, DILATION, TILE_SIDE, ROWS, COLUMNS, PRECISION)
@@ -238,7 +259,6 @@ def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x
         mean += tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         highest = new_highest
 
-    place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
     tl.store(log_sum + place_out, highest + tl.log2(total), mask=is_own)
     tl.store(out + place_out[:, None] * HEAD_DIMS + dims[None, :],
              (mean / total[:, None]).to(out.dtype.element_ty), mask=own_mask)
@@ -252,20 +272,13 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
                         KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
                         TILE_SIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                         CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    """Also stores output · its gradient, the weighted mean that softmax's gradient subtracts."""
-    head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
-                                                            DILATION)
-    dims = tl.arange(0, BLOCK_DIMS)
-    is_dim = (dims < HEAD_DIMS)[None, :]
-    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
-
-    own_y, own_x, out_y, out_x = queries_of_tile(phase_y, phase_x, tile_y, tile_x, DILATION,
-                                                 TILE_SIDE)
-    is_own = (out_y < out_height) & (out_x < out_width)
-    own_mask = is_own[:, None] & is_dim
-    queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
-                        map_dims, own_mask)
-    place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
+    """Also stores output · grad_out, the weighted mean that the gradient of softmax subtracts."""
+    head, image, phase_y, phase_x, tile_y, tile_x, dims, is_dim, map_base, map_dims = locate(
+        num_heads, tiles_down, tiles_across, stride_b, stride_n, stride_d, HEAD_DIMS, BLOCK_DIMS,
+        DILATION)
+    own_y, own_x, is_own, own_mask, place, place_out, queries = load_queries(
+        q + map_base, head, image, phase_y, phase_x, tile_y, tile_x, stride_y, stride_x, map_dims,
+        out_height, out_width, num_heads, is_dim, STRIDE, DILATION, TILE_SIDE)
     grads = load_rows(grad_out, place_out * HEAD_DIMS, dims, own_mask)
     outs = load_rows(out, place_out * HEAD_DIMS, dims, own_mask)
     own_mean = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
@@ -274,7 +287,7 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
 
     grad = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
     for chunk in range(CHUNKS):
-        keys, values, logits = look_around(
+        keys, values, logits = load_chunk(
             chunk, queries, own_y, own_x, k + map_base, v + map_base, positions, phase_y, phase_x,
             tile_y, tile_x, stride_y, stride_x, map_dims, height, width, dims, is_dim, scale,
             HEAD_DIMS, KERNEL_SIZE, STRIDE, DILATION, TILE_SIDE, ROWS, COLUMNS, PRECISION)
@@ -283,8 +296,7 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
         grad_logits = weights * (grad_logits - own_mean[:, None])
         grad += tl.dot(grad_logits.to(keys.dtype), keys, input_precision=PRECISION)
 
-    place_q = map_base + out_y * STRIDE * stride_y + out_x * STRIDE * stride_x
-    tl.store(grad_q + place_q[:, None] + map_dims[None, :],
+    tl.store(grad_q + map_base + place[:, None] + map_dims[None, :],
              (grad * scale).to(grad_q.dtype.element_ty), mask=own_mask)
 
 
@@ -295,12 +307,10 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
                      BLOCK_DIMS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
                      DILATION: tl.constexpr, TILE_SIDE: tl.constexpr, ROWS: tl.constexpr,
                      COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
-    """Takes tiles of keys, the virtual ones included, and visits the queries that see them."""
-    head, picture, phase_y, phase_x, tile_y, tile_x = place(num_heads, tiles_down, tiles_across,
-                                                            DILATION)
-    dims = tl.arange(0, BLOCK_DIMS)
-    is_dim = (dims < HEAD_DIMS)[None, :]
-    map_base, map_dims = picture * stride_b + head * stride_n, dims * stride_d
+    """A program computes a tile of keys, virtual ones included, from the queries that see them."""
+    head, image, phase_y, phase_x, tile_y, tile_x, dims, is_dim, map_base, map_dims = locate(
+        num_heads, tiles_down, tiles_across, stride_b, stride_n, stride_d, HEAD_DIMS, BLOCK_DIMS,
+        DILATION)
 
     own = tl.arange(0, TILE_SIDE * TILE_SIDE)
     own_y, own_x = tile_y * TILE_SIDE + own // TILE_SIDE, tile_x * TILE_SIDE + own % TILE_SIDE
@@ -308,14 +318,14 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
     reach = DILATION * (KERNEL_SIZE // 2)
     is_own = (padded_y < height + 2 * reach) & (padded_x < width + 2 * reach)
     own_mask = is_own[:, None] & is_dim
-    key_y = reflected_range(padded_y - reach, height)
-    key_x = reflected_range(padded_x - reach, width)
+    key_y = reflect(padded_y - reach, height)
+    key_x = reflect(padded_x - reach, width)
     keys = load_keys(k + map_base, positions, key_y, key_x, stride_y, stride_x, map_dims, width,
                      dims, own_mask, HEAD_DIMS)
     values = load_rows(v + map_base, key_y * stride_y + key_x * stride_x, map_dims, own_mask)
 
-    # The first query that sees the first key, or one before it; the sum keeps the quotient's
-    # numerator from being negative.
+    # The first query that sees the first key, or one before it. The added multiple of the stride
+    # keeps the numerator positive, since the division rounds towards zero.
     first_y = (tile_y * TILE_SIDE + 1 + KERNEL_SIZE * (STRIDE - 1)) // STRIDE - KERNEL_SIZE
     first_x = (tile_x * TILE_SIDE + 1 + KERNEL_SIZE * (STRIDE - 1)) // STRIDE - KERNEL_SIZE
     sum_k = tl.zeros((TILE_SIDE * TILE_SIDE, BLOCK_DIMS), tl.float32)
@@ -329,7 +339,7 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
         query_mask = is_query[:, None] & is_dim
         queries = load_rows(q + map_base, out_y * STRIDE * stride_y + out_x * STRIDE * stride_x,
                             map_dims, query_mask)
-        place_out = ((picture * out_height + out_y) * out_width + out_x) * num_heads + head
+        place_out = ((image * out_height + out_y) * out_width + out_x) * num_heads + head
         grads = load_rows(grad_out, place_out * HEAD_DIMS, dims, query_mask)
         their_log_sum = tl.load(log_sum + place_out, mask=is_query, other=0.0)
         their_mean = tl.load(mean + place_out, mask=is_query, other=0.0)
@@ -344,7 +354,7 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
         sum_k += tl.dot(grad_logits.to(queries.dtype), queries, input_precision=PRECISION)
 
     padded_width = width + 2 * reach
-    place_key = (picture * (height + 2 * reach) + padded_y) * padded_width + padded_x
+    place_key = (image * (height + 2 * reach) + padded_y) * padded_width + padded_x
     place_key = (place_key * num_heads + head) * HEAD_DIMS
     tl.store(grad_k + place_key[:, None] + dims[None, :],
              (sum_k * scale).to(grad_k.dtype.element_ty), mask=own_mask)

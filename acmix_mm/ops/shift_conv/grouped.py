@@ -1,0 +1,72 @@
+"""shift_conv by oneDNN's or cuDNN's grouped convolution, in two steps or folded into one."""
+
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from acmix_mm.ops.shift_conv.folding import BorderRegions, convolved_bias, folded_kernels
+
+
+def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                        fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
+    """Mix the maps by one matrix product, then run one grouped convolution."""
+    mixed = F.linear(maps.permute(0, 3, 4, 2, 1), fc_weight)
+    bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
+    return _GroupedConv.apply(mixed, shift_weight.to(mixed.dtype), bias, stride, dilation)
+
+
+def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                      fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
+    """Fold the two linear steps into one grouped convolution of all the maps."""
+    kernels = folded_kernels(fc_weight, shift_weight)
+    bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
+    return _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), kernels, bias, stride, dilation)
+
+
+class _GroupedConv(torch.autograd.Function):
+    """Grouped convolution of (batch, height, width, groups, channels), zero-padded.
+
+    oneDNN's grouped convolution is twice as fast in this channels-last layout. The copy it takes is
+    made again in the backward pass instead of being saved: the input is a view of the projections,
+    which are saved anyway.
+
+    ``bias`` comes from :func:`convolved_bias`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                dilation: int) -> Tensor:
+        ctx.save_for_backward(groups, kernels)
+        ctx.geometry = dict(stride=stride, padding=dilation * (kernels.shape[-1] // 2),
+                            dilation=dilation, groups=groups.shape[3])
+        ctx.regions = None
+        if bias is None:
+            return F.conv2d(as_images(groups), kernels, **ctx.geometry)
+        ctx.regions = BorderRegions(bias.shape, groups.shape[1:3], stride)
+        inner, difference = ctx.regions.split(bias)
+        out = F.conv2d(as_images(groups), kernels, inner, **ctx.geometry)
+        return ctx.regions.add(out, difference)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        groups, kernels = ctx.saved_tensors
+        images = as_images(groups)
+        stride, padding, dilation = (2 * [ctx.geometry[key]]
+                                     for key in ('stride', 'padding', 'dilation'))
+        grad_images, grad_kernels, grad_bias = torch.ops.aten.convolution_backward(
+            grad_out, images, kernels, [kernels.shape[0]], stride, padding, dilation, False, [0, 0],
+            ctx.geometry['groups'], ctx.needs_input_grad[:3])
+        if grad_images is not None:
+            grad_images = grad_images.permute(0, 2, 3, 1).reshape(groups.shape)
+        if grad_bias is not None:
+            grad_bias = ctx.regions.gradient(grad_out, grad_bias)
+        return grad_images, grad_kernels, grad_bias, None, None
+
+
+def as_images(groups: Tensor) -> Tensor:
+    """(batch, height, width, groups, channels) as (batch, groups · channels, height, width)."""
+    return groups.flatten(3).permute(0, 3, 1, 2)

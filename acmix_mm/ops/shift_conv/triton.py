@@ -1,0 +1,97 @@
+"""shift_conv by Triton kernels for NVIDIA GPUs, folded or in two steps."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from acmix_mm.ops.backend import require_triton
+from acmix_mm.ops.custom_op import custom_op
+from acmix_mm.ops.shift_conv.folding import BorderRegions, convolved_bias, folded_kernels
+from acmix_mm.ops.shift_conv.grouped import as_images
+
+
+def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
+                      fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
+    require_triton('shift_conv', maps)
+    groups = maps.permute(0, 3, 4, 2, 1)
+    if shift_weight.shape[0] <= 4 * maps.shape[2]:
+        # The kernels compute four heads at once; up to four, folding is cheaper.
+        kernels = folded_kernels(fc_weight, shift_weight)
+    else:
+        mixing = fc_weight.repeat(maps.shape[2], 1)[:, :, None, None]
+        groups = _GroupedConv.apply(groups, mixing, None, 1, 1, True)
+        kernels = shift_weight
+    bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
+    out = _GroupedConv.apply(groups, kernels, bias, stride, dilation, False)
+    return out.flatten(3).permute(0, 3, 1, 2)
+
+
+class _GroupedConv(torch.autograd.Function):
+    """Grouped convolution of (batch, height, width, groups, channels) in any strides.
+
+    The output has the same axes. ``groups_last`` makes its groups contiguous in memory, as the next
+    convolution prefers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                dilation: int, groups_last: bool) -> Tensor:
+        ctx.save_for_backward(groups, kernels)
+        ctx.geometry = stride, dilation
+        if bias is not None:
+            ctx.regions = BorderRegions(bias.shape, groups.shape[1:3], stride)
+        return convolve_triton(groups, kernels, bias, stride, dilation, groups_last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        grads = convolve_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            images = as_images(grad_out)
+            grad_bias = ctx.regions.gradient(images, images.sum((0, 2, 3)))
+        return *grads, grad_bias, None, None, None
+
+
+def _empty_output(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                  dilation: int, groups_last: bool) -> Tensor:
+    batch, height, width = groups[:, ::stride, ::stride].shape[:3]
+    num_groups, channels = groups.shape[3], kernels.shape[0] // groups.shape[3]
+    if groups_last:
+        return groups.new_empty(batch, height, width, channels, num_groups).transpose(3, 4)
+    return groups.new_empty(batch, height, width, num_groups, channels)
+
+
+def _empty_gradients(grad_out: Tensor, groups: Tensor, kernels: Tensor,
+                     *geometry: Any) -> tuple[Tensor, Tensor]:
+    """The gradient of the groups has the strides of the gradient of the projections."""
+    as_projected = groups.transpose(3, 4)
+    return (as_projected.new_empty(as_projected.shape).transpose(3, 4),
+            kernels.new_empty(kernels.shape))
+
+
+@custom_op(_empty_output)
+def convolve_triton(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                    dilation: int, groups_last: bool) -> Tensor:
+    from acmix_mm.ops.shift_conv.triton_kernels import convolve
+    out = _empty_output(groups, kernels, bias, stride, dilation, groups_last)
+    with torch.cuda.device_of(groups):
+        convolve(groups, kernels, bias, out, stride, dilation)
+    return out
+
+
+@custom_op(_empty_gradients)
+def convolve_triton_backward(grad_out: Tensor, groups: Tensor, kernels: Tensor, stride: int,
+                             dilation: int) -> tuple[Tensor, Tensor]:
+    from acmix_mm.ops.shift_conv.triton_kernels import (
+        convolve_kernels_backward,
+        convolve_maps_backward,
+    )
+    grad_groups, grad_kernels = _empty_gradients(grad_out, groups, kernels)
+    with torch.cuda.device_of(groups):
+        convolve_maps_backward(grad_out, kernels, grad_groups, stride, dilation)
+        grad_kernels.copy_(convolve_kernels_backward(grad_out, groups, kernels.shape[-1], stride,
+                                                     dilation))
+    return grad_groups, grad_kernels

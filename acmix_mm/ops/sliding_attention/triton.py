@@ -1,0 +1,76 @@
+"""Sliding-window attention by Triton kernels for NVIDIA GPUs: tiled, with a streamed softmax."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from acmix_mm.ops.backend import require_triton, runs_triton
+from acmix_mm.ops.custom_op import custom_op
+from acmix_mm.ops.sliding_attention.tiled import positions_gradient
+
+
+def sliding_attention_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
+                             dilation: int, scale: float) -> Tensor:
+    require_triton('sliding_window_attention', qkv)
+    if not has_kernel(qkv, stride, dilation):
+        raise ValueError("sliding_window_attention's backend 'triton' takes stride or dilation, "
+                         'not both, and heads of 512 bytes at most; got '
+                         f'stride={stride}, dilation={dilation} and {qkv.shape[5]} channels of '
+                         f'{qkv.dtype}. Leave out backend to have one chosen.')
+    return _TritonAttention.apply(qkv, positions, kernel_size, stride, dilation, scale)
+
+
+def has_kernel(qkv: Tensor, stride: int, dilation: int) -> bool:
+    """Whether the Triton kernels support these arguments and run on their device."""
+    if not runs_triton(qkv) or (stride > 1 and dilation > 1):
+        return False
+    from acmix_mm.ops.sliding_attention.triton_kernels import fits
+    return fits(qkv.shape[5], qkv.dtype)
+
+
+class _TritonAttention(torch.autograd.Function):
+    """Saves the output and the log-sums of the softmax, besides the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, positions: Tensor, *geometry: Any) -> Tensor:
+        out, log_sum = attend_triton(qkv, positions, *geometry)
+        ctx.save_for_backward(qkv, positions, out, log_sum)
+        ctx.geometry = geometry
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        grad_qkv = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        return grad_qkv, positions_gradient(grad_qkv), *[None] * len(ctx.geometry)
+
+
+def _empty_output(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
+                  scale: float) -> tuple[Tensor, Tensor]:
+    out = qkv.new_empty(qkv[:, ::stride, ::stride, 0].shape)
+    return out, out.new_empty(out.shape[:4], dtype=torch.float32)
+
+
+@custom_op(_empty_output)
+def attend_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
+                  scale: float) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sums, (batch, out height, out width, num_heads)."""
+    from acmix_mm.ops.sliding_attention.triton_kernels import attend
+    out, log_sum = _empty_output(qkv, positions, kernel_size, stride, dilation, scale)
+    with torch.cuda.device_of(qkv):
+        attend(qkv, positions, out, log_sum, kernel_size, stride, dilation, scale)
+    return out, log_sum
+
+
+@custom_op(lambda grad_out, qkv, *others: torch.empty_like(qkv))
+def attend_triton_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tensor,
+                           log_sum: Tensor, kernel_size: int, stride: int, dilation: int,
+                           scale: float) -> Tensor:
+    from acmix_mm.ops.sliding_attention.triton_kernels import attend_backward
+    grad_qkv = torch.zeros_like(qkv) if stride > 1 else torch.empty_like(qkv)
+    with torch.cuda.device_of(qkv):
+        attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, kernel_size, stride,
+                        dilation, scale)
+    return grad_qkv

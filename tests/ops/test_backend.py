@@ -1,0 +1,224 @@
+"""Selection of backends: precedence, contexts, the environment variable, availability, the log."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+from helpers.operators import conv_tensors, sliding_tensors, window_tensors
+
+from acmix_mm.ops import (
+    available_backends,
+    backend,
+    shift_conv,
+    sliding_window_attention,
+    use_backend,
+    window_attention,
+)
+
+BACKENDS = {
+    'sliding_window_attention': {'reference', 'tiled', 'dense', 'triton'},
+    'window_attention': {'reference', 'sdpa', 'chunked'},
+    'shift_conv': {'reference', 'two_step', 'folded', 'conv2d', 'triton'},
+    'patch_features': {'reference', 'chunked'},
+    'patch_aggregation': {'reference', 'chunked', 'kernel_rows'},
+    'involution': {'reference', 'chunked'},
+}
+
+
+@pytest.fixture
+def selected(monkeypatch):
+    """The backends that run, in order, as 'operator: backend'; reset by clear()."""
+    names = []
+    for operator, backends in backend._operators.items():
+        for each in backends.values():
+            def run(*arguments, each=each, operator=operator):
+                names.append(f'{operator}: {each.name}')
+                return each.run(*arguments)
+            monkeypatch.setitem(backends, each.name, each._replace(run=run))
+    return names
+
+
+def attend(**options):
+    return window_attention(*window_tensors(1, (1, 2), (4, 4), 2, 4), (4, 4), **options)
+
+
+def slide(**options):
+    return sliding_window_attention(*sliding_tensors(1, 1, 4, 3, 3), 3, **options)
+
+
+def convolve(**options):
+    return shift_conv(*conv_tensors(1, 2, 4, 3, 3, 3, True, False), **options)
+
+
+def test_precedence(selected, monkeypatch):
+    attend()
+    monkeypatch.setattr(backend, '_preferred', ('sdpa',))
+    attend()
+    with use_backend('chunked'):
+        attend()
+        attend(backend='reference')
+        with use_backend(None):
+            attend(dropout_p=0.5)
+    attend()
+    assert selected == [f'window_attention: {name}'
+                        for name in ('chunked', 'sdpa', 'chunked', 'reference', 'sdpa', 'sdpa')]
+
+
+def test_operators_without_the_backend_choose_as_usual(selected):
+    with use_backend('reference'):
+        with use_backend('tiled'):
+            slide()
+            convolve()
+        slide()
+    with use_backend('tiled'):
+        convolve()
+    assert selected == ['sliding_window_attention: tiled', 'shift_conv: reference',
+                        'sliding_window_attention: reference', 'shift_conv: folded']
+
+
+def test_context_ends_after_an_exception(selected):
+    with pytest.raises(RuntimeError, match='inside'), use_backend('reference'):
+        raise RuntimeError('inside')
+    attend()
+    assert selected == ['window_attention: chunked']
+
+
+def test_unknown_names():
+    message = r"use_backend: no operator has a backend 'fast'; known backends are chunked, conv2d, "
+    with pytest.raises(ValueError, match=message), use_backend('fast'):
+        pass
+    with pytest.raises(ValueError, match="'softmax'; operators with backends are involution, "):
+        available_backends('softmax')
+    with pytest.raises(ValueError, match=r"has no backend 'tiled'; it has chunked, reference"):
+        attend(backend='tiled')
+
+
+def test_a_backend_that_cannot_run_is_an_error(monkeypatch):
+    with use_backend('chunked'), pytest.raises(ValueError, match=r"has no dropout.*use 'sdpa'"):
+        attend(dropout_p=0.5)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    with use_backend('triton'), pytest.raises(ValueError, match='Leave out backend'):
+        slide()
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True,
+                          check=False, env={'PYTHONPATH': str(ROOT), 'PATH': '', **environment})
+
+
+def test_environment_variable():
+    code = '''
+import logging
+import torch
+logging.basicConfig(level=logging.DEBUG, format='%(name)s %(message)s')
+from acmix_mm.ops import shift_conv, use_backend
+arguments = torch.randn(1, 3, 4, 3, 3), torch.randn(9, 3), torch.randn(4, 9, 3, 3)
+shift_conv(*arguments)
+with use_backend('reference'):
+    shift_conv(*arguments)
+with use_backend(None):
+    shift_conv(*arguments)
+'''
+    for name, expected in (('two_step', 'two_step'), ('tiled', 'folded'), ('', 'folded')):
+        done = run_python(code, ACMIX_BACKEND=name)
+        log = [line for line in done.stderr.splitlines() if line.startswith('acmix_mm')]
+        names = dict.fromkeys((expected, 'reference', 'folded'))
+        assert log == [f"acmix_mm shift_conv runs on backend '{each}' (cpu)" for each in names]
+
+
+def test_environment_variable_of_unknown_value():
+    done = run_python('import acmix_mm.ops', ACMIX_BACKEND='fastest')
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ValueError: ACMIX_BACKEND: no operator has a backend 'fastest'; known backends are ")
+
+
+def test_available_backends(monkeypatch):
+    for operator, names in BACKENDS.items():
+        assert set(available_backends(operator)) == names
+    assert set(backend._operators) == set(BACKENDS)
+    assert not any(available_backends('involution').values())
+
+    def reason():
+        return available_backends('shift_conv')['triton']
+    monkeypatch.setattr(backend, 'TRITON_VERSION', None)
+    assert reason() == 'needs the package triton in version 3 or newer; it is not installed'
+    monkeypatch.setattr(backend, 'TRITON_VERSION', '2.1.0')
+    assert reason() == 'needs the package triton in version 3 or newer; found 2.1.0'
+    monkeypatch.setattr(backend, 'TRITON_VERSION', '3.2.0')
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert reason() is None
+    monkeypatch.delenv('TRITON_INTERPRET')
+    for capabilities, found in (([], 'no GPU'), ([(7, 5), (6, 1)], '7.5, 6.1'), ([(9, 0)], None)):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda each=capabilities: len(each))
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', capabilities.__getitem__)
+        assert reason() == (found and 'needs an NVIDIA GPU of compute capability 8.0 or higher; '
+                            f'found {found}')
+
+
+def test_choice_is_logged_once(caplog):
+    backend._log_once.cache_clear()
+    with caplog.at_level(logging.DEBUG, logger='acmix_mm'):
+        for _ in range(2):
+            attend()
+        attend(backend='sdpa')
+    assert [record.getMessage() for record in caplog.records] == [
+        "window_attention runs on backend 'chunked' (cpu)",
+        "window_attention runs on backend 'sdpa' (cpu)"]
+
+
+@pytest.mark.parametrize('where', ['outside', 'inside'])
+def test_compiled_functions_follow_the_context(where):
+    """Around a compiled function or within it, without a graph break."""
+    qkv, positions = sliding_tensors(1, 1, 4, 3, 3)
+    targets = set()
+
+    def record(graph, inputs):
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def run(name):
+        if where == 'inside':
+            with use_backend(name):
+                return sliding_window_attention(qkv, positions, 3)
+        return sliding_window_attention(qkv, positions, 3)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend=record, fullgraph=True)
+    for name, is_tiled in (('tiled', True), ('reference', False), (None, True)):
+        targets.clear()
+        torch._dynamo.reset()
+        with use_backend(name):
+            compiled(name)
+        assert ('acmix_mm.attend_tiled.default' in targets) == is_tiled
+        # Once more, from the cache.
+        with use_backend(name):
+            torch.testing.assert_close(compiled(name), sliding_window_attention(qkv, positions, 3))
+    if where == 'outside':
+        # A change of the context compiles the function again.
+        for name in (None, 'reference'):
+            targets.clear()
+            with use_backend(name):
+                compiled(None)
+        assert targets
+        assert 'acmix_mm.attend_tiled.default' not in targets
+
+
+class Attention(torch.nn.Module):
+
+    def forward(self, qkv, positions):
+        return sliding_window_attention(qkv, positions, 3)
+
+
+@pytest.mark.parametrize(('name', 'target'), [
+    (None, 'aten.scaled_dot_product_attention.default'),
+    ('tiled', 'acmix_mm.attend_tiled.default'),
+    ('reference', 'aten.im2col.default'),
+])
+def test_exports_follow_the_context(name, target):
+    with use_backend(name):
+        program = torch.export.export(Attention(), tuple(sliding_tensors(1, 1, 4, 3, 3)))
+    assert target in {str(node.target) for node in program.graph.nodes}
