@@ -298,10 +298,10 @@ def test_groups_follow_depth(name):
     # Only groups up to the second last stage contribute to its map.
     _, maps = model.forward_intermediates(torch.randn(2, 3, 64, 64))
     maps[-2].sum().backward()
-    behind = [fine[key] for key, parameter in model.named_parameters() if parameter.grad is None]
-    before = [fine[key] for key, parameter in model.named_parameters()
+    later = [fine[key] for key, parameter in model.named_parameters() if parameter.grad is None]
+    earlier = [fine[key] for key, parameter in model.named_parameters()
               if parameter.grad is not None]
-    assert max(before) <= min(behind)
+    assert max(earlier) <= min(later)
 
 
 @each_host

@@ -60,11 +60,10 @@ class Stage(NamedTuple):
 class ACmixBackbone(BaseModule):
     """Base class of the backbones: loading, freezing, the forward pass, and declarations.
 
-    A host defines the class attributes and the abstract methods. Its
-    constructor appends a :class:`Stage` to ``stage_info`` for each stage, and ends with
-    ``self.freeze_stages()``. Everything else that depends on the host (conversion, counting,
-    comparison, timm models) reads these declarations. A subclass that defines ``checkpoints``
-    itself is added to ``BACKBONES``.
+    A host defines the class attributes and the abstract methods. Its constructor appends a
+    :class:`Stage` to ``stage_info`` for each stage, and ends with ``self.freeze_stages()``.
+    Everything else that depends on the host (conversion, counting, comparison, timm models) reads
+    these declarations. A subclass that defines ``checkpoints`` itself is added to ``BACKBONES``.
 
     Args:
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` or None.
@@ -84,7 +83,7 @@ class ACmixBackbone(BaseModule):
         norm_eval: whether batch norms keep their running statistics in training.
         output_norm: name of the norms that only outputs pass, with braces for the index of the
             stage; None if there are none.
-        classifier_norm: whether a classifier needs a norm of its own behind the last stage.
+        classifier_norm: whether a classifier needs an additional norm after the last stage.
         timm_arguments: arguments of the backbone by the names that timm models use.
         timm_cfg: ``first_conv``, ``crop_pct`` and ``interpolation`` of timm's default configs.
         position_tables: names of the parameters that are exempt from weight decay, in addition to

@@ -308,15 +308,15 @@ class ACmixPyramidVisionTransformer(ACmixBackbone):
             if isinstance(module, AbsolutePositionEmbedding) and key in state_dict:
                 state_dict[key] = fit_position_table(state_dict[key], module.grid)
 
-        mixing = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
+        convolution_path = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_report(
             self, state_dict, source=found.source,
             recognised=str(found),
-            may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{mixing}',
+            may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{convolution_path}',
             may_drop=r'^(head|norm)\.|^cls_token$|^layers\.\d\.2\.' + (
                 r'|\.out_proj\.' if self.mix == 'conv' else ''))
         if not is_acmix and self.mix == 'acmix':
-            start_as_plain(self, 'PVT')
+            start_as_plain(self, self.checkpoints.host)
 
     def remove_stages(self, first: int) -> None:
         self.layers = self.layers[:first]

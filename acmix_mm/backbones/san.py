@@ -208,14 +208,14 @@ class ACmixSAN(ACmixBackbone):
         """Keep the initial values: SAN uses PyTorch's default initialisation."""
 
     def load_pretrained(self, found: Pretrained) -> None:
-        mixing = r'|\.sam\.(fc\.|dep_conv\.|rate[12]$)'
+        convolution_path = r'|\.sam\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_report(
             self, found.state_dict, source=found.source,
             recognised=str(found),
-            may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else mixing),
+            may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else convolution_path),
             may_drop=r'^(fc|head)\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
         if not found.is_acmix and self.mix == 'acmix':
-            start_as_plain(self, 'SAN')
+            start_as_plain(self, self.checkpoints.host)
 
     def remove_stages(self, first: int) -> None:
         for stage in range(first, len(self.stage_info)):

@@ -342,21 +342,21 @@ class ACmixSwinTransformer(ACmixBackbone):
             state_dict = fold_rate(state_dict, self.mix)
         self.fit_position_tables(state_dict)
 
-        mixing = r'\.w_msa\.(fc\.|dep_conv\.|rate[12]$)'
-        attending = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
+        convolution_path = r'\.w_msa\.(fc\.|dep_conv\.|rate[12]$)'
+        attention_path = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
         replaced = [] if self.mixer is None else [
             name for name, mixer in self.named_modules() if isinstance(mixer, ConvolutionMixer)
             and has_other_names(mixer, f'{name}.', state_dict)]
-        own_tables = r'^norm\d\.|^absolute_pos_embed$'
+        optional = r'^norm\d\.|^absolute_pos_embed$'
         load_with_report(
             self, state_dict, source=found.source,
             recognised=str(found),
-            may_lack=own_tables if is_acmix else f'{own_tables}|{mixing}',
+            may_lack=optional if is_acmix else f'{optional}|{convolution_path}',
             may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
-            {'acmix': '', 'attn': f'|{mixing}', 'conv': f'|{attending}'}[self.mix],
+            {'acmix': '', 'attn': f'|{convolution_path}', 'conv': f'|{attention_path}'}[self.mix],
             leave='|'.join(rf'^{name}\.' for name in replaced))
         if not is_acmix and self.mix == 'acmix' and self.mixer is None:
-            start_as_plain(self, 'Swin')
+            start_as_plain(self, self.checkpoints.host)
 
     def fit_position_tables(self, state_dict: dict[str, Tensor]) -> None:
         """Resize position tables of other window or image sizes, in place."""
