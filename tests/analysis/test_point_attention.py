@@ -42,8 +42,8 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
     layer.rate2.fill_(0)
     x = torch.randn(shape)
     out = layer(x)
-    channels_last = isinstance(layer, (WindowACmix, ReducedACmix))
-    size = shape[1:3] if channels_last else shape[2:]
+    channels_last = layer.channels_last
+    size = layer.map_size(x)
     step = getattr(layer, 'stride', (1, 1))[0]
     for row, column in itertools.product(range(0, size[0], step), range(0, size[1], step)):
         attention = layer.attention_of_point(x, row, column)
