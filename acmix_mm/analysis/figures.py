@@ -212,11 +212,11 @@ def draw_attention(image: np.ndarray, point: tuple[int, int], attention: PointAt
         Line2D([], [], color=line, linewidth=1, label='contours of the image',
                path_effects=[Stroke(linewidth=2, foreground='grey'), Normal()])]
     if attention.is_softmax:
-        uniform = 1 / attention.count
+        uniform = 1 / attention.num_positions
         bar.ax.axhline(uniform, color='cyan', linewidth=2)
         handles.append(Line2D([], [], color='cyan', linewidth=2,
                               label=f'uniform attention, {uniform:.2g}'))
-    if attention.count > attended.sum():
+    if attention.num_positions > attended.sum():
         title += '\nreflection padding: weights of repeated positions are summed'
     figure.suptitle(title)
     figure.legend(loc='outside lower center', ncols=2, handles=handles)

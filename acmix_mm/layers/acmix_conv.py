@@ -1,5 +1,6 @@
 """ACmix as a replacement for a convolution: sliding-window attention and convolution."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -96,13 +97,14 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims)."""
         projections = (self.conv1, self.conv2, self.conv3)
         weight = torch.cat([conv.weight for conv in projections]).flatten(1)
-        bias = None if self.conv1.bias is None else torch.cat([conv.bias for conv in projections])
+        biases = [conv.bias for conv in projections if conv.bias is not None]
+        bias = torch.cat(biases) if biases else None
         return project(x.permute(0, 2, 3, 1), weight, bias, self.num_heads,
                        for_convolution=self.convolves),
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Compute the attention path. Its rate is applied in :meth:`combine_paths`."""
-        out = sliding_window_attention(qkv, self.position_encoding(*qkv.shape[1:3], qkv),
+        out = sliding_window_attention(qkv, self.position_encoding(qkv.shape[1:3], qkv),
                                        self.attn_kernel_size, stride=self.stride[0],
                                        dilation=self.dilation[0])
         return out.permute(0, 3, 1, 2)
@@ -122,9 +124,9 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         # As nn.Conv2d does: some consumers, such as mmcv's RoIAlign, do not check strides.
         return out.contiguous() if x.is_contiguous() else out
 
-    def position_encoding(self, height: int, width: int, like: Tensor) -> Tensor:
+    def position_encoding(self, size: Sequence[int], like: Tensor) -> Tensor:
         """The encoding of each position of a map, (height, width, head_dims)."""
-        grid = coordinates(height, width, like.dtype, like.device)
+        grid = coordinates(size[0], size[1], like.dtype, like.device)
         return F.linear(grid, self.conv_p.weight.flatten(1), self.conv_p.bias)
 
     def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
@@ -152,7 +154,7 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         heads = (self.num_heads, -1)
         q = self.conv1(x)[0, :, row, column].unflatten(0, heads)
         k = self.conv2(x)[0].unflatten(0, heads)
-        positions = self.position_encoding(height, width, x).permute(2, 0, 1)
+        positions = self.position_encoding((height, width), x).permute(2, 0, 1)
 
         rows, columns = (neighbours(centre, extent, self.attn_kernel_size, x.device,
                                     dilation=self.dilation[0])

@@ -2,13 +2,14 @@
 :class:`TwoPathLayer`, which adds attention and convolution.
 """
 
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers.point_attention import PointAttention
+from acmix_mm.layers.shift_path import FullyConnected, Shifts
 from acmix_mm.ops import shift_conv, shift_sum
 
 OPERATOR_CLASSES = PROJECTIONS, ATTENTION, CONVOLUTION, REST = (
@@ -50,7 +51,8 @@ class OperatorLayer(nn.Module):
 
     def map_size(self, x: Tensor) -> tuple[int, int]:
         """The (height, width) of a map."""
-        return tuple(x.shape[1:3] if self.channels_last else x.shape[2:4])
+        height, width = x.shape[1:3] if self.channels_last else x.shape[2:4]
+        return height, width
 
     @property
     def min_dynamic_size(self) -> int:
@@ -79,6 +81,8 @@ class TwoPathLayer(OperatorLayer):
     """
 
     parameter_classes: ClassVar[dict[str, str]] = {'fc': CONVOLUTION, 'dep_conv': CONVOLUTION}
+    fc: FullyConnected
+    dep_conv: Shifts
 
     def __init__(self, mix: str = 'acmix', combine: str = 'rates') -> None:
         super().__init__()
@@ -169,12 +173,13 @@ class TwoPathLayer(OperatorLayer):
         can_convolve_alone = self.mix == 'conv' or (self.mix == 'acmix' and self.combine != 'sum')
         return can_convolve_alone and self.dep_conv.is_learned and not self.dep_conv.is_shared
 
-    def shift_and_sum(self, maps: Tensor, **geometry: int) -> Tensor:
+    def shift_and_sum(self, maps: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
         """Compute the convolution path from its maps, scaled by its rate.
 
         Args:
             maps: queries, keys and values, (batch, num_maps, head_dims, height, width).
-            geometry: ``stride`` and ``dilation`` of :func:`acmix_mm.ops.shift_conv`.
+            stride: see :func:`acmix_mm.ops.shift_conv`.
+            dilation: see there.
 
         Returns:
             (batch, channels, out height, out width).
@@ -183,9 +188,10 @@ class TwoPathLayer(OperatorLayer):
         rate, kernels = self.convolution_rate, self.dep_conv.kernels
         if kernels is None:
             out = shift_sum(maps, scaled(rate, self.fc.matrix), scaled(rate, self.fc.bias),
-                            **geometry)
+                            stride=stride, dilation=dilation)
             return out.repeat_interleave(self.dep_conv.num_heads, 1)
-        return shift_conv(maps, self.fc.matrix, scaled(rate, kernels), self.fc.bias, **geometry)
+        return shift_conv(maps, self.fc.matrix, scaled(rate, kernels), self.fc.bias,
+                          stride=stride, dilation=dilation)
 
     def shift_multiply_adds(self, channels: int, outputs: int) -> int:
         """Count the multiply-adds of fc and shifts; moving maps without kernels costs none.
@@ -242,6 +248,10 @@ class TwoPathLayer(OperatorLayer):
         raise NotImplementedError
 
 
+@overload
+def scaled(rate: Optional[Tensor], weight: Tensor) -> Tensor: ...
+@overload
+def scaled(rate: Optional[Tensor], weight: Optional[Tensor]) -> Optional[Tensor]: ...
 def scaled(rate: Optional[Tensor], weight: Optional[Tensor]) -> Optional[Tensor]:
     """Multiply a weight by a rate. No rate stands for one, and no weight stays None."""
     return weight if rate is None or weight is None else rate * weight

@@ -1,7 +1,7 @@
 """Involution as a replacement for a convolution: each position generates its own kernel."""
 
 import math
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ class Involution2d(PaddedConvolution, OperatorLayer):
         return out if self.bias is None else out + self.bias[:, None, None].to(out.dtype)
 
     def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
-        generation = self.reduce[0].weight.numel() + self.span.weight.numel()
+        reduction = cast(nn.Conv2d, self.reduce[0])
+        generation = reduction.weight.numel() + self.span.weight.numel()
         application = self.kernel_size[0]**2 * out.shape[1]
         return {REST: out[:, 0].numel() * (generation + application)}
 

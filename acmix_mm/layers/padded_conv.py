@@ -1,7 +1,7 @@
 """The arguments of the layers that replace a padded ``nn.Conv2d``."""
 
 import inspect
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 from torch import nn
 
@@ -44,7 +44,7 @@ class PaddedConvolution:
                 f'stride={self.stride}, dilation={self.dilation}')
 
 
-def layer_or_pointwise(layer: type[PaddedConvolution], in_channels: int, out_channels: int,
+def layer_or_pointwise(layer: Callable[..., nn.Module], in_channels: int, out_channels: int,
                        kernel_size: Size, *args: Any, **kwargs: Any) -> nn.Module:
     """Build a layer, or ``nn.Conv2d`` without the layer's own options for a 1×1 kernel.
 

@@ -1,6 +1,7 @@
 """ACmix in a SAN host: patch-wise attention and convolution on the same projections."""
 
-from typing import Callable, ClassVar, Optional
+from collections.abc import Sequence
+from typing import Any, Callable, ClassVar, Optional, cast
 
 import torch
 import torch.distributed as dist
@@ -99,12 +100,12 @@ class PatchwiseACmix(TwoPathLayer):
         """Return queries, keys and values, (batch, 2 · rel_channels + out_channels, height, width).
         """
         projections = (self.conv1, self.conv2, self.conv3)
-        return F.conv2d(x, torch.cat([conv.weight for conv in projections]),
-                        torch.cat([conv.bias for conv in projections])),
+        biases = [conv.bias for conv in projections if conv.bias is not None]
+        return F.conv2d(x, torch.cat([conv.weight for conv in projections]), torch.cat(biases)),
 
     def attend(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.split((self.rel_channels, self.rel_channels, self.conv3.out_channels), 1)
-        norm, _, mixing, *to_features, last = self.conv_w
+        norm, _, mixing, *to_features, last = cast(Any, self.conv_w)
         scale, shift = norm_of_neighbourhoods(norm, q, k, self.kernel_size)
         out = patch_features(q, k, scale, shift, mixing.weight.flatten(1), self.kernel_size)
         for module in to_features:
@@ -186,6 +187,7 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
         if is_learning and norm.running_mean is not None:
             update_running_statistics(norm, mean, variance, count)
     else:
+        assert norm.running_var is not None
         mean, variance = norm.running_mean, norm.running_var
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is None:
@@ -194,7 +196,7 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
     return scale, norm.bias - mean * scale
 
 
-def statistics(padded: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def statistics(padded: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel over each window of ``size``.
 
     Args:
@@ -222,18 +224,21 @@ def of_all_processes(mean: Tensor, variance: Tensor, count: int,
                      group: Optional[dist.ProcessGroup]) -> tuple[Tensor, Tensor, int]:
     """Combine the mean, variance and number of positions of all processes of a group."""
     group = group or dist.group.WORLD
-    total = torch.tensor(count, device=mean.device)
-    dist.all_reduce(total, group=group)
-    share = count / total.item()
+    counted = torch.tensor(count, device=mean.device)
+    dist.all_reduce(counted, group=group)
+    total = int(counted.item())
+    share = count / total
     joint_mean = all_reduce(share * mean, group=group)
     deviation = variance + (mean - joint_mean).square()
-    return joint_mean, all_reduce(share * deviation, group=group), total.item()
+    return joint_mean, all_reduce(share * deviation, group=group), total
 
 
 @torch.no_grad()
 def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor,
                               count: int) -> None:
     """Update the running statistics of ``norm`` from a batch, as its forward pass does."""
+    assert norm.num_batches_tracked is not None
+    assert norm.running_mean is not None and norm.running_var is not None
     norm.num_batches_tracked += 1
     momentum = norm.momentum
     if momentum is None:

@@ -18,14 +18,14 @@ class PointAttention(NamedTuple):
             values, which is padded to whole windows in a Swin and reduced in a PVT. In a SAN,
             "heads" are the groups of channels that share weights.
         cell: side of the square of input positions that one value stands for.
-        count: number of positions attended to. Positions that reflection padding repeats count
-            each time; masked ones do not count.
+        num_positions: number of positions attended to. Positions that reflection padding repeats
+            count each time; masked ones do not count.
         is_softmax: whether the weights of each head are positive and sum to one.
     """
 
     weights: Tensor
     cell: int
-    count: int
+    num_positions: int
     is_softmax: bool
 
 

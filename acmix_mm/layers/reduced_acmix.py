@@ -1,5 +1,6 @@
 """ACmix in a PVT host: attention to a spatially reduced map and convolution."""
 
+from collections.abc import Sequence
 from typing import Callable, ClassVar, Optional
 
 import torch
@@ -176,7 +177,7 @@ class AttentionProjections(nn.Module):
             nn.init.zeros_(self.in_proj_bias)
 
 
-def repeat_cells(reduced: Tensor, size: tuple[int, int], ratio: int) -> Tensor:
+def repeat_cells(reduced: Tensor, size: Sequence[int], ratio: int) -> Tensor:
     """Copy the values of each cell to all positions of the map that it was reduced from.
 
     Args:

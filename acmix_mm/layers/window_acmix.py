@@ -57,6 +57,8 @@ class WindowACmix(TwoPathLayer):
         **TwoPathLayer.parameter_classes,
         'qkv': PROJECTIONS, 'proj': PROJECTIONS, 'relative_position_bias_table': ATTENTION}
 
+    relative_position_index: Tensor
+
     def __init__(self, embed_dims: int, num_heads: int, window_size: int, shift_size: int = 0,
                  qkv_bias: bool = True, qk_scale: Optional[float] = None,
                  attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
@@ -129,7 +131,7 @@ class WindowACmix(TwoPathLayer):
     def window_and_shift(self, size: Sequence[int]) -> tuple[tuple[int, int], int]:
         """The window's (height, width) and the cyclic shift on a map of ``size``."""
         if size[0] <= self.window_size and size[1] <= self.window_size:
-            return tuple(size), 0
+            return (size[0], size[1]), 0
         return (self.window_size, self.window_size), self.shift_size
 
     def position_bias(self, window_size: tuple[int, int]) -> Tensor:
@@ -183,8 +185,8 @@ class WindowACmix(TwoPathLayer):
         bias = self.position_bias(window)[:, place[0] * window[1] + place[1]].unflatten(1, window)
         masked = is_masked[0][:, None] | is_masked[1]
         weights = softmax(logits + bias + MASKED_LOGIT * masked)
-        return PointAttention(scatter(weights, *axes, padded.shape[1:3]), 1, int((~masked).sum()),
-                              True)
+        weights = scatter(weights, axes[0], axes[1], padded.shape[1:3])
+        return PointAttention(weights, 1, int((~masked).sum()), True)
 
 
 def relative_position_index(window_size: int) -> Tensor:

@@ -56,9 +56,9 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
             assert (weights >= 0).all()
             torch.testing.assert_close(weights.sum((1, 2)), torch.ones(len(weights)))
         seen_rows, seen_columns = np.nonzero(weights.abs().sum(0).numpy() > 1e-20)
-        assert attention.count >= len(seen_rows)
+        assert attention.num_positions >= len(seen_rows)
         if isinstance(layer, (WindowACmix, ReducedACmix)):
-            assert attention.count == len(seen_rows)
+            assert attention.num_positions == len(seen_rows)
         if isinstance(layer, WindowACmix) and case != 'one window':
             # The windows of a shifted map are offset by the shift.
             for seen, own in ((seen_rows, row), (seen_columns, column)):

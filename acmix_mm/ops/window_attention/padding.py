@@ -1,5 +1,7 @@
 """Padding and rolling the map that windowed attention reads, also with dynamic sizes."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,7 @@ def roll(x: Tensor, shift: int) -> Tensor:
     return x
 
 
-def drop_padding(x: Tensor, size: tuple[int, int], shift_size: int) -> Tensor:
+def drop_padding(x: Tensor, size: Sequence[int], shift_size: int) -> Tensor:
     """Remove the bottom and right padding from a map that was rolled after padding.
 
     Args:
