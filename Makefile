@@ -46,7 +46,7 @@ dist: env
 docs: env
 	$(INSTALL) mkdocs-material mkdocstrings-python mkdocs-include-markdown-plugin mkdocs-jupyter \
 		ipykernel
-	DOCS_EXECUTE=$(DOCS_EXECUTE) NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	DOCS_EXECUTE=$(DOCS_EXECUTE) NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(RUN) -m mkdocs build --strict
 
 env: $(VENV)/.acmix-mm-stack
 	@$(RUN) -m acmix_mm.environment

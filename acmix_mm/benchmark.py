@@ -1,7 +1,8 @@
-"""Timing rivals against each other, and the memory that each of them takes.
+"""Time and peak memory of operators, layers and networks, against their baselines.
 
-Rivals of a case run turn and turn about in one process, so that a machine that drifts drifts for
-all; memory is taken in a fresh process for each, as the peak above what was there before the call.
+The runs of a case are interleaved in one process, so that drift of the machine affects all its
+implementations alike. Peak memory is measured in a fresh process for each, above the memory in use
+before the call.
 """
 
 import ctypes
@@ -13,104 +14,90 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
+from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.ops import shift_conv, sliding_window_attention, use_backend, window_attention
+from acmix_mm.utils import markdown
+
 PASSES = ('forward', 'forward + backward')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-# Calls that one timing on a GPU has, so that its clock's grain does not matter.
+# Calls per timing on a GPU, where one alone would measure mostly its launch.
 GPU_CALLS = 10
 
 
-class Case(NamedTuple):
-    """Rivals by name, the slower or plain one first, and the shapes of the inputs they all take.
+class Implementation(NamedTuple):
+    """What a case times: a function of the inputs that returns tensors, or a module.
 
-    A rival builds what is timed: a function from the inputs to tensors, or a module. An axis that
-    is None is the batch.
+    Args:
+        build: makes it.
+        backend: of its operators; None for their default.
     """
 
-    rivals: dict[str, Callable[[], Callable]]
+    build: Callable[[], Callable]
+    backend: Optional[str] = None
+
+
+class Case(NamedTuple):
+    """Implementations by name, the baseline first, and the shapes of their inputs.
+
+    A length of None stands for the batch size.
+    """
+
+    implementations: dict[str, Implementation]
     shapes: Sequence[Sequence[Optional[int]]]
 
 
 class Setting(NamedTuple):
-    """Where, in which dtype (a key of ``DTYPES``) and on how many pictures a case runs."""
+    """Device, dtype (a key of ``DTYPES``) and batch size of a run."""
 
     device: str = 'cpu'
     dtype: str = 'float32'
     batch: int = 1
 
     def inputs(self, case: Case, requires_grad: bool) -> list[Tensor]:
-        return [torch.randn([self.batch if axis is None else axis for axis in shape],
+        """Draw the inputs of a case."""
+        return [torch.randn([self.batch if length is None else length for length in shape],
                             device=self.device, dtype=DTYPES[self.dtype],
                             requires_grad=requires_grad) for shape in case.shapes]
 
-    def build(self, rival: Callable[[], Callable]) -> Callable:
-        built = rival()
+    def build(self, implementation: Implementation) -> Callable:
+        """Build an implementation for this device and dtype."""
+        built = implementation.build()
         if isinstance(built, nn.Module):
             built.to(self.device, DTYPES[self.dtype])
-        return built
+
+        def run(*inputs: Tensor) -> object:
+            name = implementation.backend
+            with nullcontext() if name is None else use_backend(name):
+                return built(*inputs)
+        return run
 
 
 class Result(NamedTuple):
-    """Median seconds of one call of a rival, and its peak memory in MiB.
+    """Median seconds per call and peak memory in MiB of an implementation.
 
-    On a GPU, ``gigabytes_per_second`` is the bandwidth it attains if every input is read and every
-    output written once (backwards: and inputs and output gradients read, and input gradients
-    written), and ``of_copy`` is that over what a copy of as many bytes attains.
+    On a GPU, ``gigabytes_per_second`` is the bandwidth of reading every input and writing every
+    output once; a backward pass adds reading the inputs and output gradients and writing the input
+    gradients. ``of_copy`` is its ratio to the bandwidth of a copy of as many bytes.
     """
 
     case: str
     passes: str
-    rival: str
+    implementation: str
     seconds: float
     mebibytes: float
     gigabytes_per_second: Optional[float] = None
     of_copy: Optional[float] = None
 
 
-class OnBackend(nn.Module):
-    """A layer whose operators run on the named backend, if they have it."""
-
-    def __init__(self, layer: nn.Module, backend: Optional[str]) -> None:
-        super().__init__()
-        self.layer, self.backend = layer, backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        from acmix_mm.ops import use_backend
-        with use_backend(self.backend):
-            return self.layer(x)
-
-
-def sliding_attention(backend: Optional[str]) -> Callable[[Tensor, Tensor], Tensor]:
-    from acmix_mm.ops import sliding_window_attention
-    return functools.partial(sliding_window_attention, kernel_size=7, backend=backend)
-
-
-def shift_conv(backend: Optional[str]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from acmix_mm.ops import shift_conv as operator
-
-    def run(qkv: Tensor, fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
-        maps = qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)
-        return operator(maps, fc_weight, shift_weight, backend=backend)
-    return run
-
-
-def window_attention(backend: Optional[str]) -> Callable[[Tensor, Tensor], Tensor]:
-    from acmix_mm.ops import window_attention as operator
-    return functools.partial(operator, window_size=(7, 7), shift_size=3, backend=backend)
-
-
-def acmix_conv(backend: Optional[str]) -> nn.Module:
-    from acmix_mm.layers import ACmixConv2d
-    return OnBackend(ACmixConv2d(64, 64), backend)
-
-
-def window_acmix(mix: str) -> nn.Module:
-    from acmix_mm.layers import WindowACmix
-    return WindowACmix(96, 3, window_size=7, shift_size=3, mix=mix)
+def convolve(qkv: Tensor, fc_weight: Tensor, shift_weight: Tensor) -> Tensor:
+    """:func:`shift_conv` of projections as :func:`acmix_mm.ops.project` returns them on a GPU."""
+    return shift_conv(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2), fc_weight, shift_weight)
 
 
 def swin_tiny(acmix: bool) -> nn.Module:
@@ -122,7 +109,7 @@ def swin_tiny(acmix: bool) -> nn.Module:
 
 
 class FirstBlocks(nn.Module):
-    """The two blocks of a Swin-T's first stage, on (batch, height · width, 96)."""
+    """The two blocks of the first stage of Swin-T, on (batch, height · width, 96)."""
 
     def __init__(self, acmix: bool, height: int, width: int) -> None:
         super().__init__()
@@ -136,7 +123,7 @@ class FirstBlocks(nn.Module):
 
 
 class MaskRCNN(nn.Module):
-    """MMDetection's Mask R-CNN with a Swin-T, up to what its heads say of every proposal."""
+    """MMDetection's Mask R-CNN with Swin-T, up to the outputs of its heads for each proposal."""
 
     def __init__(self, acmix: bool) -> None:
         super().__init__()
@@ -158,41 +145,48 @@ class MaskRCNN(nn.Module):
         return [out for out in self.detector(x, samples, mode='tensor') if isinstance(out, Tensor)]
 
 
-def forms_case(build: Callable, rival: str, *shapes: Sequence[Optional[int]]) -> Case:
-    """The form that an operator chooses against another one."""
-    return Case({f'form {rival}': functools.partial(build, rival),
-                 'as chosen': functools.partial(build, None)}, shapes)
+def operator_case(run: Callable, baseline: str, *shapes: Sequence[Optional[int]]) -> Case:
+    """A backend of an operator against its default."""
+    return Case({baseline: Implementation(lambda: run, baseline),
+                 'default': Implementation(lambda: run)}, shapes)
 
 
 def conv_case(height: int, width: int) -> Case:
-    return Case(dict(reference=functools.partial(acmix_conv, 'reference'),
-                     ACmixConv2d=functools.partial(acmix_conv, None)), [(None, 64, height, width)])
+    build = functools.partial(ACmixConv2d, 64, 64)
+    return Case(dict(reference=Implementation(build, 'reference'),
+                     ACmixConv2d=Implementation(build)), [(None, 64, height, width)])
 
 
-def against_swin(build: Callable, *shape: Optional[int]) -> Case:
-    return Case({'plain Swin': functools.partial(build, False),
-                 'ACmix-Swin': functools.partial(build, True)}, [shape])
+def window_case(*shape: Optional[int]) -> Case:
+    build = functools.partial(WindowACmix, 96, 3, window_size=7, shift_size=3)
+    return Case({'attention alone': Implementation(functools.partial(build, mix='attn')),
+                 'both paths': Implementation(build)}, [shape])
 
 
-# The first seven need torch alone, blocks and backbones MMDetection, the detector mmcv's operators.
+def swin_case(build: Callable, *shape: Optional[int]) -> Case:
+    return Case({'plain Swin': Implementation(functools.partial(build, False)),
+                 'ACmix-Swin': Implementation(functools.partial(build, True))}, [shape])
+
+
+# The first seven need torch alone, the blocks and backbones MMDetection, the detector also mmcv's
+# compiled operators.
 CASES = {
-    'sliding-attention': forms_case(sliding_attention, 'reference', (None, 200, 336, 3, 4, 16),
-                                    (200, 336, 16)),
-    'shift-conv': forms_case(shift_conv, 'reference', (None, 200, 336, 3, 4, 16), (9, 12),
-                             (64, 9, 3, 3)),
-    'window-attention': forms_case(window_attention, 'sdpa', (None, 224, 336, 3, 3, 32),
-                                   (3, 49, 49)),
+    'sliding-attention': operator_case(functools.partial(sliding_window_attention, kernel_size=7),
+                                       'reference', (None, 200, 336, 3, 4, 16), (200, 336, 16)),
+    'shift-conv': operator_case(convolve, 'reference', (None, 200, 336, 3, 4, 16), (9, 12),
+                                (64, 9, 3, 3)),
+    'window-attention': operator_case(
+        functools.partial(window_attention, window_size=(7, 7), shift_size=3), 'sdpa',
+        (None, 224, 336, 3, 3, 32), (3, 49, 49)),
     'conv-100x168': conv_case(100, 168),
     'conv-200x336': conv_case(200, 336),
     'conv-400x672': conv_case(400, 672),
-    'window-acmix': Case({'attention alone': functools.partial(window_acmix, 'attn'),
-                          'both paths': functools.partial(window_acmix, 'acmix')},
-                         [(None, 224, 336, 96)]),
-    'swin-blocks': against_swin(functools.partial(FirstBlocks, height=224, width=336),
-                                None, 224 * 336, 96),
-    'swin-t-896x1344': against_swin(swin_tiny, None, 3, 896, 1344),
-    'swin-t-800x1344': against_swin(swin_tiny, None, 3, 800, 1344),
-    'mask-rcnn-800x1344': against_swin(MaskRCNN, None, 3, 800, 1344),
+    'window-acmix': window_case(None, 224, 336, 96),
+    'swin-blocks': swin_case(functools.partial(FirstBlocks, height=224, width=336),
+                             None, 224 * 336, 96),
+    'swin-t-896x1344': swin_case(swin_tiny, None, 3, 896, 1344),
+    'swin-t-800x1344': swin_case(swin_tiny, None, 3, 800, 1344),
+    'mask-rcnn-800x1344': swin_case(MaskRCNN, None, 3, 800, 1344),
 }
 
 
@@ -207,44 +201,37 @@ def step(run: Callable, inputs: Sequence[Tensor], passes: str) -> list[Tensor]:
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
-    """Time one call; the call before it, which is not counted, finds its memory and its caches."""
-    run()
-    if device == 'cpu':
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(GPU_CALLS):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / GPU_CALLS
+    """Time one call, after calls that warm up caches and the memory allocator."""
+    # Older torch imports numpy here.
+    from torch.utils.benchmark import Timer
+    timer = Timer('run()', globals=dict(run=run), num_threads=torch.get_num_threads())
+    return timer.timeit(1 if device == 'cpu' else GPU_CALLS).mean
 
 
 def compare(name: str, passes: str, setting: Setting, repeats: int) -> list[Result]:
-    """Time the rivals of a case turn and turn about, and take the memory of each."""
+    """Time the implementations of a case in interleaved runs, and measure their memory."""
     case = CASES[name]
     inputs = setting.inputs(case, requires_grad=passes != 'forward')
-    runs = {rival: functools.partial(step, setting.build(build), inputs, passes)
-            for rival, build in case.rivals.items()}
-    outputs = {rival: sum(out.nbytes for out in run()) for rival, run in runs.items()}
-    seconds: dict[str, list[float]] = {rival: [] for rival in runs}
+    runs = {each: functools.partial(step, setting.build(implementation), inputs, passes)
+            for each, implementation in case.implementations.items()}
+    output_bytes = {each: sum(out.nbytes for out in run()) for each, run in runs.items()}
+    seconds: dict[str, list[float]] = {each: [] for each in runs}
     for _ in range(repeats):
-        for rival, run in runs.items():
-            seconds[rival].append(seconds_of(run, setting.device))
+        for each, run in runs.items():
+            seconds[each].append(seconds_of(run, setting.device))
     results = []
-    for rival in runs:
-        result = Result(name, passes, rival, statistics.median(seconds[rival]),
-                        peak_memory(name, passes, rival, setting))
+    for each in runs:
+        result = Result(name, passes, each, statistics.median(seconds[each]),
+                        peak_memory(name, passes, each, setting))
         if setting.device != 'cpu':
-            result = with_bandwidth(result, sum(each.nbytes for each in inputs), outputs[rival])
+            result = with_bandwidth(result, sum(tensor.nbytes for tensor in inputs),
+                                    output_bytes[each])
         results.append(result)
     return results
 
 
 def with_bandwidth(result: Result, input_bytes: int, output_bytes: int) -> Result:
-    """Add what was read and written per second, and its ratio to a copy of as many bytes."""
+    """Add the bandwidth, and its ratio to that of a copy; see :class:`Result`."""
     moved = input_bytes + output_bytes
     if result.passes != 'forward':
         moved += 2 * input_bytes + output_bytes
@@ -255,20 +242,20 @@ def with_bandwidth(result: Result, input_bytes: int, output_bytes: int) -> Resul
                            of_copy=copy_seconds / result.seconds)
 
 
-def peak_memory(name: str, passes: str, rival: str, setting: Setting) -> float:
-    """Measure one rival in a process of its own; see :func:`report_peak_memory`. Linux alone."""
-    code = (f'import acmix_mm.benchmark as b; b.report_peak_memory({name!r}, {passes!r}, {rival!r},'
-            f' b.Setting{tuple(setting)!r})')
+def peak_memory(name: str, passes: str, implementation: str, setting: Setting) -> float:
+    """Run :func:`report_peak_memory` in a process of its own and return the MiB."""
+    arguments = f'{name!r}, {passes!r}, {implementation!r}, b.Setting{tuple(setting)!r}'
+    code = f'import acmix_mm.benchmark as b; b.report_peak_memory({arguments})'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def report_peak_memory(name: str, passes: str, rival: str, setting: Setting) -> None:
-    """Print by how many MiB a pass, not the first, raises this process's memory, or the GPU's."""
+def report_peak_memory(name: str, passes: str, implementation: str, setting: Setting) -> None:
+    """Print by how many MiB a pass raises the memory of this process, or of the GPU."""
     case = CASES[name]
-    run = setting.build(case.rivals[rival])
+    run = setting.build(case.implementations[implementation])
     inputs = setting.inputs(case, requires_grad=passes != 'forward')
-    # What the first call loads for good is not the pass's own.
+    # The first call also loads code, which stays.
     step(run, inputs, passes)
     peak = PeakMemory(setting.device)
     step(run, inputs, passes)
@@ -276,16 +263,16 @@ def report_peak_memory(name: str, passes: str, rival: str, setting: Setting) -> 
 
 
 class PeakMemory:
-    """By how much what follows raises this process's memory, or the GPU's. On a CPU Linux alone.
+    """The peak memory of this process, or of the GPU, above that at construction.
 
     Args:
-        device: ``'cpu'`` or a GPU.
+        device: ``'cpu'``, which requires Linux, or a GPU.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         if device == 'cpu':
-            # What was freed and kept for later would hide what is taken.
+            # Freed memory that the allocator keeps would hide new allocations.
             ctypes.CDLL(None).malloc_trim(0)
             with open('/proc/self/clear_refs', 'w') as peak:
                 peak.write('5')
@@ -295,7 +282,7 @@ class PeakMemory:
             self.idle = torch.cuda.memory_allocated() / 2**20
 
     def mebibytes(self) -> float:
-        """The peak so far, above what was there at the start."""
+        """The peak so far, in MiB."""
         if self.device == 'cpu':
             return resident('VmHWM') - self.idle
         return torch.cuda.max_memory_allocated() / 2**20 - self.idle
@@ -308,13 +295,13 @@ def resident(entry: str) -> float:
 
 
 def machine(setting: Setting) -> str:
-    """One line for the table: where it was measured, and with which torch."""
+    """Describe a measurement in one line: date, processor, torch version, dtype, batch."""
     return (f'{time.strftime("%Y-%m-%d")}, {processor(setting.device)}, torch {torch.__version__}, '
             f'{setting.dtype}, batch {setting.batch}')
 
 
 def processor(device: str) -> str:
-    """The name of the GPU, or of the CPU and how many threads of it torch uses."""
+    """The name of the GPU, or of the CPU with the number of torch's threads."""
     if device != 'cpu':
         return torch.cuda.get_device_name()
     with open('/proc/cpuinfo') as info:
@@ -323,19 +310,17 @@ def processor(device: str) -> str:
     return f'{names[0] if names else platform.machine()}, {threads} thread{"s" * (threads != 1)}'
 
 
-def table(results: list[Result]) -> str:
-    """The results as a Markdown table, with each rival's ratio to the first of its case."""
+def results_table(results: list[Result]) -> str:
+    """The results as a Markdown table, with ratios to the first implementation of each case."""
     on_gpu = any(result.of_copy is not None for result in results)
-    heads = ['case', 'pass', 'rival', 'milliseconds', 'ratio', 'peak MiB', 'ratio']
-    heads += ['GB/s', 'of a copy'] if on_gpu else []
-    lines = ['| ' + ' | '.join(heads) + ' |', '|' + '---|' * len(heads)]
+    rows = [['case', 'pass', 'implementation', 'milliseconds', 'ratio', 'peak MiB', 'ratio']]
+    rows[0] += ['GB/s', 'of a copy'] if on_gpu else []
     first: dict[tuple[str, str], Result] = {}
     for result in results:
         base = first.setdefault((result.case, result.passes), result)
-        cells = [result.case, result.passes, result.rival, f'{1000 * result.seconds:.2f}',
-                 f'{result.seconds / base.seconds:.3f}', f'{result.mebibytes:.0f}',
-                 f'{result.mebibytes / base.mebibytes:.3f}']
+        rows.append([result.case, result.passes, result.implementation,
+                     f'{1000 * result.seconds:.2f}', f'{result.seconds / base.seconds:.3f}',
+                     f'{result.mebibytes:.0f}', f'{result.mebibytes / base.mebibytes:.3f}'])
         if on_gpu:
-            cells += [f'{result.gigabytes_per_second:.0f}', f'{result.of_copy:.3f}']
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+            rows[-1] += [f'{result.gigabytes_per_second:.0f}', f'{result.of_copy:.3f}']
+    return markdown.table(rows)

@@ -1,8 +1,8 @@
-"""Time ACmix against its rivals, and measure the memory of each.
+"""Measure time and peak memory of ACmix and of its baselines.
 
-Operators and layers (the first seven cases) need torch alone; blocks and backbones run against
-MMDetection's plain Swin, and mask-rcnn is a whole detector. On a GPU it times with events, and says
-how near each comes to a copy of as many bytes.
+Operators and layers (the first seven cases) need torch alone. Blocks and backbones are compared
+with MMDetection's Swin; mask-rcnn is a whole detector. On a GPU, the table also gives the bandwidth
+and its ratio to that of a copy of as many bytes.
 
 Examples: python tools/benchmark.py --cases conv-200x336
           python tools/benchmark.py --device cuda --dtype bfloat16 --batch 8 --cases swin-t-800x1344
@@ -13,7 +13,7 @@ import json
 
 import torch
 
-from acmix_mm.benchmark import CASES, DTYPES, PASSES, Setting, compare, machine, table
+from acmix_mm.benchmark import CASES, DTYPES, PASSES, Setting, compare, machine, results_table
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
                         help=f'any of {", ".join(CASES)} (default: all)')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--dtype', choices=DTYPES, default='float32')
-    parser.add_argument('--batch', type=int, default=1, help='pictures (default: 1)')
-    parser.add_argument('--repeats', type=int, default=5, help='counted runs of each (default: 5)')
+    parser.add_argument('--batch', type=int, default=1, help='batch size (default: 1)')
+    parser.add_argument('--repeats', type=int, default=5, help='timed runs of each (default: 5)')
     parser.add_argument('--threads', type=int, default=2, help='torch threads (default: 2)')
     parser.add_argument('--json', metavar='FILE', help='also write the results to FILE')
     args = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> None:
         for passes in PASSES:
             print(f'{case}, {passes} …', flush=True)
             results += compare(case, passes, setting, args.repeats)
-    print(f'\n{machine(setting)}, median of {args.repeats}\n\n{table(results)}')
+    print(f'\n{machine(setting)}, median of {args.repeats}\n\n{results_table(results)}')
     if args.json:
         with open(args.json, 'w') as file:
             json.dump([result._asdict() for result in results], file, indent=2)

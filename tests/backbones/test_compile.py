@@ -1,4 +1,4 @@
-"""torch.compile takes every operator as one step, and computes the same."""
+"""torch.compile keeps each operator as one custom op and computes the same."""
 
 import pytest
 import torch
@@ -34,12 +34,12 @@ def test_backbones_are_one_graph(backbone):
     assert_compiled_is_equal(module, torch.randn(1, 3, 64, 80), 'aot_eager')
 
 
-def test_operators_stay_one_step():
-    """What is for exports alone does not come in: there, operators are written out."""
-    steps = set()
+def test_operators_are_custom_ops():
+    """The backends for exports, which are written out, are not selected."""
+    targets = set()
 
     def backend(graph, inputs):
-        steps.update(str(node.target) for node in graph.graph.nodes)
+        targets.update(str(node.target) for node in graph.graph.nodes)
         return graph
 
     for layer, shape in ((WindowACmix(12, 3, window_size=7, shift_size=3), (1, 16, 21, 12)),
@@ -47,11 +47,11 @@ def test_operators_stay_one_step():
         torch._dynamo.reset()
         torch.compile(layer.requires_grad_(False), backend=backend, fullgraph=True)(
             torch.randn(shape))
-    assert {'acmix_mm.attend_windows.default', 'acmix_mm.attend_tiled.default'} <= steps
+    assert {'acmix_mm.attend_windows.default', 'acmix_mm.attend_tiled.default'} <= targets
 
 
-def test_operators_are_registered_rightly():
-    """Shapes, strides and schema as they are promised to the compiler."""
+def test_custom_ops_are_registered_correctly():
+    """Shapes, strides and schema are those promised to the compiler."""
     operators, opcheck = torch.ops.acmix_mm, torch.library.opcheck
     qkv, bias = window_tensors(2, (2, 3), (7, 7), 2, 4)
     geometry = [7, 7], 3, 0.5
@@ -80,5 +80,5 @@ def test_operators_are_registered_rightly():
 
 
 def heads_last(qkv):
-    """The same in the strides that the CPU's projections have."""
+    """The same tensor in the strides of projections on a CPU."""
     return qkv.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
