@@ -1,5 +1,6 @@
 """Reference implementation of shift_conv, and the paper's shift by tensor operations."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Optional
@@ -36,7 +37,7 @@ def shift_sum(maps: Tensor, fc_weight: Tensor, fc_bias: Optional[Tensor] = None,
         (batch, head_dims, ⌈height / stride⌉, ⌈width / stride⌉).
     """
     views = _shifted_views(maps, fc_weight, fc_bias, math.isqrt(len(fc_weight)), stride, dilation)
-    return sum(view[:, tap] for tap, view in enumerate(views))
+    return functools.reduce(torch.add, (view[:, tap] for tap, view in enumerate(views)))
 
 
 def _shifted_views(maps: Tensor, fc_weight: Tensor, fc_bias: Optional[Tensor], kernel_size: int,
