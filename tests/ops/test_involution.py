@@ -124,5 +124,5 @@ def test_custom_op_registration():
         x, kernels = involution_tensors(2, 2, 2, 5, 4, 3, stride)
         grad = torch.randn(x[:, :, ::stride, ::stride].shape)
         for each in (x, x.contiguous(memory_format=torch.channels_last)):
-            opcheck(operators.involve_by_offset.default, (each, kernels, stride, 1))
-            opcheck(operators.involve_by_offset_backward.default, (grad, each, kernels, stride, 1))
+            opcheck(operators.involve_chunked.default, (each, kernels, stride, 1))
+            opcheck(operators.involve_chunked_backward.default, (grad, each, kernels, stride, 1))
