@@ -1,5 +1,6 @@
 """The plan of a comparison: networks of equal cost, with a config file for each."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Optional
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
@@ -139,31 +140,30 @@ def match_all(families: dict[str, Family], quantity: str) -> dict[str, BackboneS
         print(f'Matching the {QUANTITIES[quantity]} of {mixer} …', flush=True)
         family = families[mixer]
         if quantity == 'latency':
-            ratios: dict[BackboneSize, float] = {}
-
-            def ratio(size: BackboneSize, family: Family = family,
-                      ratios: dict = ratios) -> float:
-                models = {'reference': families[first].config(sizes[first]),
-                          'variant': family.config(size)}
-                ratios[size] = latencies(models, family.shape)['variant'].ratio.median
-                return ratios[size]
-
+            ratio = functools.cache(functools.partial(
+                latency_ratio, families[first].config(sizes[first]), family))
             size = match_by_measuring(family, ratio)
-            error, allowed = abs(ratios[size] - 1), TOLERANCE
+            error = abs(ratio(size) - 1)
             whose = "the reference's"
         else:
             target = reference[quantity]
             of_backbone = reference[f'backbone_{quantity}']
             size = match(family, quantity, target, TOLERANCE * of_backbone)
-            error, allowed = abs(family.count(quantity, size) - target) / of_backbone, TOLERANCE
+            error = abs(family.count(quantity, size) - target) / of_backbone
             whose = "the reference's backbone"
-        if error > allowed:
+        if error > TOLERANCE:
             raise UsageError(
                 f'{mixer} cannot be matched within {TOLERANCE:.0%} of the {QUANTITIES[quantity]} '
                 f'of {whose}: the closest network, which changes {family.describe(size)}, is off '
                 f'by {error:.1%}; use another reference or config, or pass --match none.')
         sizes[mixer] = size
     return sizes
+
+
+def latency_ratio(reference: ConfigDict, family: Family, size: BackboneSize) -> float:
+    """Measure the latency of a network, relative to that of the reference."""
+    models = dict(reference=reference, variant=family.config(size))
+    return latencies(models, family.shape)['variant'].ratio.median
 
 
 def check_pretraining(cfg: Config, families: dict[str, Family],

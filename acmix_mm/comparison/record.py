@@ -137,6 +137,7 @@ class RecordRun(Hook):
         self.start()
 
     def start(self) -> None:
+        """Start timing. MMEngine's IterTimerHook would include evaluation and saving."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:

@@ -8,8 +8,9 @@ from mmengine.config import Config, ConfigDict
 
 from acmix_mm.comparison import plan as module
 from acmix_mm.comparison.matching import BackboneSize, Family
-from acmix_mm.comparison.plan import check_pretraining, check_settings, make_plan
+from acmix_mm.comparison.plan import check_pretraining, check_settings, make_plan, match_all
 from acmix_mm.comparison.schedule import Budget
+from acmix_mm.comparison.timing import Latency, Spread
 from acmix_mm.utils.errors import UsageError
 
 
@@ -35,6 +36,22 @@ def test_configs_are_checked(shapes):
     with pytest.raises(UsageError, match=r'conv is matched with base_channels 16 → 12, but '
                        r'resnet\.pth does not fit .*init_cfg=None'):
         check_pretraining(cfg, families, sizes)
+
+
+def test_latency_is_matched_relative_to_the_reference(monkeypatch):
+    cfg = config(SEGMENTATION)
+    families = {name: Family(cfg.model, name, SHAPE) for name in ('acmix', 'conv')}
+    measured = []
+
+    def latencies(models, shape):
+        measured.append(models)
+        spread = Spread(1.01, 1., 1.02)
+        return dict.fromkeys(models, Latency(spread, spread))
+
+    monkeypatch.setattr(module, 'latencies', latencies)
+    assert match_all(families, 'latency') == {
+        name: family.own_size for name, family in families.items()}
+    assert measured == [dict(reference=families['acmix'].model, variant=families['conv'].model)]
 
 
 def test_equal_time_gives_the_faster_network_more_iterations(shapes, tmp_path, monkeypatch):
