@@ -1,4 +1,4 @@
-"""Packaging of acmix_mm; versions that are tested together stand in constraints.txt."""
+"""Packaging of acmix_mm; constraints.txt has the versions that are tested together."""
 
 import re
 from pathlib import Path
@@ -8,27 +8,48 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'acmix_mm/__init__.py').read_text()).group(1)
 
-# The configs are installed as acmix_mm/configs, next to the code that they name.
+# The configs are installed as acmix_mm/configs, next to the code that they use.
 CONFIG_FOLDERS = {
     '.'.join(('acmix_mm', *folder.parts)): str(folder)
     for folder in sorted({path.relative_to(ROOT).parent for path in ROOT.glob('configs/**/*.py')})
 }
 
-# Needed to train and evaluate, and left to the extras below: whoever installs this into an
-# OpenMMLab environment has them, and one who has MMDetection alone does not want MMSegmentation.
-# mmcv 2.1 is the last that MMDetection 3.3 and MMSegmentation 1.2 accept.
+# Training and evaluation need these. They are extras because an OpenMMLab environment already has
+# them, and MMDetection users may not want MMSegmentation.
+# mmcv 2.1 is the newest version that MMDetection 3.3 and MMSegmentation 1.2 accept.
 OPENMMLAB = ['mmengine>=0.10.0,<0.11', 'mmcv>=2.0.0,<2.2']
 
 setup(
     name='acmix-mm',
     version=VERSION,
     description='ACmix backbones for MMDetection and MMSegmentation',
-    long_description=(ROOT / 'README.md').read_text(),
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
+    author='The acmix-mm authors',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    keywords=['computer vision', 'object detection', 'instance segmentation',
+              'semantic segmentation', 'self-attention', 'backbone', 'OpenMMLab'],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.9',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
+    ],
+    project_urls={'Paper': 'https://arxiv.org/abs/2111.14556',
+                  'Published code': 'https://github.com/LeapLabTHU/ACmix'},
     python_requires='>=3.9',
     packages=[*find_packages(include=['acmix_mm', 'acmix_mm.*']), *CONFIG_FOLDERS],
     package_dir=CONFIG_FOLDERS,
-    package_data={'acmix_mm.configs': ['metafile-*.yml']},
+    package_data={'acmix_mm': ['py.typed'], 'acmix_mm.configs': ['metafile-*.yml']},
     install_requires=['torch>=2.1'],
     extras_require={
         'det': [*OPENMMLAB, 'mmdet>=3.3,<3.4'],

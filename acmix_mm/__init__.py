@@ -1,9 +1,10 @@
 """ACmix (arXiv 2111.14556) for detection and segmentation with OpenMMLab.
 
-Importing this package registers its backbones, and the convolution types ``ACmix``,
-``SlidingAttention``, ``ACmixConvolution`` and ``Involution``, in MMEngine's root ``MODELS``, and
-``RateHook`` in its ``HOOKS``, where MMDetection and MMSegmentation find them. On a machine without
-OpenMMLab it registers nothing, and ``acmix_mm.ops`` and ``acmix_mm.layers`` work with torch alone.
+Importing this package registers the backbones and the convolution types ``ACmix``,
+``SlidingAttention``, ``ACmixConvolution`` and ``Involution`` in MMEngine's root registry
+``MODELS``, where MMDetection and MMSegmentation find them, ``RateHook`` in ``HOOKS``, and the
+checkpoint addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. Without OpenMMLab
+nothing is registered; ``acmix_mm.ops`` and ``acmix_mm.layers`` require torch only.
 """
 
 from functools import partial
@@ -13,12 +14,15 @@ __version__ = '0.1.0'
 
 if find_spec('mmengine') and find_spec('mmcv'):
     from mmengine.registry import MODELS
+    from mmengine.runner import CheckpointLoader
 
     from acmix_mm import backbones  # noqa: F401
     from acmix_mm.analysis import rate_hook  # noqa: F401
+    from acmix_mm.hub import SCHEMES, load_from_timm
     from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
 
     MODELS.register_module('ACmix', module=acmix_or_pointwise)
     MODELS.register_module('SlidingAttention', module=partial(acmix_or_pointwise, mix='attn'))
     MODELS.register_module('ACmixConvolution', module=partial(acmix_or_pointwise, mix='conv'))
     MODELS.register_module('Involution', module=involution_or_pointwise)
+    CheckpointLoader.register_scheme(SCHEMES, load_from_timm)

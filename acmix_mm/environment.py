@@ -1,6 +1,6 @@
-"""Telling early, and in words, when an environment cannot run what the tools need.
+"""Checks that the installed mmcv matches the installed torch.
 
-``python -m acmix_mm.environment`` does so for the interpreter that runs it.
+Run it with ``python -m acmix_mm.environment``.
 """
 
 import sys
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from acmix_mm.utils.errors import UsageError
 
-# Where the Makefile writes down which torch it built mmcv for.
+# The Makefile records here which torch version it compiled mmcv for.
 BUILT_FOR = Path(sys.prefix) / '.acmix-mm-stack'
-REBUILD = ('with torch, setuptools below 81, wheel, ninja and psutil in place, run '
+REBUILD = ('with torch, setuptools below 81, wheel, ninja and psutil installed, run '
            'pip install --no-build-isolation --no-cache-dir --no-deps '
            '--force-reinstall mmcv==2.1.0')
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, and of those installed that a training rests on."""
+    """Return the versions of this package and of the installed packages that training uses."""
     from acmix_mm import __version__
     found = dict(acmix_mm=__version__)
     for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation'):
@@ -30,7 +30,11 @@ def versions() -> dict[str, str]:
 
 
 def check_mmcv() -> None:
-    """Raise UsageError unless mmcv has operators that fit the installed torch."""
+    """Check that mmcv's compiled operators work with the installed torch.
+
+    Raises:
+        UsageError: mmcv is missing, lacks its operators, or was built for another torch.
+    """
     import torch
     try:
         import mmcv
@@ -38,12 +42,12 @@ def check_mmcv() -> None:
         raise UsageError(f'mmcv cannot be imported ({error}); {REBUILD}') from error
     where = f'mmcv {mmcv.__version__} in {sys.prefix}'
     if BUILT_FOR.is_file() and BUILT_FOR.read_text().strip() != torch.__version__:
-        raise UsageError(f'{where} was built for torch {BUILT_FOR.read_text().strip()}, and '
+        raise UsageError(f'{where} was built for torch {BUILT_FOR.read_text().strip()}, but '
                          f'{torch.__version__} is installed; {REBUILD}')
     try:
         import_module('mmcv._ext')
     except ModuleNotFoundError as error:
-        raise UsageError(f'{where} has no operators (it was built without torch in sight, or is '
+        raise UsageError(f'{where} has no operators (it was built without torch, or is '
                          f'mmcv-lite); {REBUILD}') from error
     except ImportError as error:
         raise UsageError(f'{where} was built for another torch than {torch.__version__} '
@@ -53,10 +57,10 @@ def check_mmcv() -> None:
     try:
         _, kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
     except Exception as error:
-        raise UsageError(f'{where} has operators that do not run with torch {torch.__version__} '
+        raise UsageError(f'The operators of {where} do not run with torch {torch.__version__} '
                          f'({str(error).splitlines()[0]}); {REBUILD}') from error
     if kept.tolist() != [0, 2]:
-        raise UsageError(f'{where} has operators that compute nonsense with torch '
+        raise UsageError(f'The operators of {where} return wrong results with torch '
                          f'{torch.__version__}; {REBUILD}')
 
 
@@ -65,4 +69,4 @@ if __name__ == '__main__':
         check_mmcv()
     except UsageError as error:
         sys.exit(f'error: {error}')
-    print(f'mmcv and torch in {sys.prefix} fit together.')
+    print(f'mmcv and torch in {sys.prefix} match.')

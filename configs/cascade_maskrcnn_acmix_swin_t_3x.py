@@ -1,5 +1,5 @@
-# Plain twin: the Swin authors' cascade_mask_rcnn_swin_tiny_patch4_window7_mstrain_480-800_giou_
-# 4conv1f_adamw_3x_coco; MMDetection has its heads, data and schedule in the ConvNeXt config.
+# Baseline: the Swin authors' cascade_mask_rcnn_swin_tiny_patch4_window7_mstrain_480-800_giou_
+# 4conv1f_adamw_3x_coco; MMDetection's ConvNeXt config has the same heads, data and schedule.
 _base_ = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'  # noqa: E501
 custom_imports = dict(imports=['acmix_mm'])
 pretrained = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_tiny_patch4_window7_224.pth'

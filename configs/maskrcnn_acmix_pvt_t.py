@@ -1,4 +1,4 @@
-# Plain twin: mask_rcnn_pvt_t_fpn_1x_coco.py of PVT's authors; MMDetection has no Mask R-CNN of PVT.
+# Baseline: mask_rcnn_pvt_t_fpn_1x_coco.py of PVT's authors; MMDetection has no Mask R-CNN of PVT.
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['acmix_mm'])
 pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'

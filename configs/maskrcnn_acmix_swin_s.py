@@ -1,4 +1,4 @@
-# Plain twin: the Swin-T one with depths [2, 2, 18, 2]; MMDetection has no 1x config of Swin-S.
+# Baseline: that of Swin-T with depths [2, 2, 18, 2]; MMDetection has no 1x config of Swin-S.
 _base_ = './maskrcnn_acmix_swin_t.py'
 pretrained = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_small_patch4_window7_224.pth'
 model = dict(

@@ -1,4 +1,4 @@
-# Plain twin: mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py
+# Baseline: mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py
 _base_ = 'mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py'
 custom_imports = dict(imports=['acmix_mm'])
 model = dict(backbone=dict(type='ACmixSwinTransformer'))

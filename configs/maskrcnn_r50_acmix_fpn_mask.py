@@ -1,5 +1,5 @@
-# ACmix in the FPN and the mask head of a plain R50 Mask R-CNN, by conv_cfg alone.
-# Plain twin: mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py
+# ACmix in the FPN and mask head of a plain R50 Mask R-CNN, selected by conv_cfg.
+# Baseline: mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['acmix_mm'])
 conv_cfg = dict(type='ACmix', num_heads=4)

@@ -1,4 +1,4 @@
-# Plain twin: mmdet::pvt/retinanet_pvt-s_fpn_1x_coco.py
+# Baseline: mmdet::pvt/retinanet_pvt-s_fpn_1x_coco.py
 _base_ = 'mmdet::pvt/retinanet_pvt-s_fpn_1x_coco.py'
 custom_imports = dict(imports=['acmix_mm'])
 model = dict(backbone=dict(type='ACmixPyramidVisionTransformer'))

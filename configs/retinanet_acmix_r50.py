@@ -1,8 +1,8 @@
-# Plain twin: mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
+# Baseline: mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['acmix_mm'])
-# The ACmix layers start untrained, and so do the norms behind them: nothing above the stem is
-# frozen, and statistics are learned, over all GPUs.
+# The ACmix layers and the norms that follow them start untrained. Therefore only the stem is
+# frozen, and batch norm statistics are updated, synchronised over all GPUs.
 model = dict(
     backbone=dict(
         type='ACmixResNet',

@@ -1,6 +1,6 @@
-# Plain twin: mmdet::retinanet/retinanet_r50_fpn_1x_coco.py with a SAN-19 backbone.
-# It starts from scratch: no ACmix-SAN weights are published. To start from the SAN authors' plain
-# san19_patchwise: --cfg-options model.backbone.init_cfg.checkpoint=FILE
+# Baseline: mmdet::retinanet/retinanet_r50_fpn_1x_coco.py with a SAN-19 backbone.
+# Trained from scratch: no ACmix-SAN weights are published. To start from the SAN authors' plain
+# san19_patchwise, pass --cfg-options model.backbone.init_cfg.checkpoint=FILE
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['acmix_mm'])
 model = dict(

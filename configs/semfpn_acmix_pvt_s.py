@@ -1,4 +1,4 @@
-# Plain twin: fpn_pvt_s_ade20k_40k.py of PVT's authors.
+# Baseline: fpn_pvt_s_ade20k_40k.py of PVT's authors.
 _base_ = './semfpn_acmix_pvt_t.py'
 pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth'
 model = dict(

@@ -1,4 +1,4 @@
-"""What the tests share: the checkout, the fixtures beside it, and a tiny generated dataset."""
+"""Fixtures shared by all tests."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import GOLDEN, ROOT, Golden
 
-# Without a GPU, Triton's kernels run in its interpreter. It has to be known before they are read.
+# Without a GPU, the Triton kernels run in Triton's interpreter. They read this when imported.
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
@@ -22,7 +22,7 @@ def _seeded():
 
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory):
-    """Root of a generated dataset: 8 training and 4 validation pictures of 96 pixels."""
+    """Root of a generated dataset: 8 training and 4 validation images of 96 pixels."""
     from acmix_mm.datasets.shapes import write_shapes
     root = tmp_path_factory.mktemp('data') / 'shapes'
     write_shapes(str(root), train_images=8, val_images=4, image_size=96)
@@ -31,7 +31,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def run_tool():
-    """Run a tool as a user would; return the finished process, its output as text."""
+    """Run a tool as a process; return it when it has finished, with its output as text."""
     def run(*arguments, timeout=600, **environment):
         command = [str(argument) for argument in arguments]
         if command[0].endswith('.py'):
@@ -45,7 +45,7 @@ def run_tool():
 
 @pytest.fixture
 def said():
-    """The log of MMEngine's current logger, as one text when called."""
+    """A function that returns what MMEngine's current logger has logged, as one string."""
     records = []
 
     class Collect(logging.Handler):

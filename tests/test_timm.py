@@ -1,8 +1,8 @@
-"""The timm models: what timm asks of a model, and that they are the OpenMMLab backbones.
+"""The timm models: timm's interface, and equality with the OpenMMLab backbones.
 
-timm's own tests run on them from the folder of its source distribution, with the check-out in
-PYTHONPATH: ``TORCH_BACKEND=acmix_mm.timm pytest tests/test_models.py -k acmix``. TorchScript alone
-is out of reach: MMEngine's and MMCV's modules are not written for it.
+timm's own tests can be run on them from the folder of its source distribution, with this repository
+in PYTHONPATH: ``TORCH_BACKEND=acmix_mm.timm pytest tests/test_models.py -k acmix``. All pass but
+TorchScript's, which MMEngine's and MMCV's modules do not support.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import acmix_mm.timm  # noqa: F401
 from acmix_mm.analysis.flops import count, total
 from acmix_mm.analysis.published import NETWORKS, count_network
-from acmix_mm.layers.base import Shifts
+from acmix_mm.layers.shift_path import Shifts
 
 SWIN = 'acmix_swin_tiny_patch4_window7_224'
 # In the order of the zoo.
@@ -35,7 +35,7 @@ NAMES = ['acmix_resnet26', 'acmix_resnet38', 'acmix_resnet50', 'acmix_san10', 'a
          'acmix_san19', 'acmix_pvt_tiny', 'acmix_pvt_small', SWIN,
          'acmix_swin_small_patch4_window7_224']
 
-# A small form of each host, and the backbone that it is.
+# Arguments of a small model for each host, and the type of its backbone.
 TINY = {
     SWIN: dict(embed_dims=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 6)),
     'acmix_resnet26': dict(base_channels=8),
@@ -60,7 +60,7 @@ def backbone(name, **arguments):
 
 
 def with_other_norms(model):
-    """Give norms values that tell them from those of a start."""
+    """Change the norms from their initial values."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,17 +74,17 @@ def test_are_registered():
     assert timm.list_models('acmix_*', module='timm') == timm.list_models('acmix_*')
 
 
-@pytest.mark.parametrize(('name', 'network'), zip(NAMES, NETWORKS),
-                         ids=[network.name for network in NETWORKS])
-def test_counts_are_the_zoos(name, network):
-    model = timm.create_model(name, device='meta').eval()
+@pytest.mark.parametrize(('backbone', 'network'), NETWORKS,
+                         ids=[network.name for _, network in NETWORKS])
+def test_counts_are_those_of_the_paper_networks(backbone, network):
+    model = timm.create_model(network.timm_name, device='meta').eval()
     image = torch.empty(1, 3, 224, 224, device='meta')
-    assert total(count(model, partial(model, image))) == count_network(network).count
+    assert total(count(model, partial(model, image))) == count_network(backbone, network).count
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
 @each_host
-def test_is_the_backbone_and_a_head(name):
+def test_is_the_backbone_with_a_classifier(name):
     model, plain = tiny(name), backbone(name)
     assert isinstance(model, type(plain))
     own, theirs = model.state_dict(), plain.state_dict()
@@ -110,7 +110,7 @@ def test_features_are_the_backbones_outputs(name, size):
     with torch.no_grad():
         expected, actual = plain(x), extractor(x)
         if name == SWIN:
-            # The maps of timm are those in front of the output norms, which start as one and zero.
+            # timm's maps are those before the output norms, which are initially one and zero.
             actual = [nn.functional.layer_norm(out.permute(0, 2, 3, 1), out.shape[1:2]).permute(
                 0, 3, 1, 2) for out in actual]
     assert len(actual) == len(expected) == 4
@@ -144,7 +144,7 @@ def test_intermediates(name):
 
 
 @each_host
-def test_pruned_models_keep_their_maps_and_nothing_else(name):
+def test_pruned_models_keep_only_what_their_maps_need(name):
     model = tiny(name).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_classifier(name):
 
 
 @each_host
-def test_default_cfg_and_refusals(name):
+def test_default_cfg_and_errors(name):
     model = tiny(name)
     cfg = model.default_cfg
     weights = model.state_dict()
@@ -196,14 +196,14 @@ def test_default_cfg_and_refusals(name):
         tiny(name, pretrained=True)
     with pytest.raises(TypeError, match='not_an_argument'):
         tiny(name, not_an_argument=1)
-    # It would not be read: timm loads what a checkpoint_path or a pretrained_cfg names.
+    # timm loads checkpoints through checkpoint_path or pretrained_cfg instead.
     with pytest.raises(TypeError, match='init_cfg'):
         tiny(name, init_cfg=dict(type='Pretrained', checkpoint='file.pth'))
     with pytest.raises(ValueError, match="feature_cls must be 'getter'"):
         tiny(name, features_only=True, feature_cls='hook')
 
 
-def test_position_tables_take_the_image_size():
+def test_position_tables_have_the_image_size():
     model = tiny('acmix_pvt_tiny', img_size=96)
     assert model.layers[0][1][0].pos_embed.shape == (1, 24 * 24, 4)
     model = tiny(SWIN, img_size=(64, 96), use_abs_pos_embed=True)
@@ -213,7 +213,7 @@ def test_position_tables_take_the_image_size():
 
 
 @each_host
-def test_recomputation_changes_nothing_but_memory(name):
+def test_recomputation_does_not_change_gradients(name):
     x = torch.randn(2, 3, 64, 64)
     results, calls = [], []
     for enable in (False, True):
@@ -234,7 +234,7 @@ def test_recomputation_changes_nothing_but_memory(name):
 
 
 @each_host
-def test_starts_as_its_host(name, caplog):
+def test_initial_values(name, caplog):
     with caplog.at_level(logging.INFO):
         model = tiny(name)
     assert not caplog.records
@@ -268,7 +268,7 @@ def test_learns_statistics_unless_frozen(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-# Per host: parameters in pairs that belong together, the groups from image to classifier.
+# For each host, pairs of parameters that belong to the same group.
 TOGETHER = {
     SWIN: [('patch_embed.norm.weight', 'patch_embed.projection.weight'),
            ('stages.1.downsample.reduction.weight', 'stages.1.blocks.1.norm1.weight'),
@@ -295,38 +295,38 @@ def test_groups_follow_depth(name):
         assert set(grouping.values()) == set(range(max(grouping.values()) + 1))
     for one, other in TOGETHER[name]:
         assert fine[one] == fine[other] < fine['head.fc.weight'], one
-    # Gradients stop where the features of a stage are cut off: deeper groups have none.
+    # Only groups up to the second last stage contribute to its map.
     _, maps = model.forward_intermediates(torch.randn(2, 3, 64, 64))
     maps[-2].sum().backward()
-    behind = [fine[key] for key, parameter in model.named_parameters() if parameter.grad is None]
-    before = [fine[key] for key, parameter in model.named_parameters()
+    later = [fine[key] for key, parameter in model.named_parameters() if parameter.grad is None]
+    earlier = [fine[key] for key, parameter in model.named_parameters()
               if parameter.grad is not None]
-    assert max(before) <= min(behind)
+    assert max(earlier) <= min(later)
 
 
 @each_host
-def test_layer_decay_and_spared_parameters(name):
+def test_layer_decay_and_parameters_without_weight_decay(name):
     model = tiny(name)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1., weight_decay=0.1, layer_decay=0.5)
     groups = {id(parameter): group for group in optimizer.param_groups
               for parameter in group['params']}
     assert len(groups) == len(list(model.parameters()))
-    spared = model.no_weight_decay()
-    tables = [key for key in spared if not key.endswith(('.rate1', '.rate2'))]
-    assert len(spared) - len(tables) == 2 * len([
+    exempt = model.no_weight_decay()
+    tables = [key for key in exempt if not key.endswith(('.rate1', '.rate2'))]
+    assert len(exempt) - len(tables) == 2 * len([
         module for module in model.modules() if isinstance(module, Shifts)])
     assert bool(tables) == (name in (SWIN, 'acmix_pvt_tiny'))
     for key, parameter in model.named_parameters():
         decays = groups[id(parameter)]['weight_decay'] > 0
-        assert decays == (parameter.dim() > 1 and key not in spared), key
+        assert decays == (parameter.dim() > 1 and key not in exempt), key
     assert groups[id(model.head.fc.weight)]['lr_scale'] == 1
     first = model.get_submodule(model.default_cfg['first_conv']).weight
     assert groups[id(first)]['lr_scale'] == min(group['lr_scale'] for group in groups.values())
 
 
 @each_host
-def test_checkpoint_of_timm_goes_into_a_detectors_backbone(name, tmp_path):
-    """With the arguments of the script in it, as timm's train.py saves it."""
+def test_checkpoint_of_timm_loads_into_a_backbone(name, tmp_path):
+    """A checkpoint of timm's train.py, which includes the arguments of the script."""
     model = tiny(name)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3)
     average = ModelEmaV3(model, decay=0.5)
@@ -347,7 +347,7 @@ def test_checkpoint_of_timm_goes_into_a_detectors_backbone(name, tmp_path):
 
 
 @each_host
-def test_checkpoint_goes_into_another_task(name, tmp_path):
+def test_fine_tuning_with_other_classes_and_channels(name, tmp_path):
     model = with_other_norms(tiny(name))
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
     source = dict(file=str(tmp_path / 'weights.pth'), num_classes=5)
@@ -362,15 +362,15 @@ def test_checkpoint_goes_into_another_task(name, tmp_path):
 
 
 @each_host
-def test_torch_fx_follows(name):
+def test_torch_fx(name):
     model = tiny(name, drop_path_rate=0.1).eval()
     x = torch.randn(1, 3, 64, 64)
     traced = create_feature_extractor(model, ['head.fc'])
     torch.testing.assert_close(traced(x)['head.fc'], model(x))
 
 
-def test_needs_no_operator_of_mmcv():
-    """mmcv-lite, which has none, is enough."""
+def test_works_with_mmcv_lite():
+    """mmcv-lite has no operators."""
     done = subprocess.run([sys.executable, '-c', """
 import sys
 for name in ('mmcv.ops', 'mmcv._ext', 'mmdet', 'mmseg'):

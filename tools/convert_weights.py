@@ -1,9 +1,9 @@
-"""Convert a checkpoint into weights of an ACmix backbone, which start it where its host ended.
+"""Convert a checkpoint of an ACmix network or of its plain host into weights of an ACmix backbone.
 
-Takes ACmix checkpoints of the authors and of this project, and plain Swin (Microsoft, timm,
-OpenMMLab), PVT v1 (its authors, OpenMMLab), SAN (its authors) and ResNet (torchvision, timm,
-OpenMMLab), whole detectors and averaged copies included. A config that names the checkpoint in
-init_cfg needs no conversion: it does the same.
+Accepts ACmix checkpoints of the paper's authors and of this project, and plain Swin (Microsoft,
+timm, OpenMMLab), PVT v1 (its authors, OpenMMLab), SAN (its authors) and ResNet (torchvision, timm,
+OpenMMLab), including whole detectors and averaged weights. A config that names the checkpoint in
+init_cfg loads the same weights without a conversion.
 
 Examples: python tools/convert_weights.py swin_tiny_patch4_window7_224.pth acmix_swin_t.pth
           python tools/convert_weights.py timm://resnet50.a1_in1k acmix_r50.pth --arch resnet-50
@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument('source', help='a .pth or .safetensors file, a URL, timm://MODEL, or '
                         'hf-hub:OWNER/NAME')
     parser.add_argument('destination', help='the .pth or .safetensors file to write')
-    parser.add_argument('--arch', choices=ARCHS, help='refuse weights of another network than this '
-                        '(default: read its sizes off the weights)')
+    parser.add_argument('--arch', choices=ARCHS, help='build this network and refuse weights of '
+                        'any other (default: infer the architecture from the weights)')
     args = parser.parse_args()
     print(convert(args.source, args.destination, args.arch))
 

@@ -1,4 +1,4 @@
-"""Count parameters and multiply-adds, of a config's model or of the networks of the paper.
+"""Count parameters and multiply-adds of a config's model, or of the networks in the paper.
 
 Examples: python tools/get_flops.py configs/maskrcnn_acmix_swin_t.py --shape 800 1344
           python tools/get_flops.py --zoo
@@ -6,9 +6,9 @@ Examples: python tools/get_flops.py configs/maskrcnn_acmix_swin_t.py --shape 800
 
 import argparse
 
-from acmix_mm.analysis.complexity import complexity_report, read_shape
-from acmix_mm.analysis.published import zoo_table
-from acmix_mm.engine.cli import run_tool
+from acmix_mm.analysis.complexity import complexity_report
+from acmix_mm.analysis.published import published_counts_table
+from acmix_mm.engine.cli import positive_int, run_tool
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 from acmix_mm.utils.errors import UsageError
@@ -18,23 +18,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', nargs='?', help='config file')
-    parser.add_argument('--shape', nargs='+', metavar=('H', 'W'),
-                        help='height and width of the picture that the network sees (default: what '
-                        'a segmentation config pads to, 800 1344 for detection)')
+    parser.add_argument('--shape', nargs=2, type=positive_int, metavar=('H', 'W'),
+                        help='height and width of the input image (default: the padded size of a '
+                        'segmentation config, 800 1344 for detection)')
     parser.add_argument('--zoo', action='store_true',
-                        help='published against counted, for the ten networks of the paper')
+                        help="compare the paper's ten networks with the published counts")
     args = parser.parse_args()
     if args.zoo == (args.config is not None):
-        raise UsageError('Name a config to count, or pass --zoo: one of the two.')
+        raise UsageError('Pass either a config or --zoo.')
     if args.zoo and args.shape is not None:
-        raise UsageError('--zoo counts at 224×224, as published; leave out --shape.')
+        raise UsageError('--zoo counts at 224×224, as published; omit --shape.')
 
     if args.zoo:
-        print(zoo_table())
+        print(published_counts_table())
         return
-    shape = None if args.shape is None else read_shape(args.shape)
     check_mmcv()
-    print(complexity_report(load_config(args.config), shape))
+    print(complexity_report(load_config(args.config), args.shape))
 
 
 if __name__ == '__main__':

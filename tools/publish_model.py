@@ -1,8 +1,8 @@
-"""Make a training checkpoint fit to be published: weights, config, classes and versions alone.
+"""Publish a training checkpoint: keep only weights, config, classes and package versions.
 
-Optimiser, schedulers, logs and the unaveraged weights of EMA are left out. The file is named after
-DST and the first 8 digits of its SHA-256, as OpenMMLab's are, and loads as plain data: into
-tools/test.py, and as init_cfg of a config.
+Optimiser, schedulers, logs and the unaveraged weights of EMA are left out. The file name is DST and
+the first 8 digits of the file's SHA-256, as for OpenMMLab's checkpoints. The file can be passed to
+tools/test.py and named in the init_cfg of a config.
 
 Example: python tools/publish_model.py work_dirs/…/epoch_12.pth maskrcnn_acmix_swin_t
 """
@@ -24,7 +24,7 @@ def main() -> None:
     print(f'Reading {args.src} …', flush=True)
     published = publish(args.src, args.dst)
     before, after = (os.path.getsize(path) / 1e6 for path in (args.src, published))
-    print(f'Wrote {published}: {after:.1f} MB, of {before:.1f} MB.')
+    print(f'Wrote {published}: {after:.1f} MB, reduced from {before:.1f} MB.')
 
 
 if __name__ == '__main__':

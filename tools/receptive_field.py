@@ -1,11 +1,12 @@
-"""Measure the effective receptive field of backbones, stage by stage, by gradients.
+"""Measure the effective receptive field of each stage of a backbone, by gradients.
 
-The figure shows, for the central position of each stage's output, which pixels move it (Luo et al.,
-arXiv 1701.04128); the numbers are sides of the smallest square that holds 90 % of the squared
-gradient. Configs stand side by side, and with --mixers the variants of each.
+The figure shows which pixels affect the central position of each stage's output (Luo et al., arXiv
+1701.04128). The tool prints the side of the smallest square that contains 90 % of the squared
+gradient. Each config gets a column, or one column per mixer with --mixers.
 
-Backbones have the weights of --checkpoints, or start as in a training, from their init_cfg or from
-scratch. (An ACmix-ResNet starts with blocks that add nothing: only its shortcuts see.)
+Backbones load --checkpoints, or are initialised as for training: from their init_cfg or from
+scratch. (The residual branches of a freshly initialised ACmix-ResNet are zero, so only its
+shortcuts contribute.)
 
 Examples: python tools/receptive_field.py configs/maskrcnn_acmix_swin_t.py
           --mixers acmix attn involution --cfg-options model.backbone.init_cfg=None
@@ -15,11 +16,16 @@ Examples: python tools/receptive_field.py configs/maskrcnn_acmix_swin_t.py
 
 import argparse
 
-from acmix_mm.analysis.complexity import read_shape
-from acmix_mm.analysis.config_receptive_field import fields_of, label, report, short_names, variants
 from acmix_mm.analysis.figures import check_png, draw_receptive_fields, save
+from acmix_mm.analysis.receptive_field import (
+    config_receptive_fields,
+    mixer_variants,
+    network_label,
+    receptive_field_report,
+    unique_names,
+)
 from acmix_mm.backbones.token_mixers import MIXERS
-from acmix_mm.engine.cli import KeyValue, run_tool
+from acmix_mm.engine.cli import add_cfg_options, positive_int, run_tool
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 from acmix_mm.utils.errors import UsageError
@@ -30,34 +36,32 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help='config files')
     parser.add_argument('--checkpoints', nargs='+', metavar='FILE',
-                        help='trained weights, one file for each config, whole detectors too')
+                        help='trained weights of the backbone or the whole model, one per config')
     parser.add_argument('--mixers', nargs='+', choices=MIXERS, metavar='MIXER',
-                        help=f'the variants of each config to measure, of {", ".join(MIXERS)} '
-                        '(default: its own)')
-    parser.add_argument('--shape', nargs='+', default=['384', '384'], metavar=('H', 'W'),
-                        help='height and width of the random pictures (default: 384 384)')
-    parser.add_argument('--samples', type=int, default=8, metavar='N',
-                        help='random pictures to average over (default: 8)')
+                        help='token mixers to measure in each config, among '
+                        f"{', '.join(MIXERS)} (default: the config's own)")
+    parser.add_argument('--shape', nargs=2, type=positive_int, default=(384, 384),
+                        metavar=('H', 'W'),
+                        help='height and width of the random images (default: 384 384)')
+    parser.add_argument('--samples', type=positive_int, default=8, metavar='N',
+                        help='number of random images to average over (default: 8)')
     parser.add_argument('--out', default='receptive_field.png', metavar='FILE',
-                        help='the .png file to write (default: receptive_field.png)')
-    parser.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE',
-                        help='override settings of all configs, as for tools/train.py')
+                        help='output .png file (default: receptive_field.png)')
+    add_cfg_options(parser)
     args = parser.parse_args()
     check_mmcv()
     check_png(args.out)
-    shape = read_shape(args.shape)
-    if args.samples < 1:
-        raise UsageError(f'--samples takes a positive number, got {args.samples}.')
     if args.checkpoints and len(args.checkpoints) != len(args.configs):
-        raise UsageError(f'--checkpoints takes one file for each config: there are '
+        raise UsageError('--checkpoints takes one file per config, got '
                          f'{len(args.configs)} configs and {len(args.checkpoints)} files.')
     checkpoints = args.checkpoints or [None] * len(args.configs)
     columns = [
-        (label(name, mixer, checkpoint), fields_of(cfg, shape, args.samples, checkpoint))
-        for name, path, checkpoint in zip(short_names(args.configs), args.configs, checkpoints)
-        for mixer, cfg in variants(load_config(path, args.cfg_options), args.mixers)]
+        (network_label(name, mixer, checkpoint),
+         config_receptive_fields(cfg, tuple(args.shape), args.samples, checkpoint))
+        for name, path, checkpoint in zip(unique_names(args.configs), args.configs, checkpoints)
+        for mixer, cfg in mixer_variants(load_config(path, args.cfg_options), args.mixers)]
     save(draw_receptive_fields(columns), args.out)
-    print(f'{report(columns)}\nWrote {args.out}.')
+    print(f'{receptive_field_report(columns)}\nWrote {args.out}.')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a detector or a segmentor.
+"""Evaluate a checkpoint of a detector or segmentor.
 
 Example: python tools/test.py configs/maskrcnn_acmix_swin_t.py work_dirs/…/epoch_12.pth
 """
@@ -15,14 +15,15 @@ def main() -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     add_common_arguments(parser)
-    parser.add_argument('--out', metavar='PATH', help='keep the predictions: detections as a '
+    parser.add_argument('--out', metavar='PATH', help='save the predictions: detections as a '
                         'pickle PATH.pkl, segmentations as label maps in the folder PATH')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument('--show-dir', metavar='DIR', help='draw the predictions into DIR, for '
-                        'detections beside the ground truth')
+    parser.add_argument('--show-dir', metavar='DIR', help='save drawings of the predictions '
+                        'to DIR; detections are drawn next to the ground truth')
     parser.add_argument('--wait-time', type=float, default=2, metavar='SECONDS',
-                        help='how long --show waits at each image')
-    parser.add_argument('--tta', action='store_true', help='average over augmented test images')
+                        help='how long --show displays each image')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation: average '
+                        'predictions over augmented copies of each image')
     args = parser.parse_args()
 
     cfg = config_from(args)

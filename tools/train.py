@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor.
+"""Train a detector or segmentor.
 
 Example: python tools/train.py configs/maskrcnn_acmix_swin_t.py --data-root data/coco
 """
@@ -15,10 +15,10 @@ def main() -> None:
     parser.add_argument('config', help='config file')
     add_common_arguments(parser)
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='go on from CHECKPOINT, or from the latest one in the work directory')
+                        help='resume from CHECKPOINT, or from the latest one in the work directory')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate to the batch size')
+                        help='scale the learning rate linearly with the batch size')
     args = parser.parse_args()
 
     cfg = config_from(args)

@@ -1,1 +1,1 @@
-"""Looking inside a network: numbers first, in a file for each question, and figures of them."""
+"""Analysis of networks: counts, rates, attention maps, receptive fields, and their figures."""

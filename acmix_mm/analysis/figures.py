@@ -1,6 +1,6 @@
-"""Figures of what the other files of this package measure; no number is made here.
+"""Figures of the measurements in this package; nothing is computed here.
 
-They are matplotlib figures of their own, without pyplot and its windows.
+All functions return matplotlib figures created without pyplot, which would open windows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,44 +17,44 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
-from acmix_mm.analysis.attention import PointAttention
 from acmix_mm.analysis.rates import Rates, stage_of
-from acmix_mm.analysis.receptive_field import SHARE, Field
+from acmix_mm.analysis.receptive_field import ENERGY_SHARE, ReceptiveField
+from acmix_mm.layers.base import PointAttention
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
 
-# A path has its colour in all figures; in a history it goes from light to dark.
+# Colour map, marker and label of each path in plots of rates.
 PATHS = {'attention': ('Blues', 'o', '|α|, attention (rate1)'),
          'convolution': ('Oranges', 's', '|β|, convolution (rate2)')}
-# Where the scale of receptive fields ends, of the largest gradient.
+# Lower end of the colour scale of receptive fields, relative to the largest gradient.
 FAINTEST = 1e-3
 
 
 def save(figure: Figure, path: str) -> None:
-    """Write a figure as PNG, whole or not at all.
+    """Write a figure as PNG, atomically.
 
     Raises:
-        UsageError: the name is not a PNG's, or the file system does not take it.
+        UsageError: the file name does not end in ``.png``, or the file cannot be written.
     """
     check_png(path)
-    with atomic_write(path) as beside:
-        figure.savefig(beside, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def check_png(path: str) -> None:
-    """Raise UsageError unless ``path`` can be a picture: a ``.png`` in a folder that exists."""
+    """Raise UsageError unless ``path`` is a ``.png`` file in an existing folder."""
     if Path(path).suffix != '.png':
-        raise UsageError(f'Pictures are written as .png; {path} is not one.')
+        raise UsageError(f'Figures are written as .png files, got {path}.')
     if not Path(path).parent.is_dir():
-        raise UsageError(f'The folder {Path(path).parent} does not exist; make it, or name '
-                         'another.')
+        raise UsageError(f'The folder {Path(path).parent} does not exist; create it or choose '
+                         'another one.')
 
 
 def draw_rates(columns: Sequence[Sequence[Rates]]) -> Figure:
-    """|α| and |β| against depth, and below them log|α/β|: a column for each checkpoint or run.
+    """Plot |α| and |β| against depth, and log|α/β| below, one column per checkpoint or run.
 
-    The checkpoints of a run lie over each other, the first one lightest. Where a rate is zero, a
-    triangle at the edge stands for the infinite logarithm.
+    The checkpoints of a run are overlaid, from light (first) to dark (last). Where a rate is zero,
+    a triangle at the edge marks the infinite logarithm.
     """
     figure = Figure(figsize=(1.5 + 5 * len(columns), 6.5), layout='constrained')
     rows = figure.subplots(2, len(columns), squeeze=False, sharex='col', sharey='row')
@@ -66,38 +66,37 @@ def draw_rates(columns: Sequence[Sequence[Rates]]) -> Figure:
             for path, (colours, marker, label) in PATHS.items():
                 above.plot(depths, np.abs(getattr(rates, path)), marker=marker, markersize=5,
                            color=colormaps[colours](0.2 + 0.6 * shade), label=label + name)
-            below.plot(depths, np.where(np.isfinite(rates.bias), rates.bias, np.nan), marker='D',
-                       markersize=5, color=colormaps['Greys'](0.2 + 0.7 * shade),
-                       label='log|α/β|' + name)
-        mark_infinite(below, history[-1].bias)
+            finite = np.where(np.isfinite(rates.log_ratio), rates.log_ratio, np.nan)
+            below.plot(depths, finite, marker='D', markersize=5,
+                       color=colormaps['Greys'](0.2 + 0.7 * shade), label='log|α/β|' + name)
+        mark_infinite(below, history[-1].log_ratio)
         mark_stages((above, below), history[0].layers)
-        above.set_title(f'{history[-1].network}, {len(depths)} layers\n{short(history)}')
+        above.set_title(f'{history[-1].network}, {len(depths)} layers\n{source_title(history)}')
         for axes in (above, below):
             axes.grid(axis='y', alpha=0.3)
     for row in rows:
-        # Room for the legends above the lines.
+        # Leave space for the legends above the lines.
         low, high = row[0].get_ylim()
         row[0].set_ylim(low, high + 0.25 * (high - low))
         for axes, history in zip(row, columns):
-            few_entries(axes, len(history))
-    below_first = rows[1, 0]
-    rows[0, 0].set_ylabel('|rate| of the path')
-    below_first.set_ylabel('log|α/β|\n← convolution    attention →')
+            add_legend(axes, len(history))
+    rows[0, 0].set_ylabel('absolute rate')
+    rows[1, 0].set_ylabel('log|α/β|\n← convolution    attention →')
     return figure
 
 
-def mark_infinite(axes: Axes, bias: np.ndarray) -> None:
-    """Triangles at the upper edge where β is zero, at the lower one where α is."""
+def mark_infinite(axes: Axes, log_ratio: np.ndarray) -> None:
+    """Draw triangles at the upper edge where β is zero, and at the lower edge where α is zero."""
     axes.axhline(0, color='black', linewidth=0.8)
     for sign, marker, height, label in ((1, '^', 0.97, 'β = 0'), (-1, 'v', 0.03, 'α = 0')):
-        depths = np.flatnonzero(bias == sign * np.inf) + 1
+        depths = np.flatnonzero(log_ratio == sign * np.inf) + 1
         if len(depths):
             axes.plot(depths, np.full(len(depths), height), marker, color='crimson', label=label,
                       transform=axes.get_xaxis_transform())
 
 
 def mark_stages(panels: Sequence[Axes], layers: Sequence[str]) -> None:
-    """Ticks for the layers, and for each stage its name and a line behind it."""
+    """Label the stages on the x axis, and draw a vertical line after each."""
     centres, names, end = [], [], 0.5
     for name, group in groupby(layers, stage_of):
         start, end = end, end + len(list(group))
@@ -113,84 +112,86 @@ def mark_stages(panels: Sequence[Axes], layers: Sequence[str]) -> None:
     crowded = sum(map(len, names)) > 60
     bottom.set_xticks(centres, names, rotation=30 if crowded else 0,
                       horizontalalignment='right' if crowded else 'center')
-    bottom.set_xlabel('layer, from the input to the output')
+    bottom.set_xlabel('layer (input to output)')
 
 
-def few_entries(axes: Axes, history: int) -> None:
-    """A legend; of a long history it has the first and the last checkpoint."""
+def add_legend(axes: Axes, num_checkpoints: int) -> None:
+    """Add a legend; for more than two checkpoints it lists only the first and the last."""
     handles, labels = axes.get_legend_handles_labels()
-    if history > 2:
-        per_checkpoint = 2 if len(handles) >= 2 * history else 1
-        last = per_checkpoint * (history - 1)
+    if num_checkpoints > 2:
+        per_checkpoint = 2 if len(handles) >= 2 * num_checkpoints else 1
+        last = per_checkpoint * (num_checkpoints - 1)
         kept = [*range(per_checkpoint), *range(last, len(handles))]
         handles, labels = [handles[index] for index in kept], [labels[index] for index in kept]
     axes.legend(handles, labels, fontsize='small', ncols=2)
 
 
-def short(history: Sequence[Rates]) -> str:
-    """The last parts of the path of a checkpoint, or of the folder of a run and what it holds."""
+def source_title(history: Sequence[Rates]) -> str:
+    """Return the end of a checkpoint's path, or the folder of a run and its checkpoints."""
     first, last = Path(history[0].source), Path(history[-1].source)
     if len(history) == 1:
         return '/'.join(last.parts[-2:])
     return f'{last.parent.name}: {first.stem} (light) to {last.stem} (dark)'
 
 
-def draw_predictions(picture: np.ndarray, drawn: np.ndarray, title: str,
+def draw_predictions(image: np.ndarray, drawn: np.ndarray, title: str,
                      legend: Mapping[str, Sequence[int]]) -> Figure:
-    """A picture beside what a model sees in it.
+    """Show an image next to the predictions of a model.
 
     Args:
-        picture: (height, width, 3), RGB, uint8.
-        drawn: the same with the predictions drawn into it.
-        title: what they are.
-        legend: a colour, RGB from 0 to 255, for each class that is to be explained.
+        image: (height, width, 3), RGB, uint8.
+        drawn: the image with the predictions drawn on it.
+        title: title of the predictions.
+        legend: colour of each class in the legend, RGB from 0 to 255.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     figure = Figure(figsize=(10, 1.2 + 4.7 * min(height / width, 2)), layout='constrained')
-    for axes, image, name in zip(figure.subplots(1, 2), (picture, drawn), ('picture', title)):
-        show_picture(axes, image, name)
+    for axes, pixels, name in zip(figure.subplots(1, 2), (image, drawn), ('image', title)):
+        show_image(axes, pixels, name)
     if legend:
         figure.legend(loc='outside lower center', ncols=6, handles=[
             Patch(color=np.asarray(colour) / 255, label=name) for name, colour in legend.items()])
     return figure
 
 
-def show_picture(axes: Axes, picture: np.ndarray, title: str) -> None:
-    """Show a picture on axes in its pixels."""
-    height, width = picture.shape[:2]
-    axes.imshow(picture, extent=(0, width, height, 0))
+def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
+    """Show an image on axes whose unit is one pixel."""
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0))
     axes.set(xlabel='x (pixels)', ylabel='y (pixels)', title=title)
 
 
-def draw_attention(picture: np.ndarray, point: tuple[int, int], attention: PointAttention,
+def draw_attention(image: np.ndarray, point: tuple[int, int], attention: PointAttention,
                    spacing: tuple[float, float], title: str) -> Figure:
-    """What one point attends to, head by head, over the part of the picture that it can see.
+    """Show the attention weights of one query point for each head, around the point.
 
     Args:
-        picture: (height, width, 3), RGB, uint8.
-        point: x and y of the point, in pixels.
-        attention: its weights.
-        spacing: pixels of the picture from one of the weights to the next, along x and y.
-        title: which layer it is.
+        image: (height, width, 3), RGB, uint8.
+        point: (x, y) of the query, in pixels.
+        attention: attention weights of the query.
+        spacing: distance between neighbouring weights along x and y, in pixels of the image.
+        title: title of the figure.
     """
     weights = attention.weights.cpu().numpy()
+    attended = attended_positions(weights)
     (left, right), (top, bottom) = (
-        (step * first, step * (last + 1))
-        for step, (first, last) in zip(spacing, neighbourhood(weights)))
+        (step * positions[0], step * (positions[-1] + 1))
+        for step, positions in zip(spacing, (np.flatnonzero(attended.any(0)),
+                                             np.flatnonzero(attended.any(1)))))
     columns = min(len(weights) + 1, 6)
     rows = -(-(len(weights) + 1) // columns)
     figure = Figure(figsize=(1.2 + 2.5 * columns, 1.4 + 2.4 * rows), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False).flat
     overview = next(panels)
-    show_picture(overview, picture, 'neighbourhood')
+    show_image(overview, image, 'neighbourhood')
     overview.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
                                  edgecolor='magenta', linewidth=2))
     mark_point(overview, point)
 
-    seen = weights[np.broadcast_to(neighbours(weights), weights.shape)]
-    bound = np.abs(seen).max()
-    scale = dict(cmap='inferno', vmin=seen.min(), vmax=bound) if attention.is_softmax else dict(
-        cmap='RdBu_r', vmin=-bound, vmax=bound)
+    shown_weights = weights[:, attended]
+    bound = np.abs(shown_weights).max()
+    scale = (dict(cmap='inferno', vmin=shown_weights.min(), vmax=bound) if attention.is_softmax
+             else dict(cmap='RdBu_r', vmin=-bound, vmax=bound))
     extent = (0, spacing[0] * weights.shape[2], spacing[1] * weights.shape[1], 0)
     kind, line = ('head', 'white') if attention.is_softmax else ('group', 'black')
     for head, axes in enumerate(panels):
@@ -198,70 +199,67 @@ def draw_attention(picture: np.ndarray, point: tuple[int, int], attention: Point
             axes.set_visible(False)
             continue
         shown = axes.imshow(weights[head], extent=extent, **scale)
-        axes.contour(*outlines(picture), levels=3, colors=line, linewidths=0.6, alpha=0.7)
+        axes.contour(*brightness(image), levels=3, colors=line, linewidths=0.6, alpha=0.7)
         mark_point(axes, point)
         axes.set(xlim=(left, right), ylim=(bottom, top), title=f'{kind} {head}')
         axes.tick_params(labelsize='small')
     bar = figure.colorbar(shown, ax=figure.axes, label=(
-        'weight (head sums to 1)' if attention.is_softmax else 'weight (without softmax)'))
+        'weight (sums to 1 per head)' if attention.is_softmax else 'weight (no softmax)'))
     handles = [
         Line2D([], [], color='cyan', marker='+', linestyle='', markersize=10, markeredgewidth=3,
                label=f'query point, x = {point[0]}, y = {point[1]}'),
-        Patch(fill=False, edgecolor='magenta', label='its neighbourhood'),
-        Line2D([], [], color=line, linewidth=1, label='outlines of the picture',
+        Patch(fill=False, edgecolor='magenta', label='neighbourhood of the query'),
+        Line2D([], [], color=line, linewidth=1, label='contours of the image',
                path_effects=[Stroke(linewidth=2, foreground='grey'), Normal()])]
     if attention.is_softmax:
-        uniform = 1 / attention.count
+        uniform = 1 / attention.num_positions
         bar.ax.axhline(uniform, color='cyan', linewidth=2)
         handles.append(Line2D([], [], color='cyan', linewidth=2,
-                              label=f'all weights alike, {uniform:.2g}'))
-    if attention.count > neighbours(weights).sum():
-        title += '\nmirrored at the edge: what is seen twice has both weights'
+                              label=f'uniform attention, {uniform:.2g}'))
+    if attention.num_positions > attended.sum():
+        title += '\nreflection padding: weights of repeated positions are summed'
     figure.suptitle(title)
     figure.legend(loc='outside lower center', ncols=2, handles=handles)
     return figure
 
 
-def neighbours(weights: np.ndarray) -> np.ndarray:
-    """Where (heads, rows, columns) have a weight in any head; what is masked is next to none."""
+def attended_positions(weights: np.ndarray) -> np.ndarray:
+    """Mask of the positions with a weight in any head of (heads, rows, columns).
+
+    The softmax leaves masked positions a weight that is tiny, but not always zero.
+    """
     return np.abs(weights).max(0) > 1e-20
 
 
-def neighbourhood(weights: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last column, and row, that have a weight."""
-    seen = neighbours(weights)
-    columns, rows = np.flatnonzero(seen.any(0)), np.flatnonzero(seen.any(1))
-    return (columns[0], columns[-1]), (rows[0], rows[-1])
-
-
-def outlines(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x and y of the pixels' centres, and their brightness without its noise, for contours."""
-    height, width = picture.shape[:2]
-    brightness = cv2.GaussianBlur(picture.mean(2), (0, 0), max(height, width) / 100)
-    return np.arange(width) + 0.5, np.arange(height) + 0.5, brightness
+def brightness(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return x and y of the pixel centres, and the smoothed brightness, for contours."""
+    height, width = image.shape[:2]
+    smoothed = cv2.GaussianBlur(image.mean(2), (0, 0), max(height, width) / 100)
+    return np.arange(width) + 0.5, np.arange(height) + 0.5, smoothed
 
 
 def mark_point(axes: Axes, point: tuple[int, int]) -> None:
-    """A cross at the centre of a pixel."""
+    """Draw a cross at the centre of a pixel."""
     axes.plot(point[0] + 0.5, point[1] + 0.5, '+', color='cyan', markersize=12, markeredgewidth=2,
               path_effects=[Stroke(linewidth=4, foreground='black'), Normal()])
 
 
-def draw_energies(picture: np.ndarray, energies: Mapping[str, np.ndarray],
+def draw_energies(image: np.ndarray, energies: Mapping[str, np.ndarray],
                   spacings: Mapping[str, tuple[float, float]], title: str) -> Figure:
-    """How much either path adds to the output of a layer, at each position.
+    """Show how much each path contributes to the output of a layer, at each position.
 
     Args:
-        picture: (height, width, 3), RGB, uint8.
+        image: (height, width, 3), RGB, uint8.
         energies: for each layer (2, rows, columns), of attention and convolution.
-        spacings: for each, pixels of the picture from one position to the next, along x and y.
-        title: what they are of.
+        spacings: for each layer the distance between neighbouring positions along x and y, in
+            pixels of the image.
+        title: title of the figure.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     figure = Figure(figsize=(1 + 3 * (len(energies) + 1), 2 + 5 * min(height / width, 2)),
                     layout='constrained')
     rows = figure.subplots(2, len(energies) + 1, squeeze=False)
-    show_picture(rows[0, 0], picture, 'picture')
+    show_image(rows[0, 0], image, 'image')
     rows[1, 0].set_visible(False)
     for (name, pair), upper, lower in zip(energies.items(), rows[0, 1:], rows[1, 1:]):
         step = spacings[name]
@@ -272,7 +270,7 @@ def draw_energies(picture: np.ndarray, energies: Mapping[str, np.ndarray],
             axes.set(xlim=(0, width), ylim=(height, 0), title=f'{name}\n{path}')
             axes.tick_params(labelsize='small')
         figure.colorbar(shown, ax=[upper, lower], orientation='horizontal', shrink=0.9,
-                        label='root mean square of channels')
+                        label='RMS over channels')
     rows[0, 1].set_ylabel('y (pixels)')
     for axes in rows[1, 1:]:
         axes.set_xlabel('x (pixels)')
@@ -280,17 +278,17 @@ def draw_energies(picture: np.ndarray, energies: Mapping[str, np.ndarray],
     return figure
 
 
-def draw_receptive_fields(columns: Sequence[tuple[str, Sequence[Field]]]) -> Figure:
-    """The effective receptive fields of networks, a column each under its name, stage by stage.
+def draw_receptive_fields(columns: Sequence[tuple[str, Sequence[ReceptiveField]]]) -> Figure:
+    """Show effective receptive fields, one column per network with its label, one row per stage.
 
-    The colour is the root mean square gradient, relative to the largest of its panel, on one
-    logarithmic scale for all; the square is the smallest that holds ``SHARE`` of the energy.
+    The colour is the RMS gradient relative to the maximum of the panel, on one logarithmic scale
+    for all panels. The square is the smallest that contains ``ENERGY_SHARE`` of the energy.
     """
-    count = max(len(fields) for _, fields in columns)
-    # As wide as the legend at least.
-    figure = Figure(figsize=(max(1.6 + 2.9 * len(columns), 6), 1.2 + 2.9 * count),
+    num_rows = max(len(fields) for _, fields in columns)
+    # At least as wide as the legend.
+    figure = Figure(figsize=(max(1.6 + 2.9 * len(columns), 6), 1.2 + 2.9 * num_rows),
                     layout='constrained')
-    rows = figure.subplots(count, len(columns), squeeze=False)
+    rows = figure.subplots(num_rows, len(columns), squeeze=False)
     for index, (name, fields) in enumerate(columns):
         for axes in rows[len(fields):, index]:
             axes.set_visible(False)
@@ -305,12 +303,12 @@ def draw_receptive_fields(columns: Sequence[tuple[str, Sequence[Field]]]) -> Fig
             axes.set_title(f'{heading}{field.stage}, stride {field.stride}: {field.side} px',
                            fontsize='medium')
             axes.tick_params(labelsize='small')
-        axes.set_xlabel('x of the input (pixels)')
+        axes.set_xlabel('input x (pixels)')
     for axes in rows[:, 0]:
-        axes.set_ylabel('y of the input (pixels)')
+        axes.set_ylabel('input y (pixels)')
     figure.colorbar(shown, ax=rows, shrink=0.6, extend='min',
-                    label='gradient of the central position, relative to its largest')
+                    label='gradient of the central position, relative to its maximum')
     figure.legend(loc='outside lower center', handles=[
         Patch(fill=False, edgecolor='cyan', label=(
-            f'smallest square with {SHARE:.0%} of the energy (squared gradient)'))])
+            f'smallest square containing {ENERGY_SHARE:.0%} of the gradient energy'))])
     return figure

@@ -1,4 +1,4 @@
-"""The two paths of the ACmix layers of a backbone, at work on one picture."""
+"""The two paths of the ACmix layers of a backbone, run on one image."""
 
 import math
 from collections.abc import Sequence
@@ -8,29 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from acmix_mm.analysis.rates import stage_of
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
-
-LAYERS = (WindowACmix, ACmixConv2d, ReducedACmix, PatchwiseACmix)
-CHANNELS_LAST = (WindowACmix, ReducedACmix)
+from acmix_mm.layers.base import TwoPathLayer
 
 
 def last_layers(backbone: nn.Module) -> dict[str, str]:
-    """The name of the last ACmix layer of each stage that has one, by the stage's name."""
+    """Map each stage that has ACmix layers to the name of the last one."""
     return {stage_of(name): name for name, module in backbone.named_modules()
-            if isinstance(module, LAYERS)}
+            if isinstance(module, TwoPathLayer)}
 
 
 def inputs_of(model: nn.Module, layers: dict[str, nn.Module],
               run: Callable[[], Any]) -> dict[str, Tensor]:
-    """What each layer takes while ``run`` runs the model, without gradients and in evaluation mode.
+    """Record the inputs of layers while ``run`` runs the model without gradients in eval mode.
 
     Args:
-        model: has the layers.
+        model: contains the layers.
         layers: the layers, by any names.
-        run: calls the model, once.
+        run: calls the model once.
 
     Returns:
-        The first argument of each layer, by the same names.
+        The first argument of each layer that is called, by the same names.
     """
     inputs: dict[str, Tensor] = {}
     hooks = [layer.register_forward_pre_hook(
@@ -48,36 +45,23 @@ def inputs_of(model: nn.Module, layers: dict[str, nn.Module],
     return inputs
 
 
-@torch.no_grad()
-def path_energies(layer: nn.Module, x: Tensor) -> Tensor:
-    """How much each path adds to the output of a layer: root mean square over the channels.
+def path_energies(layer: TwoPathLayer, x: Tensor) -> Tensor:
+    """Root mean square over the channels of what each path contributes to a layer's output.
 
     Args:
-        layer: an ACmix layer with both paths, in evaluation mode.
-        x: what it takes, for one picture.
+        layer: has both paths and is in evaluation mode.
+        x: its input for one image.
 
     Returns:
-        (2, height, width) of the output: of attention and of convolution, each times its rate.
+        (2, height, width) of the output: attention and convolution, each scaled by its rate.
     """
-    out = layer(x)
-    try:
-        layer.mix = 'conv'
-        convolution = layer(x)
-    finally:
-        layer.mix = 'acmix'
-    channels = 3 if isinstance(layer, CHANNELS_LAST) else 1
-    return torch.stack([each.square().mean(channels)[0].sqrt()
-                        for each in (out - convolution, convolution)])
-
-
-def map_size(layer: nn.Module, x: Tensor) -> tuple[int, int]:
-    """(height, width) of what a layer takes."""
-    return tuple(x.shape[1:3] if isinstance(layer, CHANNELS_LAST) else x.shape[2:])
+    channels = 3 if layer.channels_last else 1
+    return torch.stack([path.square().mean(channels)[0].sqrt() for path in layer.path_outputs(x)])
 
 
 def stride(size: Sequence[int], map_size: Sequence[int]) -> int:
-    """Pixels from one position of a map to the next, from the sizes of the picture and the map.
+    """Stride of a map in pixels, from the sizes of the image and the map.
 
-    Where the network rounded a size, it is the nearest power of two, as in all networks here.
+    Networks may round sizes up, so this is the nearest power of two, as all strides here are.
     """
     return 2**round(math.log2(max(extent / positions for extent, positions in zip(size, map_size))))

@@ -1,153 +1,100 @@
-"""The ten networks of the paper: what was published of them, and what they count here."""
+"""The networks of the paper: published counts next to ours."""
 
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from acmix_mm.analysis.flops import Count, count, total
-from acmix_mm.backbones.resnet import ACmixBottleneck
-from acmix_mm.backbones.san import ACmixSANBlock
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix
+from acmix_mm.analysis.flops import Count, count, operator_layers, total
+from acmix_mm.backbones.base import BACKBONES, ACmixBackbone, PaperNetwork
+from acmix_mm.layers.base import OperatorLayer
+from acmix_mm.utils.markdown import table
 
 NUM_CLASSES = 1000
 IMAGE_SIZE = 224
 
-
-class Published(NamedTuple):
-    """A network of the authors' table of ImageNet results (arXiv 2111.14556).
-
-    Attributes:
-        name: of the host and ACmix.
-        backbone: how to build it here.
-        width: channels that go into the classifier.
-        parameters: in millions.
-        multiply_adds: in billions, at 224×224.
-        code_parameters: in millions, counted on the authors' code; None where they published none.
-        elementwise: whether the host's authors count more than products.
-        last_norm: whether the classifier brings a norm that the backbone here has not.
-    """
-
-    name: str
-    backbone: dict[str, Any]
-    width: int
-    parameters: float
-    multiply_adds: float
-    code_parameters: Optional[float] = None
-    elementwise: bool = False
-    last_norm: bool = False
-
-
-def resnet(depth: int, *figures: float) -> Published:
-    backbone = dict(type='ACmixResNet', depth=depth, out_indices=(3,))
-    return Published(f'ACmix-ResNet-{depth}', backbone, 2048, *figures, elementwise=True)
-
-
-def san(depth: int, *figures: float) -> Published:
-    backbone = dict(type='ACmixSAN', depth=depth, out_indices=(4,))
-    return Published(f'ACmix-SAN-{depth}', backbone, 2048, *figures, elementwise=True)
-
-
-def pvt(size: str, depths: tuple[int, ...], *figures: float) -> Published:
-    backbone = dict(type='ACmixPyramidVisionTransformer', num_layers=depths)
-    return Published(f'ACmix-PVT-{size}', backbone, 512, *figures, last_norm=True)
-
-
-def swin(size: str, depths: tuple[int, ...], *figures: float) -> Published:
-    backbone = dict(type='ACmixSwinTransformer', depths=depths, out_indices=(3,))
-    return Published(f'ACmix-Swin-{size}', backbone, 768, *figures)
-
-
-NETWORKS = (
-    resnet(26, 10.6, 2.3, 10.49),
-    resnet(38, 14.6, 2.9, 14.41),
-    resnet(50, 18.6, 3.6, 18.33),
-    san(10, 12.1, 1.9),
-    san(15, 16.6, 2.7),
-    san(19, 21.2, 3.4),
-    pvt('T', (2, 2, 2, 2), 13, 2.0),
-    pvt('S', (3, 4, 6, 3), 25, 3.9),
-    swin('T', (2, 2, 6, 2), 30, 4.6, 28.65),
-    swin('S', (2, 2, 18, 2), 51, 9.0, 50.35),
-)
+# Every network of the paper with its backbone, in the order of the paper's table.
+NETWORKS: tuple[tuple[type[ACmixBackbone], PaperNetwork], ...] = tuple(
+    (backbone, network) for backbone in BACKBONES.values() for network in backbone.paper_networks)
 
 NOTES = '''\
-Counted with a classifier of 1000 classes, on one picture of 224×224. Multiply-adds are those of
-matrix products, convolutions and attention, fc and shifts in two steps. "+ elementwise" adds what
-the tool of SAN's authors counts as well: two for each output of a norm, one for a ReLU, a pooled
-value, a shortcut and a bias.
+Counted with a classifier of 1000 classes, for one image of 224×224. Multiply-adds are those of
+matrix products, convolutions and attention, with the fc and the shifts of the convolution path as
+two steps. "+ elementwise" adds what the tool of SAN's authors also counts: two for each output of a
+norm, and one for each ReLU, pooled value, shortcut and bias.
 
-Where a row is off:
-- ResNet: the published parameters exceed those of the authors' own code, which come out here to the
-  digit. How the multiply-adds were counted is not published: with elementwise work ResNet-26 and
-  ResNet-50 are 1 to 3 % lower. One more for each of the 49 copies of a key, to which the published
-  code adds positions, would give 2.27G, 2.94G and 3.62G, but that is a guess, made to fit.
-- SAN: no code was published, and no form that was tried has both published counts. The parameters
-  of this one are 1 to 2 % lower; with elementwise work SAN-10 rounds to 2.0G, and to 1.9G where fc
-  and shifts count as the one convolution that they make together (1.92G).
-- PVT: no code was published; both round to the published figures.
-- Swin: the published parameters exceed those of the authors' own code, which come out here to the
-  digit. Swin-T's multiply-adds are 1 % above the published figure.'''
+Where the counts differ from the published ones:
+
+- **ResNet.** The published parameters exceed those of the authors' own code, which our counts match
+  exactly. The paper does not say how multiply-adds were counted. With elementwise operations,
+  ResNet-26 and ResNet-50 are 1 to 3 % lower. One more multiply-add for each of the 49 copies of a
+  key to which the published code adds positions would give 2.27G, 2.94G and 3.62G, but that is a
+  guess that was made to fit.
+- **SAN.** No code was published, and no variant that we tried has both published counts. The
+  parameters of this one are 1 to 2 % lower. With elementwise operations SAN-10 rounds to 2.0G, and
+  to 1.9G if the fc and the shifts are counted as one convolution (1.92G).
+- **PVT.** No code was published. Both counts round to the published figures.
+- **Swin.** The published parameters exceed those of the authors' own code, which our counts match
+  exactly. The multiply-adds of Swin-T are 1 % above the published figure.'''
 
 
-class Row(NamedTuple):
-    """A network's counts, its classifier included; ``elementwise`` is None where none is due."""
+class PaperCount(NamedTuple):
+    """Counts of a network and its classifier.
+
+    Attributes:
+        count: parameters and multiply-adds.
+        elementwise: elementwise operations, or None if the published counts do not include them.
+    """
 
     count: Count
     elementwise: Optional[int]
 
 
-def count_network(network: Published) -> Row:
-    """Build a network and count it on shapes alone."""
-    model = MODELS.build(network.backbone).eval().to('meta')
+def count_network(backbone: type[ACmixBackbone], network: PaperNetwork) -> PaperCount:
+    """Count a network and its classifier for one image of 224×224, on ``meta``."""
+    last = len(backbone.stage_blocks_of(backbone.arguments(network.arguments))) - 1
+    model = backbone(**network.arguments, out_indices=(last,)).eval().to('meta')
     image = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device='meta')
-    elementwise = []
-    if network.elementwise:
-        for name, module in model.named_modules():
-            # What is inside conv_w is counted with its layer, which does not call all of it.
-            if 'conv_w' not in name:
+    elementwise: list[int] = []
+    if backbone.counts_elementwise:
+        # Operator layers report their own operations, and do not call all of their submodules.
+        inside = {module for layer in operator_layers(model) for module in layer.modules()
+                  if module is not layer}
+        for module in model.modules():
+            if module not in inside:
                 module.register_forward_hook(
-                    lambda *call: elementwise.append(elementwise_work(*call)))
+                    lambda *call: elementwise.append(elementwise_operations(*call)))
     parameters, multiply_adds = total(count(model, partial(model, image)))
-    parameters += (network.width + 1) * NUM_CLASSES + 2 * network.width * network.last_norm
-    multiply_adds += network.width * NUM_CLASSES
-    return Row(Count(parameters, multiply_adds), sum(elementwise) if elementwise else None)
+    width = model.stage_info[last].channels
+    parameters += (width + 1) * NUM_CLASSES + 2 * width * backbone.classifier_norm
+    multiply_adds += width * NUM_CLASSES
+    return PaperCount(Count(parameters, multiply_adds), sum(elementwise) if elementwise else None)
 
 
-def elementwise_work(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> int:
-    """What the tool of SAN's authors counts beside products, of one module in a ResNet or SAN.
+def elementwise_operations(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> int:
+    """Count a module's elementwise operations as the SAN authors' tool does.
 
-    A ReLU goes with the norm in front of it.
+    The ReLU after each norm is counted with the norm.
     """
     if isinstance(module, nn.BatchNorm2d):
         return 3 * out.numel()
     if isinstance(module, nn.MaxPool2d):
         return inputs[0].numel()
-    if isinstance(module, (ACmixBottleneck, ACmixSANBlock)):
-        return out.numel()
-    if isinstance(module, ACmixConv2d):
-        return 3 * module.out_channels * inputs[0][:, 0].numel()
-    if isinstance(module, PatchwiseACmix):
-        normed = sum(each.num_features for each in module.conv_w
-                     if isinstance(each, nn.BatchNorm2d))
-        biases = sum(each.bias.numel() for each in module.modules()
-                     if isinstance(each, nn.Conv2d) and each.bias is not None)
-        return out[:, 0].numel() * (3 * normed + biases)
-    return 0
+    if isinstance(module, OperatorLayer):
+        return module.elementwise_operations(inputs[0], out)
+    return out.numel() if getattr(module, 'adds_shortcut', False) else 0
 
 
-def zoo_table() -> str:
-    """Published against counted, as Markdown, with the reasons where a row is off."""
-    lines = ["| | parameters, published | authors' code | counted | "
-             'multiply-adds, published | counted | + elementwise |', '|---' * 7 + '|']
-    for network in NETWORKS:
-        (parameters, multiply_adds), elementwise = count_network(network)
+def published_counts_table() -> str:
+    """Compare published and our counts as Markdown, with notes on the differences."""
+    rows = [('network', 'parameters, published', "authors' code", 'counted',
+             'multiply-adds, published', 'counted', '+ elementwise')]
+    for backbone, network in NETWORKS:
+        (parameters, multiply_adds), elementwise = count_network(backbone, network)
         code = network.code_parameters
-        with_elementwise = (multiply_adds + (elementwise or 0)) / 1e9
-        lines.append(
-            f'| {network.name} | {network.parameters}M | {f"{code}M" if code else "–"} | '
-            f'{parameters / 1e6:.2f}M | {network.multiply_adds}G | {multiply_adds / 1e9:.2f}G | '
-            f'{"–" if elementwise is None else f"{with_elementwise:.2f}G"} |')
-    return '\n'.join([*lines, '', NOTES])
+        rows.append((
+            network.name, f'{network.parameters}M', f'{code}M' if code else '–',
+            f'{parameters / 1e6:.2f}M', f'{network.multiply_adds}G', f'{multiply_adds / 1e9:.2f}G',
+            '–' if elementwise is None else f'{(multiply_adds + elementwise) / 1e9:.2f}G'))
+    return f'{table(rows)}\n\n{NOTES}'

@@ -1,4 +1,4 @@
-"""Recording the rates of the two paths while a network trains."""
+"""Recording the rates of the two paths during training."""
 
 from typing import Optional
 
@@ -12,35 +12,35 @@ from acmix_mm.checkpoints.reading import WRAPPERS
 
 @HOOKS.register_module()
 class RateHook(Hook):
-    """Write the rates of every ACmix layer to all visualization backends of a run.
+    """Log the rates of every ACmix layer to all visualization backends of a run.
 
-    They are scalars named ``rates/LAYER.rate1`` (attention, α in arXiv 2111.14556) and
-    ``rates/LAYER.rate2`` (convolution, β), at the step of the iteration.
+    The scalars are named ``rates/LAYER.rate1`` (attention, α in arXiv 2111.14556) and
+    ``rates/LAYER.rate2`` (convolution, β).
 
     Args:
-        interval: iterations from one record to the next.
+        interval: number of iterations between records.
 
     Raises:
-        UsageError: before training, the model has no rates.
+        UsageError: before training, if the model has no rates.
     """
 
     def __init__(self, interval: int = 50) -> None:
         self.interval = interval
 
     def before_train(self, runner: Runner) -> None:
-        """Look for the rates."""
+        """Check that the model has rates."""
         self.scalars(runner)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None,
                          outputs: Optional[dict] = None) -> None:
-        """Record, every ``interval`` iterations."""
+        """Log the rates every ``interval`` iterations."""
         if self.every_n_train_iters(runner, self.interval):
             runner.visualizer.add_scalars(self.scalars(runner), step=runner.iter + 1)
 
     def scalars(self, runner: Runner) -> dict[str, float]:
-        """The rates of the model, by the names that the backends get."""
+        """Return the rates of the model by the names of their scalars."""
         weights = {WRAPPERS.sub('', key): value for key, value in runner.model.named_parameters()}
-        rates = rates_of(weights, 'The model that RateHook is to record')
+        rates = rates_of(weights, 'The model for RateHook')
         return {f'rates/{layer}.{rate}': value
                 for rate, values in (('rate1', rates.attention), ('rate2', rates.convolution))
                 for layer, value in zip(rates.layers, values.tolist())}

@@ -1,8 +1,11 @@
-"""The networks, one file each, registered in MMEngine's root ``MODELS``."""
+"""The backbones, one file for each host, registered in MMEngine's root ``MODELS``."""
 
-from acmix_mm.backbones.pvt import ACmixPyramidVisionTransformer
+# In the order of the paper's results, which BACKBONES and all tables follow.
+# isort: off
 from acmix_mm.backbones.resnet import ACmixResNet
 from acmix_mm.backbones.san import ACmixSAN
+from acmix_mm.backbones.pvt import ACmixPyramidVisionTransformer
 from acmix_mm.backbones.swin import ACmixSwinTransformer
+# isort: on
 
 __all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixSAN', 'ACmixSwinTransformer']

@@ -1,4 +1,4 @@
-"""Position tables that were learned at one size, and are asked for at another."""
+"""Resizing of learned position tables."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,9 +7,16 @@ from acmix_mm.ops.symbolic import statically_known_true
 
 
 def resize_grid(rows: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
-    """Interpolate (1, old area, channels), row-major over a grid, to (1, new area, channels).
+    """Interpolate a position table to another grid.
 
-    ``mode`` is the host's: ``'bicubic'`` or ``'bilinear'``.
+    Args:
+        rows: (1, old height · old width, channels), in row-major order.
+        old: (height, width) of the grid of ``rows``.
+        new: (height, width) of the new grid.
+        mode: interpolation of the host, ``'bicubic'`` or ``'bilinear'``.
+
+    Returns:
+        (1, new height · new width, channels).
     """
     if statically_known_true(old[0] == new[0]) and statically_known_true(old[1] == new[1]):
         return rows

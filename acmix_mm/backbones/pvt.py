@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmcv.cnn.bricks.transformer import PatchEmbed, build_dropout
-from mmengine.logging import print_log
-from mmengine.model import BaseModule, ModuleList, Sequential
+from mmengine.model import ModuleList, Sequential
 from mmengine.model.weight_init import (
     constant_init,
     normal_init,
@@ -19,16 +18,25 @@ from mmengine.model.weight_init import (
 from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
+from acmix_mm.backbones.base import (
+    WITH_PREVIOUS,
+    ACmixBackbone,
+    Block,
+    PaperNetwork,
+    Stage,
+    stochastic_depth,
+)
 from acmix_mm.backbones.position_tables import resize_grid
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
-from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
+from acmix_mm.backbones.token_mixers import PATHS
+from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
+from acmix_mm.checkpoints.pvt import PVTCheckpoints
+from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.layers import ReducedACmix
 
 
 class PaddedPatchEmbed(PatchEmbed):
-    """MMCV's, on a map that is padded with zeros at its bottom and right to at least one patch."""
+    """MMCV's ``PatchEmbed`` with zero padding at the bottom and right up to at least one patch."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         bottom, right = (max(side - 2 * padding - extent, 0) for side, padding, extent in
@@ -37,7 +45,7 @@ class PaddedPatchEmbed(PatchEmbed):
 
 
 class AbsolutePositionEmbedding(nn.Module):
-    """Add a learned embedding of the position, interpolated to the size of the map."""
+    """Add a learned position embedding, interpolated to the size of the map."""
 
     def __init__(self, grid: tuple[int, int], embed_dims: int, drop_rate: float) -> None:
         super().__init__()
@@ -50,9 +58,9 @@ class AbsolutePositionEmbedding(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """Two 1×1 convolutions, in PVT v2 with a 3×3 depth-wise one between them, and a shortcut.
+    """Two 1×1 convolutions, in PVT v2 with a depth-wise 3×3 convolution between them.
 
-    They are convolutions as in MMDetection, whose names and shapes these are.
+    MMDetection has convolutions here instead of linear layers; names and shapes are the same.
     """
 
     def __init__(self, embed_dims: int, feedforward_channels: int, drop_rate: float,
@@ -72,15 +80,14 @@ class MixFFN(nn.Module):
         return self.drop(out.permute(0, 2, 3, 1).flatten(1, 2))
 
 
-class ACmixPVTBlock(nn.Module):
+class ACmixPVTBlock(Block):
     """x + ACmix(norm(x)), then x + FFN(norm(x)), on (batch, height · width, embed_dims)."""
 
     def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int, drop_rate: float,
                  attn_drop_rate: float, drop_path_rate: float, qkv_bias: bool, act_cfg: dict,
                  norm_cfg: dict, sr_ratio: int, use_conv_ffn: bool, with_cp: bool,
                  acmix: dict) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = ReducedACmix(
             embed_dims=embed_dims,
@@ -96,88 +103,101 @@ class ACmixPVTBlock(nn.Module):
         self.ffn = MixFFN(embed_dims, feedforward_channels, drop_rate, drop_path_rate,
                           use_conv_ffn, act_cfg)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        if self.with_cp and x.requires_grad:
-            return recompute(self.mix_and_feed_forward, x, hw_shape, use_reentrant=False)
-        return self.mix_and_feed_forward(x, hw_shape)
-
-    def mix_and_feed_forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def compute(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         mixed = self.attn(self.norm1(x).unflatten(1, hw_shape))
         x = x + self.drop(mixed.flatten(1, 2))
         return x + self.ffn(self.norm2(x), hw_shape)
 
 
 @MODELS.register_module()
-class ACmixPyramidVisionTransformer(BaseModule):
+class ACmixPyramidVisionTransformer(ACmixBackbone):
     """Pyramid Vision Transformer (PVT v1) whose blocks mix attention with convolution.
 
-    Takes the arguments of MMDetection's ``PyramidVisionTransformer`` with the same meaning, and
-    ``with_cp`` and ``mix``. Parameter names are MMDetection's, with the authors' names for what
-    ACmix adds under ``attn``. As there, a stage covers whole patches, and rows and columns that are
-    left over at the bottom and right are dropped; what is smaller than one patch is padded to one.
+    The arguments are those of MMDetection's ``PyramidVisionTransformer``, with ``with_cp``, ``mix``
+    and ``acmix_cfg``. Parameters have MMDetection's names; what ACmix adds under ``attn`` has the
+    names of the authors' code. As in MMDetection, a stage covers whole patches and drops the
+    remaining rows and columns at the bottom and right; maps smaller than a patch are padded to one.
 
-    The authors' code for PVT is unpublished; they publish 13M parameters and 2.0G multiply-adds
-    for PVT-Tiny, 25M and 3.9G for PVT-Small, at 224×224 with a 1000-class head. Counted here, as
-    they count in their Swin (9 multiply-adds a pixel and channel for each of q, k and v in the fc,
-    81 for the shifts) and as PVT's authors do (products of attention included, which gives the
-    plain network its published 1.9G and 3.8G):
+    The authors' code for PVT is unpublished. They publish 13M parameters and 2.0G multiply-adds for
+    PVT-Tiny, and 25M and 3.9G for PVT-Small, at 224×224 with a classifier of 1000 classes. The
+    table compares variants, counted as the authors count in Swin (9 multiply-adds for each pixel
+    and channel of queries, keys and values in the fc layer, 81 for the shifts) and as PVT's authors
+    do (including the matrix products of attention, which reproduces the published 1.9G and 3.8G of
+    plain PVT):
 
     ====================================================  ===============  ===============
     keys and values of the convolution path               PVT-Tiny         PVT-Small
     ====================================================  ===============  ===============
     plain PVT                                             13.23M  1.926G   24.48M  3.806G
-    **reduced ones, spread over their cells**             13.40M  1.998G   24.82M  3.941G
-    the same, the fc after spreading them                 13.40M  2.010G   24.82M  3.963G
+    **reduced ones, repeated over their cells**           13.40M  1.998G   24.82M  3.941G
+    the same, the fc after repeating them                 13.40M  2.010G   24.82M  3.963G
     projected from the full map, by the same weights      13.40M  2.193G   24.82M  4.384G
-    projected from the full map, by weights of their own  13.89M  2.193G   26.21M  4.384G
-    values alone projected from the full map, no keys     13.39M  2.095G   24.82M  4.160G
-    none: queries alone                                   13.39M  1.996G   24.82M  3.937G
+    projected from the full map, by separate weights      13.89M  2.193G   26.21M  4.384G
+    values only, projected from the full map, no keys     13.39M  2.095G   24.82M  4.160G
+    none: queries only                                    13.39M  1.996G   24.82M  3.937G
     the whole path on the reduced map                     13.40M  1.937G   24.82M  3.828G
     ====================================================  ===============  ===============
 
-    The bold form is built: the one with q, k and v on the full map whose counts come out as
-    published. (The fc is linear, and the row below it computes the same. As it runs here, fc and
-    shifts as one convolution where that is cheaper, it takes 1.972G and 3.906G.) That the authors
-    did so is not known; the choice is this project's.
+    The variant in bold is implemented: with queries, keys and values on the full map, it is the one
+    that matches the published counts. (The fc layer is linear, so the next row computes the same.
+    The implementation runs fc and shifts as one convolution where that is cheaper, which takes
+    1.972G and 3.906G.) Whether the authors did so is unknown; the choice of this variant is ours.
 
     Args:
-        pretrain_img_size: image size that the position embeddings are made for, in pixels; at
-            other sizes they are interpolated.
+        pretrain_img_size: image size in pixels that the position embeddings are made for; they are
+            interpolated to other sizes.
         in_channels: channels of the image.
         embed_dims: channels of each attention head; a stage has ``embed_dims · num_heads``.
-        num_stages: how many stages to build.
-        num_layers: blocks of each stage.
+        num_stages: number of stages to build.
+        num_layers: number of blocks of each stage.
         num_heads: attention heads of each stage.
-        patch_sizes: side of the patches that each stage embeds, in positions of the one before.
-        strides: distance of these patches.
-        paddings: zeros around the map that they are cut from.
-        sr_ratios: side of the cells that keys and values of each stage are reduced into.
-        out_indices: stages that give an output.
-        mlp_ratios: hidden channels of the feed-forward layers over their input's.
+        patch_sizes: side of the patches that each stage embeds, in positions of its input.
+        strides: stride of these patches.
+        paddings: zero padding of the input of each stage.
+        sr_ratios: side of the cells that keys and values of each stage are reduced to.
+        out_indices: indices of the stages that give an output.
+        mlp_ratios: hidden channels of the feed-forward layers, relative to their input.
         qkv_bias: whether the projections of attention have a bias.
-        drop_rate: dropout after the embedding, the mix, and in the feed-forward layers.
-        attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_rate: dropout rate after the embedding, after ACmix, and in the feed-forward layers.
+        attn_drop_rate: dropout rate of the attention weights.
+        drop_path_rate: stochastic depth rate of the last block; the rate rises linearly from 0.
         use_abs_pos_embed: whether to add position embeddings.
         norm_after_stage: whether a norm follows each stage.
         use_conv_ffn: whether the feed-forward layers have a depth-wise 3×3 convolution.
-        act_cfg: activation of the feed-forward layers.
-        norm_cfg: all norms.
+        act_cfg: config of the activation of the feed-forward layers.
+        norm_cfg: config of all norms.
         with_cp: recompute the blocks in the backward pass to save memory.
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
-        convert_weights: says that the checkpoint is in the PVT authors' naming. Accepted for the
-            configs that have it; the naming is recognised from the keys either way.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-PVT of this class, or
-            the PVT authors' or MMDetection's plain PVT, or None. A plain PVT starts with rate1 = 1
-            and rate2 = 0: the network computes at first what the plain one did.
-        mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
-        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+        convert_weights: accepted for configs that state that their checkpoint has the names of
+            PVT's authors; names are recognised from the keys in any case.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-PVT of this class or a
+            plain PVT (PVT's authors, MMDetection), or None. A plain PVT is loaded with rate1 = 1
+            and rate2 = 0, so that at first the network computes what the plain one did.
+        mix: ``'acmix'`` for both paths, ``'attn'`` or ``'conv'`` for one of them alone.
+        acmix_cfg: further arguments of the ACmix layers: ``combine``, ``shift`` and
             ``shift_groups``; see :class:`acmix_mm.layers.ReducedACmix`.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: an argument is invalid.
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
+
+    checkpoints = PVTCheckpoints()
+    mixers = PATHS
+    plain_arguments: ClassVar = dict(mix='attn')
+    # The channels of an attention head; the number of heads is fixed.
+    width_argument = 'embed_dims'
+    blocks_argument = 'num_layers'
+    paper_networks = (
+        PaperNetwork('ACmix-PVT-T', 'acmix_pvt_tiny', dict(num_layers=(2, 2, 2, 2)), 13, 2.0),
+        PaperNetwork('ACmix-PVT-S', 'acmix_pvt_small', dict(num_layers=(3, 4, 6, 3)), 25, 3.9),
+    )
+    classifier_norm = True
+    timm_arguments: ClassVar = dict(img_size='pretrain_img_size', proj_drop_rate='drop_rate')
+    timm_cfg: ClassVar = dict(
+        first_conv='layers.0.0.projection', crop_pct=0.9, interpolation='bicubic')
+    position_tables = ('pos_embed',)
+    fx_leaves = (PatchEmbed, AbsolutePositionEmbedding)
 
     def __init__(self,
                  pretrain_img_size: Union[int, tuple[int, ...]] = 224,
@@ -216,14 +236,14 @@ class ACmixPyramidVisionTransformer(BaseModule):
         if max(out_indices) >= num_stages:
             raise ValueError(f'out_indices must lie below num_stages={num_stages}, got '
                              f'{tuple(out_indices)}.')
-        super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
+        super().__init__(init_cfg, pretrained)
         self.out_indices = out_indices
         self.mix = mix
 
         grid = to_2tuple(pretrain_img_size)
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(num_layers), device='cpu').tolist()
+        reduction = 1
         self.layers = ModuleList()
-        for stage, depth in enumerate(num_layers):
+        for stage, drop_path_rates in enumerate(stochastic_depth(drop_path_rate, num_layers)):
             channels = embed_dims * num_heads[stage]
             patch_embed = PaddedPatchEmbed(
                 in_channels=in_channels,
@@ -236,14 +256,14 @@ class ACmixPyramidVisionTransformer(BaseModule):
             if use_abs_pos_embed:
                 grid = tuple(extent // patch_sizes[stage] for extent in grid)
                 blocks.append(AbsolutePositionEmbedding(grid, channels, drop_rate))
-            for _ in range(depth):
+            for rate in drop_path_rates:
                 blocks.append(ACmixPVTBlock(
                     embed_dims=channels,
                     num_heads=num_heads[stage],
                     feedforward_channels=mlp_ratios[stage] * channels,
                     drop_rate=drop_rate,
                     attn_drop_rate=attn_drop_rate,
-                    drop_path_rate=drop_path_rates.pop(0),
+                    drop_path_rate=rate,
                     qkv_bias=qkv_bias,
                     act_cfg=act_cfg,
                     norm_cfg=norm_cfg,
@@ -253,17 +273,11 @@ class ACmixPyramidVisionTransformer(BaseModule):
                     acmix=dict(mix=mix, **(acmix_cfg or {}))))
             norm = build_norm_layer(norm_cfg, channels)[1] if norm_after_stage else nn.Identity()
             self.layers.append(ModuleList([patch_embed, blocks, norm]))
+            reduction *= strides[stage]
+            self.stage_info.append(Stage(channels, reduction, f'layers.{stage}'))
             in_channels = channels
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
-        return self.forward_stages(x, self.out_indices)
-
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
-
-        Later stages do not run.
-        """
         maps = []
         for index in range(max(indices) + 1):
             patch_embed, blocks, norm = self.layers[index]
@@ -275,17 +289,7 @@ class ACmixPyramidVisionTransformer(BaseModule):
                 maps.append(x.contiguous())
         return maps
 
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or initialise as PVT does."""
-        if self.init_cfg is not None:
-            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'PVT'))
-            return
-        print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
-                  logger='current')
-        self.init_from_scratch()
-
     def init_from_scratch(self) -> None:
-        """Initialise as PVT does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_init(module, std=0.02, bias=0.)
@@ -298,30 +302,36 @@ class ACmixPyramidVisionTransformer(BaseModule):
                 trunc_normal_(module.pos_embed, std=0.02)
 
     def load_pretrained(self, found: Pretrained) -> None:
-        """Load a PVT or ACmix-PVT checkpoint, whichever of the known namings it is in.
-
-        Raises:
-            CheckpointError: they do not fit.
-        """
         is_acmix, state_dict = found.is_acmix, dict(found.state_dict)
         for name, module in self.named_modules():
             key = f'{name}.pos_embed'
             if isinstance(module, AbsolutePositionEmbedding) and key in state_dict:
                 state_dict[key] = fit_position_table(state_dict[key], module.grid)
 
-        mixing = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
+        convolution_path = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_report(
             self, state_dict, source=found.source,
             recognised=str(found),
-            may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{mixing}',
+            may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{convolution_path}',
             may_drop=r'^(head|norm)\.|^cls_token$|^layers\.\d\.2\.' + (
                 r'|\.out_proj\.' if self.mix == 'conv' else ''))
         if not is_acmix and self.mix == 'acmix':
-            start_as_plain(self, 'PVT')
+            start_as_plain(self, self.checkpoints.host)
+
+    def remove_stages(self, first: int) -> None:
+        self.layers = self.layers[:first]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(
+            stem=r'^layers\.0\.(?:0\.|1\.0\.pos_embed)',
+            blocks=r'^layers\.(\d+)' if coarse else [
+                (r'^layers\.(\d+)\.0\.', (0,)),
+                (r'^layers\.(\d+)\.1\.(\d+)', None),
+                (r'^(?:layers\.\d+\.2|norm)\.', WITH_PREVIOUS)])
 
 
 def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize the position table of another, square image size; drop a class token's row."""
+    """Resize the position table of another, square image size, without a class token's row."""
     area = grid[0] * grid[1]
     if table.shape[1] == area:
         return table

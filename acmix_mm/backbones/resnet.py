@@ -1,45 +1,56 @@
-"""ResNet with ACmix in the place of the bottlenecks' 3×3 convolutions.
+"""ResNet with ACmix in place of the 3×3 convolutions of its bottlenecks.
 
 ResNet: arXiv 1512.03385; ACmix: arXiv 2111.14556, section 5.1 and the authors' code.
 """
 
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Optional
 
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import build_dropout
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, Sequential, constant_init, kaiming_init
+from mmengine.model import Sequential, constant_init, kaiming_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.backbones.mixer import build_mixer, check_one_mixer, has_other_names
+from acmix_mm.backbones.base import (
+    ACmixBackbone,
+    Block,
+    PaperNetwork,
+    Stage,
+    stochastic_depth,
+)
+from acmix_mm.backbones.token_mixers import (
+    OPERATORS,
+    PATHS,
+    build_mixer,
+    check_one_mixer,
+    has_other_names,
+)
 from acmix_mm.checkpoints.convolution import RATES, replace_convolution
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg
-from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
-
-# Blocks of the four stages, as in the authors' code.
-STAGE_BLOCKS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+from acmix_mm.checkpoints.loading import load_with_report
+from acmix_mm.checkpoints.recognition import Pretrained
+from acmix_mm.checkpoints.resnet import STAGE_BLOCKS, ResNetCheckpoints
 
 
-class ACmixBottleneck(nn.Module):
-    """1×1 convolution, ACmix (or another mixer), 1×1 convolution, around a shortcut."""
+class ACmixBottleneck(Block):
+    """A bottleneck: 1×1 convolution, ACmix or another mixer, 1×1 convolution, and a shortcut."""
 
+    adds_shortcut = True
     expansion = 4
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
                  downsample: Optional[nn.Module], norm_cfg: dict, drop_path_rate: float,
                  with_cp: bool, mixer: dict) -> None:
-        super().__init__()
+        super().__init__(with_cp)
         out_channels = channels * self.expansion
         first_stride, second_stride = (1, stride) if style == 'pytorch' else (stride, 1)
         self.conv1 = nn.Conv2d(in_channels, channels, 1, stride=first_stride, bias=False)
         self.conv2 = build_mixer(mixer, channels, second_stride, dilation)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
-        # Named for their kind, bn1 or gn1, as in torchvision and MMDetection.
+        # Named bn1 or gn1, by the kind of norm, as in torchvision and MMDetection.
         self.norm_names = []
         for postfix, width in enumerate((channels, channels, out_channels), start=1):
             name, norm = build_norm_layer(norm_cfg, width, postfix=postfix)
@@ -48,18 +59,13 @@ class ACmixBottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
         self.downsample = downsample
-        self.with_cp = with_cp
 
     @property
     def last_norm(self) -> nn.Module:
         return getattr(self, self.norm_names[-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp and x.requires_grad:
-            out = recompute(self.add_residual, x, use_reentrant=False)
-        else:
-            out = self.add_residual(x)
-        return self.relu(out)
+    def compute(self, x: Tensor) -> Tensor:
+        return self.relu(self.add_residual(x))
 
     def add_residual(self, x: Tensor) -> Tensor:
         norm1, norm2, norm3 = (getattr(self, name) for name in self.norm_names)
@@ -70,55 +76,68 @@ class ACmixBottleneck(nn.Module):
 
 
 @MODELS.register_module()
-class ACmixResNet(BaseModule):
+class ACmixResNet(ACmixBackbone):
     """ResNet whose bottlenecks mix local attention with convolution.
 
-    Takes the arguments of MMDetection's ``ResNet`` that are listed here, with the same meaning,
-    and ``stage_blocks``, ``num_heads``, ``attn_kernel_size``, ``drop_path_rate``, ``mix``,
-    ``acmix_stages``, ``mixer``. Parameter names are those of the authors' code. ``conv_cfg``,
-    ``dcn`` and ``plugins`` are not taken: they are about the convolutions that ACmix replaces.
+    The arguments are those of MMDetection's ``ResNet``, without ``conv_cfg``, ``dcn`` and
+    ``plugins``, which configure the convolutions that ACmix replaces, and with ``stage_blocks``,
+    ``num_heads``, ``attn_kernel_size``, ``drop_path_rate``, ``mix``, ``acmix_cfg``,
+    ``acmix_stages`` and ``mixer``. Parameters have the names of the authors' code.
 
     Args:
-        depth: 26, 38 or 50: which ``stage_blocks`` to take.
+        depth: 26, 38 or 50; selects the number of blocks of each stage.
         in_channels: channels of the image.
         stem_channels: channels of the stem; ``base_channels`` if None.
         base_channels: bottleneck channels of the first stage; each stage doubles them.
-        num_stages: how many of the four stages to build.
+        num_stages: number of stages to build, 1 to 4.
         strides: stride of each stage.
         dilations: dilation of each stage.
-        out_indices: stages that give an output.
+        out_indices: indices of the stages that give an output.
         style: ``'pytorch'`` puts the stride on ACmix, ``'caffe'`` on the first 1×1 convolution.
-        deep_stem: three 3×3 convolutions in place of the stem's 7×7.
-        avg_down: average pooling in place of the stride in the shortcuts.
+        deep_stem: use three 3×3 convolutions instead of the stem's 7×7 convolution.
+        avg_down: use average pooling instead of strides in the shortcuts.
         frozen_stages: freeze the stem (0) and that many stages; -1 freezes nothing.
-        norm_cfg: norm layers.
+        norm_cfg: config of the norm layers.
         norm_eval: keep the running statistics of batch norms fixed in training.
         with_cp: recompute the blocks in the backward pass to save memory.
-        zero_init_residual: start the last norm of each block at zero.
+        zero_init_residual: initialise the last norm of each block to zero.
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with the authors' ACmix-ResNet, or a
-            plain ResNet's (torchvision, timm, MMDetection), or None. Of a plain ResNet each 3×3
-            convolution becomes the nearest convolution path, with rate1 = 0; that is no exact
-            copy, and the log says what is lost. Where the layers have no such path (``mix='attn'``,
-            or an ``acmix_cfg`` of shared or fixed shifts, or without rates) they are dropped, and
-            the norms behind them.
-        stage_blocks: blocks of each stage, in place of what ``depth`` says.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-ResNet of the authors
+            or a plain ResNet (torchvision, timm, MMDetection), or None. When loading a plain
+            ResNet, each 3×3 convolution is approximated by a convolution path, with rate1 = 0, and
+            the log reports the error. Layers without a suitable path (``mix='attn'``, or an
+            ``acmix_cfg`` with shared or fixed shifts or without rates) and the norms that follow
+            them keep their initial values.
+        stage_blocks: number of blocks of each stage; overrides ``depth``.
         num_heads: attention heads of every ACmix layer.
-        attn_kernel_size: side of attention's neighbourhood.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
-        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+        attn_kernel_size: side of the attention window.
+        drop_path_rate: stochastic depth rate of the last block; the rate rises linearly from 0.
+        mix: ``'acmix'`` for both paths, ``'attn'`` or ``'conv'`` for one of them alone.
+        acmix_cfg: further arguments of the ACmix layers: ``combine``, ``shift`` and
             ``shift_groups``; see :class:`acmix_mm.layers.ACmixConv2d`.
-        acmix_stages: stages that use ACmix; the others keep their 3×3 convolutions.
-        mixer: an OpenMMLab convolution type in the place of ACmix, with the stride and dilation of
-            ACmix: ``dict(type='Involution', kernel_size=7)``. Where it does not say, its
-            ``kernel_size`` is 3, and ``bias`` is False. Of a checkpoint with another mixer, or of
-            a plain ResNet, all else is loaded, but for the norms behind the mixers.
+        acmix_stages: indices of the stages that use ACmix; the others keep 3×3 convolutions.
+        mixer: config of an OpenMMLab convolution type that replaces ACmix and gets its stride and
+            dilation: ``dict(type='Involution', kernel_size=7)``. ``kernel_size`` defaults to 3,
+            and ``bias`` to False. From a checkpoint with another mixer, or of a plain ResNet,
+            everything but the mixers and the norms that follow them is loaded.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: an argument is invalid.
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
+
+    checkpoints = ResNetCheckpoints()
+    mixers: ClassVar = {'conv': dict(acmix_stages=()), **PATHS, **OPERATORS}
+    plain_arguments: ClassVar = dict(acmix_stages=())
+    width_argument = 'base_channels'
+    blocks_argument = 'stage_blocks'
+    paper_networks = (
+        PaperNetwork('ACmix-ResNet-26', 'acmix_resnet26', dict(depth=26), 10.6, 2.3, 10.49),
+        PaperNetwork('ACmix-ResNet-38', 'acmix_resnet38', dict(depth=38), 14.6, 2.9, 14.41),
+        PaperNetwork('ACmix-ResNet-50', 'acmix_resnet50', dict(depth=50), 18.6, 3.6, 18.33),
+    )
+    counts_elementwise = True
+    timm_cfg: ClassVar = dict(first_conv='conv1', crop_pct=0.875, interpolation='bilinear')
 
     def __init__(self,
                  depth: int,
@@ -149,7 +168,7 @@ class ACmixResNet(BaseModule):
                  mixer: Optional[dict] = None) -> None:
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
-                             f'{depth}; other depths go by stage_blocks.')
+                             f'{depth}; for other depths set stage_blocks.')
         if not 1 <= num_stages <= 4 or not len(strides) == len(dilations) == num_stages:
             raise ValueError('strides and dilations need one number for each of 1 to 4 stages, got '
                              f'{len(strides)} and {len(dilations)} for num_stages={num_stages}.')
@@ -159,7 +178,7 @@ class ACmixResNet(BaseModule):
         if style not in ('pytorch', 'caffe'):
             raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}.")
         check_one_mixer(mixer, mix, acmix_cfg)
-        super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
+        super().__init__(init_cfg, pretrained)
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -180,8 +199,10 @@ class ACmixResNet(BaseModule):
         if mixer is None:
             mixer = dict(type='ACmix', bias=True, num_heads=num_heads,
                          attn_kernel_size=attn_kernel_size, mix=mix, **(acmix_cfg or {}))
-        stage_blocks = tuple(stage_blocks or STAGE_BLOCKS[depth])[:num_stages]
-        rates = torch.linspace(0, drop_path_rate, sum(stage_blocks), device='cpu').tolist()
+        stage_blocks = self.stage_blocks_of(
+            dict(depth=depth, num_stages=num_stages, stage_blocks=stage_blocks))
+        drop_path_rates = stochastic_depth(drop_path_rate, stage_blocks)
+        reduction = 4
         self.layers = []
         for stage, blocks in enumerate(stage_blocks):
             width = base_channels * 2**stage
@@ -194,68 +215,47 @@ class ACmixResNet(BaseModule):
                     shortcut = downsampling(channels, out_channels, stride, avg_down, norm_cfg)
                 stage_layers.append(ACmixBottleneck(
                     channels, width, stride, dilations[stage], style, shortcut, norm_cfg,
-                    rates.pop(0), with_cp,
+                    drop_path_rates[stage][block], with_cp,
                     mixer if stage in acmix_stages else dict(type='Conv2d')))
                 channels = out_channels
-            self.layers.append(f'layer{stage + 1}')
-            self.add_module(self.layers[-1], Sequential(*stage_layers))
+            name = f'layer{stage + 1}'
+            self.add_module(name, Sequential(*stage_layers))
+            self.layers.append(name)
+            reduction *= strides[stage]
+            self.stage_info.append(Stage(channels, reduction, name))
         self.freeze_stages()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
-        return tuple(self.forward_stages(x, self.out_indices))
+    @classmethod
+    def stage_blocks_of(cls, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        blocks = arguments['stage_blocks'] or STAGE_BLOCKS[arguments['depth']]
+        return tuple(blocks)[:arguments['num_stages']]
 
-    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+    @classmethod
+    def width_step(cls, arguments: Mapping[str, Any]) -> int:
+        has_heads = arguments['mixer'] is None and arguments['acmix_stages']
+        return arguments['num_heads'] if has_heads else 1
 
-        Later stages do not run.
-        """
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> tuple[Tensor, ...]:
         if self.deep_stem:
             x = self.stem(x)
         else:
             x = self.relu(getattr(self, self.norm_name)(self.conv1(x)))
-        # ACmix computes in this format; what reads the outputs may not look at strides.
+        # ACmix computes in channels_last, but not all readers of the outputs respect strides.
         x = self.maxpool(x).contiguous(memory_format=torch.channels_last)
         maps = []
         for stage, name in enumerate(self.layers[:max(indices) + 1]):
             x = getattr(self, name)(x)
             if stage in indices:
                 maps.append(x.contiguous())
-        return maps
+        return tuple(maps)
 
-    def train(self, mode: bool = True) -> 'ACmixResNet':
-        """Switch the mode; frozen stages, and batch norms under norm_eval, stay in evaluation."""
-        super().train(mode)
-        self.freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def freeze_stages(self) -> None:
-        """Stop gradients and training behaviour in what ``frozen_stages`` covers."""
+    def frozen_modules(self) -> list[nn.Module]:
         frozen = []
         if self.frozen_stages >= 0:
             frozen = [self.stem] if self.deep_stem else [self.conv1, getattr(self, self.norm_name)]
-        frozen += [getattr(self, name) for name in self.layers[:max(self.frozen_stages, 0)]]
-        for module in frozen:
-            module.eval().requires_grad_(False)
-
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or initialise as ResNet does."""
-        if self.init_cfg is not None:
-            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'ResNet'))
-            return
-        print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
-                  logger='current')
-        self.init_from_scratch()
+        return frozen + [getattr(self, name) for name in self.layers[:max(self.frozen_stages, 0)]]
 
     def init_from_scratch(self) -> None:
-        """Initialise as ResNet does.
-
-        Shift kernels and rates keep what their layers started them with.
-        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 kaiming_init(module)
@@ -267,11 +267,6 @@ class ACmixResNet(BaseModule):
                     constant_init(module.last_norm, 0)
 
     def load_pretrained(self, found: Pretrained) -> None:
-        """Load an ACmix-ResNet checkpoint, or a plain ResNet's.
-
-        Raises:
-            CheckpointError: they do not fit.
-        """
         state_dict = dict(found.state_dict)
         replaced = {} if found.is_acmix and self.mixer is None else {
             name: block for name, block in self.named_modules()
@@ -283,7 +278,7 @@ class ACmixResNet(BaseModule):
                                       [rate for rate in RATES if hasattr(block.conv2, rate)])
             for name, block in replaced.items()
             if self.mixer is None and block.conv2.can_stand_in}
-        # What another mixer, and the norm behind it, learned says nothing of this one.
+        # The weights of another mixer, and of the norm that follows it, are of no use.
         unlike = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
                           for name, block in replaced.items() if name not in errors)
         load_with_report(
@@ -293,10 +288,24 @@ class ACmixResNet(BaseModule):
             may_drop=r'^(fc|head)\.',
             leave=unlike)
         if errors:
-            print_log('  3×3 convolutions became the nearest convolution paths, with rate1 = 0. '
-                      'Expected error, of the standard deviation of their outputs:\n    ' +
+            print_log('  Each 3×3 convolution is approximated by a convolution path, with '
+                      'rate1 = 0. Expected error, relative to the standard deviation of its '
+                      'outputs:\n    ' +
                       ', '.join(f'{name} {error:.0%}' for name, error in errors.items()),
                       logger='current')
+
+    def replaced_convolutions(self) -> dict[str, tuple[nn.Module, nn.Module]]:
+        return {name: (block.conv2, getattr(block, block.norm_names[1]))
+                for name, block in self.named_modules() if isinstance(block, ACmixBottleneck)}
+
+    def remove_stages(self, first: int) -> None:
+        for name in self.layers[first:]:
+            delattr(self, name)
+        self.layers = self.layers[:first]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(stem=r'^(?:stem|conv1|bn1|gn1)\.',
+                    blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
 
 def deep_stem_layers(in_channels: int, channels: int, norm_cfg: dict) -> nn.Sequential:
@@ -311,7 +320,7 @@ def deep_stem_layers(in_channels: int, channels: int, norm_cfg: dict) -> nn.Sequ
 
 def downsampling(in_channels: int, out_channels: int, stride: int, avg_down: bool,
                  norm_cfg: dict) -> nn.Sequential:
-    """The shortcut of a block that changes size or channels."""
+    """The shortcut of a block that changes the size or the channels of the map."""
     layers = []
     if avg_down:
         layers.append(nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False))

@@ -1,37 +1,45 @@
 """SAN, the self-attention network, with ACmix in every block (arXiv 2004.13621 and 2111.14556)."""
 
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Optional
 
-import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import build_dropout
-from mmengine.logging import print_log
-from mmengine.model import BaseModule, Sequential
+from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
-from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
+from acmix_mm.backbones.base import (
+    WITH_PREVIOUS,
+    ACmixBackbone,
+    Block,
+    PaperNetwork,
+    Stage,
+    stochastic_depth,
+)
+from acmix_mm.backbones.token_mixers import PATHS
+from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
+from acmix_mm.checkpoints.recognition import Pretrained
+from acmix_mm.checkpoints.san import STAGE_BLOCKS, SANCheckpoints
 from acmix_mm.layers import PatchwiseACmix
 
-# Blocks of the five stages, and the side of attention's neighbourhood in them.
-STAGE_BLOCKS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}
+# Side of the attention window in each stage.
 STAGE_KERNELS = (3, 7, 7, 7, 7)
-# Channels of a stage over those of its first stage's.
+# Channels of each stage, relative to the first.
 STAGE_EXPANSIONS = (1, 4, 8, 16, 32)
+# Divides the width of the first stage, so that its layers have a multiple of 8 output channels.
+WIDTH_STEP = 32
 
 
-class ACmixSANBlock(nn.Module):
+class ACmixSANBlock(Block):
     """x + linear(relu(norm(ACmix(relu(norm(x)))))), all on (batch, channels, height, width)."""
+
+    adds_shortcut = True
 
     def __init__(self, channels: int, kernel_size: int, norm_cfg: dict, drop_path_rate: float,
                  with_cp: bool, acmix: dict) -> None:
-        super().__init__()
+        super().__init__(with_cp)
         mid_channels = channels // 4
-        self.with_cp = with_cp
         self.bn1 = build_norm_layer(norm_cfg, channels)[1]
         self.sam = PatchwiseACmix(
             in_channels=channels,
@@ -45,32 +53,28 @@ class ACmixSANBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp and x.requires_grad:
-            return recompute(self.add_residual, x, use_reentrant=False)
-        return self.add_residual(x)
-
-    def add_residual(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         out = self.sam(self.relu(self.bn1(x)))
         return x + self.drop(self.conv(self.relu(self.bn2(out))))
 
 
 @MODELS.register_module()
-class ACmixSAN(BaseModule):
+class ACmixSAN(ACmixBackbone):
     """SAN (patch-wise self-attention) whose blocks mix attention with convolution.
 
-    Parameter names are the SAN authors', with the ACmix authors' for what ACmix adds under
-    ``sam``. Images of any size from 1×1 up: where a map has odd extents, pooling rounds up, and
-    the outputs have ⌈H / stride⌉ by ⌈W / stride⌉ positions at strides 2, 4, 8, 16, 32.
+    Parameters have the names of the SAN authors' code; what ACmix adds under ``sam`` has the names
+    of the ACmix authors' code. Images can have any size from 1×1 up: pooling rounds odd sizes up,
+    so the outputs have ⌈H / stride⌉ by ⌈W / stride⌉ positions at strides 2, 4, 8, 16 and 32.
 
     The authors' code for SAN is unpublished. Queries and keys have a quarter of the channels of
-    values, so they are cut into pieces as wide as the queries, six for the fc and four for the
-    output. At 224×224 with a 1000-class head, multiply-adds as the SAN authors' tool counts them
-    (norms, ReLUs, pooling and biases included, which gives the plain network its published
-    figures), and fc and shifts as two steps, as ACmix's authors count in their Swin:
+    the values, so all three are cut into pieces as wide as the queries, six for the fc layer and
+    four for the output. The table compares this with the alternatives, at 224×224 with a classifier
+    of 1000 classes. Multiply-adds are counted as the tool of SAN's authors does (including norms,
+    ReLUs, pooling and biases, which reproduces their published counts for plain SAN), and fc and
+    shifts as two steps, as the authors of ACmix count in Swin:
 
     ==================================  ===============  ===============  ===============
-    form                                SAN-10           SAN-15           SAN-19
+    variant                             SAN-10           SAN-15           SAN-19
     ==================================  ===============  ===============  ===============
     plain SAN                           11.84M  1.865G   16.18M  2.583G   20.52M  3.259G
     **pieces as wide as the queries**   11.99M  1.962G   16.41M  2.735G   20.83M  3.446G
@@ -81,34 +85,47 @@ class ACmixSAN(BaseModule):
     published                           12.1M   1.9G     16.6M   2.7G     21.2M   3.4G
     ==================================  ===============  ===============  ===============
 
-    The bold form is built. As it runs here, fc and shifts as one convolution, it takes 1.922G,
-    2.671G and 3.368G, the published multiply-adds; in two steps SAN-10 would take 2.0G. Its
-    parameters lie 0.1M, 0.2M and 0.4M below the published ones, and no form counted gives both.
-    (The published parameters of the ACmix ResNets exceed what the authors' own code for them
-    counts by nearly as much, 0.1M, 0.2M and 0.3M.) The choice is this project's.
+    The variant in bold is implemented. It runs fc and shifts as one convolution, which takes
+    1.922G, 2.671G and 3.368G and matches the published multiply-adds; in two steps SAN-10 would
+    round to 2.0G. Its parameters are 0.1M, 0.2M and 0.4M below the published ones, and no variant
+    matches both counts. (The published parameters of the ACmix-ResNets exceed those of the authors'
+    own code by nearly as much: 0.1M, 0.2M and 0.3M.) The choice of this variant is ours.
 
     Args:
-        depth: 10, 15 or 19: which ``stage_blocks`` to take.
+        depth: 10, 15 or 19; selects the number of blocks of each stage.
         in_channels: channels of the image.
         base_channels: channels of the stem and the first stage, a multiple of 32.
-        out_indices: stages that give an output; stage 0 has stride 2.
+        out_indices: indices of the stages that give an output; stage 0 has stride 2.
         frozen_stages: freeze the stem (0) and that many stages; -1 freezes nothing.
-        norm_cfg: batch norms.
+        norm_cfg: config of the batch norms.
         norm_eval: keep the running statistics of batch norms fixed in training.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_path_rate: stochastic depth rate of the last block; the rate rises linearly from 0.
         with_cp: recompute the blocks in the backward pass to save memory.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-SAN of this class, or
-            the SAN authors' plain, patch-wise SAN, or None. A plain SAN starts with rate1 = 1 and
-            rate2 = 0: the network computes at first what the plain one did.
-        mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
-        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-SAN of this class or a
+            plain, patch-wise SAN of the SAN authors, or None. A plain SAN is loaded with rate1 = 1
+            and rate2 = 0, so that at first the network computes what the plain one did.
+        mix: ``'acmix'`` for both paths, ``'attn'`` or ``'conv'`` for one of them alone.
+        acmix_cfg: further arguments of the ACmix layers: ``combine``, ``shift`` and
             ``shift_groups``; see :class:`acmix_mm.layers.PatchwiseACmix`.
-        stage_blocks: blocks of each of the five stages, in place of what ``depth`` says.
+        stage_blocks: number of blocks of each of the five stages; overrides ``depth``.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: an argument is invalid.
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
+
+    checkpoints = SANCheckpoints()
+    mixers = PATHS
+    plain_arguments: ClassVar = dict(mix='attn')
+    width_argument = 'base_channels'
+    blocks_argument = 'stage_blocks'
+    paper_networks = (
+        PaperNetwork('ACmix-SAN-10', 'acmix_san10', dict(depth=10), 12.1, 1.9),
+        PaperNetwork('ACmix-SAN-15', 'acmix_san15', dict(depth=15), 16.6, 2.7),
+        PaperNetwork('ACmix-SAN-19', 'acmix_san19', dict(depth=19), 21.2, 3.4),
+    )
+    counts_elementwise = True
+    timm_cfg: ClassVar = dict(first_conv='conv_in', crop_pct=0.875, interpolation='bilinear')
 
     def __init__(self,
                  depth: int,
@@ -126,17 +143,18 @@ class ACmixSAN(BaseModule):
                  stage_blocks: Optional[Sequence[int]] = None) -> None:
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
-                             f'{depth}; other depths go by stage_blocks.')
-        stage_blocks = tuple(stage_blocks or STAGE_BLOCKS[depth])
+                             f'{depth}; for other depths set stage_blocks.')
+        stage_blocks = self.stage_blocks_of(dict(depth=depth, stage_blocks=stage_blocks))
         if len(stage_blocks) != len(STAGE_KERNELS):
             raise ValueError(f'stage_blocks needs one number for each of the {len(STAGE_KERNELS)} '
                              f'stages, got {stage_blocks}.')
-        if base_channels % 32:
-            raise ValueError(f'base_channels must be a multiple of 32, got {base_channels}.')
+        if base_channels % WIDTH_STEP:
+            raise ValueError(f'base_channels must be a multiple of {WIDTH_STEP}, got '
+                             f'{base_channels}.')
         if not 0 <= min(out_indices) <= max(out_indices) < len(STAGE_KERNELS):
             raise ValueError(f'out_indices must lie in [0, {len(STAGE_KERNELS)}), got '
                              f'{tuple(out_indices)}.')
-        super().__init__(init_cfg=pretrained_init_cfg(init_cfg, None))
+        super().__init__(init_cfg)
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -144,30 +162,31 @@ class ACmixSAN(BaseModule):
 
         self.conv_in = nn.Conv2d(in_channels, base_channels, 1, bias=False)
         self.bn_in = build_norm_layer(norm_cfg, base_channels)[1]
-        rates = torch.linspace(0, drop_path_rate, sum(stage_blocks), device='cpu').tolist()
+        drop_path_rates = stochastic_depth(drop_path_rate, stage_blocks)
         width = base_channels
-        for stage, blocks in enumerate(stage_blocks):
+        for stage, kernel_size in enumerate(STAGE_KERNELS):
             channels = base_channels * STAGE_EXPANSIONS[stage]
             self.add_module(f'conv{stage}', nn.Conv2d(width, channels, 1, bias=False))
             self.add_module(f'bn{stage}', build_norm_layer(norm_cfg, channels)[1])
             self.add_module(f'layer{stage}', Sequential(*(
-                ACmixSANBlock(channels, STAGE_KERNELS[stage], norm_cfg, rates.pop(0), with_cp,
+                ACmixSANBlock(channels, kernel_size, norm_cfg, rate, with_cp,
                               dict(mix=mix, **(acmix_cfg or {})))
-                for _ in range(blocks))))
+                for rate in drop_path_rates[stage])))
+            self.stage_info.append(Stage(channels, 2**(stage + 1), f'layer{stage}'))
             width = channels
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2, stride=2, ceil_mode=True)
         self.freeze_stages()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
-        return tuple(self.forward_stages(x, self.out_indices))
+    @classmethod
+    def stage_blocks_of(cls, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(arguments['stage_blocks'] or STAGE_BLOCKS[arguments['depth']])
 
-    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
+    @classmethod
+    def width_step(cls, arguments: Mapping[str, Any]) -> int:
+        return WIDTH_STEP
 
-        Later stages do not run.
-        """
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> tuple[Tensor, ...]:
         x = self.relu(self.bn_in(self.conv_in(x)))
         maps = []
         for stage in range(max(indices) + 1):
@@ -175,53 +194,38 @@ class ACmixSAN(BaseModule):
             x = self.relu(norm(layer(conv(self.pool(x)))))
             if stage in indices:
                 maps.append(x)
-        return maps
+        return tuple(maps)
 
     def parts(self, stage: int) -> list[nn.Module]:
-        """The transition into a stage, its blocks, and the norm behind them."""
+        """The transition into a stage, its blocks, and the norm that follows them."""
         return [getattr(self, f'{name}{stage}') for name in ('conv', 'layer', 'bn')]
 
-    def train(self, mode: bool = True) -> 'ACmixSAN':
-        """Switch the mode; frozen stages, and batch norms under norm_eval, stay in evaluation."""
-        super().train(mode)
-        self.freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
-
-    def freeze_stages(self) -> None:
-        """Stop gradients and training behaviour in what ``frozen_stages`` covers."""
+    def frozen_modules(self) -> list[nn.Module]:
         frozen = [self.conv_in, self.bn_in] if self.frozen_stages >= 0 else []
-        for stage in range(self.frozen_stages):
-            frozen += self.parts(stage)
-        for module in frozen:
-            module.eval().requires_grad_(False)
-
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or initialise as SAN does."""
-        if self.init_cfg is not None:
-            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'SAN'))
-            return
-        print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
-                  logger='current')
-        self.init_from_scratch()
+        return frozen + [part for stage in range(self.frozen_stages) for part in self.parts(stage)]
 
     def init_from_scratch(self) -> None:
-        """Leave all layers as they started: PyTorch's own initialisation is SAN's."""
+        """Keep the initial values: SAN uses PyTorch's default initialisation."""
 
     def load_pretrained(self, found: Pretrained) -> None:
-        """Load an ACmix-SAN checkpoint, or a plain SAN's.
-
-        Raises:
-            CheckpointError: they do not fit.
-        """
-        mixing = r'|\.sam\.(fc\.|dep_conv\.|rate[12]$)'
+        convolution_path = r'|\.sam\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_report(
             self, found.state_dict, source=found.source,
             recognised=str(found),
-            may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else mixing),
+            may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else convolution_path),
             may_drop=r'^(fc|head)\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
         if not found.is_acmix and self.mix == 'acmix':
-            start_as_plain(self, 'SAN')
+            start_as_plain(self, self.checkpoints.host)
+
+    def remove_stages(self, first: int) -> None:
+        for stage in range(first, len(self.stage_info)):
+            for name in ('conv', 'layer', 'bn'):
+                delattr(self, f'{name}{stage}')
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(
+            stem=r'^(?:conv|bn)_in',
+            blocks=r'^(?:conv|layer|bn)(\d+)' if coarse else [
+                (r'^conv(\d+)', (0,)),
+                (r'^layer(\d+)\.(\d+)', None),
+                (r'^bn(\d+)', WITH_PREVIOUS)])

@@ -1,33 +1,47 @@
 """Swin Transformer with ACmix in every block (arXiv 2103.14030 and 2111.14556)."""
 
-from collections.abc import Sequence
-from typing import Optional, Union
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging, build_dropout
-from mmengine.logging import print_log
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from mmengine.model.weight_init import constant_init, trunc_normal_, trunc_normal_init
 from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-from acmix_mm.backbones.mixer import build_mixer, check_one_mixer, has_other_names
+from acmix_mm.backbones.base import (
+    WITH_PREVIOUS,
+    ACmixBackbone,
+    Block,
+    PaperNetwork,
+    Stage,
+    stochastic_depth,
+)
 from acmix_mm.backbones.position_tables import resize_grid
-from acmix_mm.checkpoints.reading import load_with_report, pretrained_init_cfg, start_as_plain
-from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
+from acmix_mm.backbones.token_mixers import (
+    OPERATORS,
+    PATHS,
+    build_mixer,
+    check_one_mixer,
+    has_other_names,
+)
+from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
+from acmix_mm.checkpoints.recognition import Pretrained
+from acmix_mm.checkpoints.swin import SwinCheckpoints
 from acmix_mm.layers import WindowACmix
 
 
 class ShiftWindowACmix(nn.Module):
     """:class:`WindowACmix` on a token sequence, then drop path.
 
-    ``w_msa`` is where MMDetection's Swin keeps these parameters, so that its names fit.
+    MMDetection's Swin has its attention under the name ``w_msa``, too.
     """
 
-    def __init__(self, drop_path_rate: float, **window_acmix) -> None:
+    def __init__(self, drop_path_rate: float, **window_acmix: Any) -> None:
         super().__init__()
         self.w_msa = WindowACmix(**window_acmix)
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
@@ -38,9 +52,9 @@ class ShiftWindowACmix(nn.Module):
 
 
 class ConvolutionMixer(nn.Module):
-    """A convolution on a token sequence, a linear layer as it follows attention, then drop path.
+    """A convolution on a token sequence, a linear layer as after attention, then drop path.
 
-    Nothing is shifted: a convolution has no windows.
+    A convolution has no windows, so nothing is shifted.
     """
 
     def __init__(self, embed_dims: int, mixer: dict, drop_rate: float,
@@ -57,10 +71,10 @@ class ConvolutionMixer(nn.Module):
         return self.drop(out.flatten(1, 2))
 
 
-class ACmixSwinBlock(nn.Module):
+class ACmixSwinBlock(Block):
     """x + ACmix(norm(x)), then x + FFN(norm(x)), on (batch, height · width, embed_dims).
 
-    ``mixer`` is another operator in the place of ACmix, or None.
+    ``mixer`` is the config of an operator that replaces ACmix, or None.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, feedforward_channels: int,
@@ -68,8 +82,7 @@ class ACmixSwinBlock(nn.Module):
                  drop_rate: float, attn_drop_rate: float, drop_path_rate: float, act_cfg: dict,
                  norm_cfg: dict, with_cp: bool, acmix: dict,
                  mixer: Optional[dict] = None) -> None:
-        super().__init__()
-        self.with_cp = with_cp
+        super().__init__(with_cp)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         if mixer is None:
             self.attn = ShiftWindowACmix(
@@ -93,25 +106,22 @@ class ACmixSwinBlock(nn.Module):
             dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
             act_cfg=act_cfg)
 
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        if self.with_cp and x.requires_grad:
-            return recompute(self.mix_and_feed_forward, x, hw_shape, use_reentrant=False)
-        return self.mix_and_feed_forward(x, hw_shape)
-
-    def mix_and_feed_forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+    def compute(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         x = x + self.attn(self.norm1(x), hw_shape)
         return self.ffn(self.norm2(x), identity=x)
 
 
 class ACmixSwinStage(nn.Module):
-    """Blocks that shift their windows in turn, then patch merging (none in the last stage)."""
+    """Blocks, of which every second one shifts its windows, and patch merging except in the last
+    stage.
+    """
 
-    def __init__(self, depth: int, drop_path_rates: Sequence[float],
-                 downsample: Optional[PatchMerging], **block) -> None:
+    def __init__(self, drop_path_rates: Sequence[float], downsample: Optional[PatchMerging],
+                 **block: Any) -> None:
         super().__init__()
         self.blocks = ModuleList(
-            ACmixSwinBlock(shift=index % 2 == 1, drop_path_rate=drop_path_rates[index], **block)
-            for index in range(depth))
+            ACmixSwinBlock(shift=index % 2 == 1, drop_path_rate=rate, **block)
+            for index, rate in enumerate(drop_path_rates))
         self.downsample = downsample
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -121,55 +131,74 @@ class ACmixSwinStage(nn.Module):
 
 
 @MODELS.register_module()
-class ACmixSwinTransformer(BaseModule):
+class ACmixSwinTransformer(ACmixBackbone):
     """Swin Transformer whose blocks mix windowed attention with convolution.
 
-    Takes the arguments of MMDetection's and MMSegmentation's ``SwinTransformer`` with the same
-    meaning, ``mix`` and ``mixer``. Parameter names are MMDetection's, with the authors' names for
-    what ACmix adds under ``attn.w_msa``. Images of any size from 1×1 up.
+    The arguments are those of MMDetection's and MMSegmentation's ``SwinTransformer``, with ``mix``,
+    ``acmix_cfg`` and ``mixer``. Parameters have MMDetection's names; what ACmix adds under
+    ``attn.w_msa`` has the names of the authors' code. Images can have any size from 1×1 up.
 
     Args:
-        pretrain_img_size: image size that the absolute position embedding is made for, in
-            pixels; at other sizes it is interpolated.
+        pretrain_img_size: image size in pixels that the absolute position embedding is made for;
+            it is interpolated to other sizes.
         in_channels: channels of the image.
         embed_dims: channels of the first stage; each stage doubles them.
-        patch_size: side of a patch, in pixels; equals ``strides[0]``.
-        window_size: side of a window, in patches.
-        mlp_ratio: hidden channels of the feed-forward layers over their input's.
-        depths: blocks of each stage.
+        patch_size: side of a patch in pixels; equals ``strides[0]``.
+        window_size: side of a window in patches.
+        mlp_ratio: hidden channels of the feed-forward layers, relative to their input.
+        depths: number of blocks of each stage.
         num_heads: attention heads of each stage.
         strides: strides of the patch embedding and of the patch mergings.
-        out_indices: stages that give an output.
-        qkv_bias: whether q, k and v have a bias.
-        qk_scale: factor of the attention logits; ``head_dims ** -0.5`` if None.
+        out_indices: indices of the stages that give an output.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_scale: scale of the attention logits; ``head_dims ** -0.5`` if None.
         patch_norm: whether patch embedding and patch merging have a norm.
-        drop_rate: dropout after the embedding, the mix, and in the feed-forward layers.
-        attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        drop_rate: dropout rate after the embedding, after ACmix, and in the feed-forward layers.
+        attn_drop_rate: dropout rate of the attention weights.
+        drop_path_rate: stochastic depth rate of the last block; the rate rises linearly from 0.
         use_abs_pos_embed: whether to add an absolute position embedding.
-        act_cfg: activation of the feed-forward layers.
-        norm_cfg: norm of the blocks and of the outputs.
+        act_cfg: config of the activation of the feed-forward layers.
+        norm_cfg: config of the norms of the blocks and of the outputs.
         with_cp: recompute the blocks in the backward pass to save memory.
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
-        convert_weights: says that the checkpoint is in Microsoft's naming. Accepted for the
-            configs that have it; the naming is recognised from the keys either way.
+        convert_weights: accepted for configs that state that their checkpoint has Microsoft's
+            names; names are recognised from the keys in any case.
         frozen_stages: freeze the patch embedding (0) and that many stages; -1 freezes nothing.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with the authors' ACmix-Swin,
-            Microsoft's Swin, or MMDetection's Swin, or None. A plain Swin starts with rate1 = 1
-            and rate2 = 0: the network computes at first what the plain one did.
-        mix: ``'acmix'``, or ``'attn'`` or ``'conv'`` to leave out the other path altogether.
-        acmix_cfg: further options of the ACmix layers, of ``combine``, ``shift`` and
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-Swin of the authors or a
+            plain Swin (Microsoft, timm, MMDetection), or None. A plain Swin is loaded with
+            rate1 = 1 and rate2 = 0, so that at first the network computes what the plain one did.
+        mix: ``'acmix'`` for both paths, ``'attn'`` or ``'conv'`` for one of them alone.
+        acmix_cfg: further arguments of the ACmix layers: ``combine``, ``shift`` and
             ``shift_groups``; see :class:`acmix_mm.layers.WindowACmix`.
-        mixer: an OpenMMLab convolution type in the place of ACmix and its shifted windows:
-            ``dict(type='Involution', kernel_size=7)``. It sees the map channels first, and a linear
-            layer follows, as behind attention. Where it does not say, its ``kernel_size`` is 3, and
-            ``bias`` is False. Of a checkpoint with another mixer, or of a plain Swin, all else is
-            loaded.
+        mixer: config of an OpenMMLab convolution type that replaces ACmix and its shifted windows:
+            ``dict(type='Involution', kernel_size=7)``. Its input is channels first, and a linear
+            layer follows it, as after attention. ``kernel_size`` defaults to 3, and ``bias`` to
+            False. From a checkpoint with another mixer, or of a plain Swin, everything but the
+            mixers is loaded.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: an argument is invalid.
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
+
+    checkpoints = SwinCheckpoints()
+    mixers: ClassVar = {
+        'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)), **PATHS, **OPERATORS}
+    plain_arguments: ClassVar = dict(mix='attn')
+    width_argument = 'embed_dims'
+    blocks_argument = 'depths'
+    paper_networks = (
+        PaperNetwork('ACmix-Swin-T', 'acmix_swin_tiny_patch4_window7_224',
+                     dict(depths=(2, 2, 6, 2)), 30, 4.6, 28.65),
+        PaperNetwork('ACmix-Swin-S', 'acmix_swin_small_patch4_window7_224',
+                     dict(depths=(2, 2, 18, 2)), 51, 9.0, 50.35),
+    )
+    output_norm = 'norm{}'
+    timm_arguments: ClassVar = dict(img_size='pretrain_img_size', proj_drop_rate='drop_rate')
+    timm_cfg: ClassVar = dict(
+        first_conv='patch_embed.projection', crop_pct=0.9, interpolation='bicubic')
+    position_tables = ('relative_position_bias_table', 'absolute_pos_embed')
+    fx_leaves = (PatchEmbed, PatchMerging)
 
     def __init__(self,
                  pretrain_img_size: Union[int, Sequence[int]] = 224,
@@ -203,12 +232,11 @@ class ACmixSwinTransformer(BaseModule):
             raise ValueError('Patches do not overlap: patch_size must equal strides[0], got '
                              f'{patch_size} and {strides[0]}.')
         check_one_mixer(mixer, mix, acmix_cfg)
-        super().__init__(init_cfg=pretrained_init_cfg(init_cfg, pretrained))
+        super().__init__(init_cfg, pretrained)
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.mix = mix
         self.mixer = mixer
-        self.num_features = [int(embed_dims * 2**stage) for stage in range(len(depths))]
         merging_norm_cfg = norm_cfg if patch_norm else None
 
         self.patch_embed = PatchEmbed(
@@ -226,14 +254,13 @@ class ACmixSwinTransformer(BaseModule):
             self.absolute_pos_embed = None
         self.drop_after_pos = nn.Dropout(drop_rate)
 
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(
-            tuple(depths))
         self.stages = ModuleList()
-        for stage, (depth, channels) in enumerate(zip(depths, self.num_features)):
+        channels, reduction = embed_dims, 1
+        for stage, drop_path_rates in enumerate(stochastic_depth(drop_path_rate, depths)):
             is_last = stage == len(depths) - 1
+            reduction *= strides[stage]
             self.stages.append(ACmixSwinStage(
-                depth=depth,
-                drop_path_rates=drop_path_rates[stage].tolist(),
+                drop_path_rates=drop_path_rates,
                 downsample=None if is_last else PatchMerging(
                     in_channels=channels,
                     out_channels=2 * channels,
@@ -252,21 +279,21 @@ class ACmixSwinTransformer(BaseModule):
                 with_cp=with_cp,
                 acmix=dict(mix=mix, **(acmix_cfg or {})),
                 mixer=mixer))
+            self.stage_info.append(Stage(channels, reduction, f'stages.{stage}'))
+            channels *= 2
         for index in out_indices:
-            self.add_module(f'norm{index}', build_norm_layer(norm_cfg, self.num_features[index])[1])
+            self.add_module(f'norm{index}',
+                            build_norm_layer(norm_cfg, self.stage_info[index].channels)[1])
         self.freeze_stages()
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map images (batch, in_channels, H, W) to one (batch, channels, h, w) per out index."""
-        maps = self.forward_stages(x, self.out_indices)
-        return [norm_channels(getattr(self, f'norm{index}'), out)
-                for index, out in zip(sorted(self.out_indices), maps)]
+    @classmethod
+    def width_step(cls, arguments: Mapping[str, Any]) -> int:
+        # Each stage has twice the width of the one before, divided into its own number of heads.
+        return next(width for width in itertools.count(1)
+                    if all(width * 2**stage % heads == 0
+                           for stage, heads in enumerate(arguments['num_heads'])))
 
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """The maps (batch, channels, h, w) behind the stages ``indices``, in ascending order.
-
-        They have not passed their output norms, and later stages do not run.
-        """
         x, hw_shape = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
             x = x + self.position_embedding(hw_shape)
@@ -283,40 +310,22 @@ class ACmixSwinTransformer(BaseModule):
         return maps
 
     def position_embedding(self, hw_shape: tuple[int, int]) -> Tensor:
-        """The absolute position embedding for a grid of patches, (1, height · width, channels)."""
+        """The absolute position embedding of a grid of patches, (1, height · width, channels)."""
         return resize_grid(self.absolute_pos_embed, self.patch_grid, hw_shape, 'bicubic')
 
-    def train(self, mode: bool = True) -> 'ACmixSwinTransformer':
-        """Switch the mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
-        self.freeze_stages()
-        return self
-
-    def freeze_stages(self) -> None:
-        """Stop gradients and training behaviour in what ``frozen_stages`` covers."""
+    def frozen_modules(self) -> list[Union[nn.Module, nn.Parameter]]:
         frozen = []
         if self.frozen_stages >= 0:
             frozen += [self.patch_embed, self.drop_after_pos]
             if self.absolute_pos_embed is not None:
-                self.absolute_pos_embed.requires_grad_(False)
+                frozen.append(self.absolute_pos_embed)
         for index in range(self.frozen_stages):
             frozen.append(self.stages[index])
             if index in self.out_indices:
                 frozen.append(getattr(self, f'norm{index}'))
-        for module in frozen:
-            module.eval().requires_grad_(False)
-
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``, or initialise as Swin does."""
-        if self.init_cfg is not None:
-            self.load_pretrained(read_pretrained(self.init_cfg['checkpoint'], 'Swin'))
-            return
-        print_log(f'{type(self).__name__} starts from scratch: no checkpoint in init_cfg.',
-                  logger='current')
-        self.init_from_scratch()
+        return frozen
 
     def init_from_scratch(self) -> None:
-        """Initialise as Swin does; rates and shift kernels go to their start."""
         if self.absolute_pos_embed is not None:
             trunc_normal_(self.absolute_pos_embed, std=0.02)
         for module in self.modules():
@@ -328,34 +337,29 @@ class ACmixSwinTransformer(BaseModule):
                 module.reset_parameters()
 
     def load_pretrained(self, found: Pretrained) -> None:
-        """Load a Swin or ACmix-Swin checkpoint, whichever of the known namings it is in.
-
-        Raises:
-            CheckpointError: they do not fit.
-        """
         is_acmix, state_dict = found.is_acmix, dict(found.state_dict)
         if is_acmix and self.mix != 'acmix':
             state_dict = fold_rate(state_dict, self.mix)
         self.fit_position_tables(state_dict)
 
-        mixing = r'\.w_msa\.(fc\.|dep_conv\.|rate[12]$)'
-        attending = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
+        convolution_path = r'\.w_msa\.(fc\.|dep_conv\.|rate[12]$)'
+        attention_path = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
         replaced = [] if self.mixer is None else [
             name for name, mixer in self.named_modules() if isinstance(mixer, ConvolutionMixer)
             and has_other_names(mixer, f'{name}.', state_dict)]
-        own_tables = r'^norm\d\.|^absolute_pos_embed$'
+        optional = r'^norm\d\.|^absolute_pos_embed$'
         load_with_report(
             self, state_dict, source=found.source,
             recognised=str(found),
-            may_lack=own_tables if is_acmix else f'{own_tables}|{mixing}',
+            may_lack=optional if is_acmix else f'{optional}|{convolution_path}',
             may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
-            {'acmix': '', 'attn': f'|{mixing}', 'conv': f'|{attending}'}[self.mix],
+            {'acmix': '', 'attn': f'|{convolution_path}', 'conv': f'|{attention_path}'}[self.mix],
             leave='|'.join(rf'^{name}\.' for name in replaced))
         if not is_acmix and self.mix == 'acmix' and self.mixer is None:
-            start_as_plain(self, 'Swin')
+            start_as_plain(self, self.checkpoints.host)
 
     def fit_position_tables(self, state_dict: dict[str, Tensor]) -> None:
-        """Resize, in place, the position tables of other window or image sizes."""
+        """Resize position tables of other window or image sizes, in place."""
         own = self.state_dict()
         state_dict.update({key: value for key, value in own.items()
                            if key.endswith('relative_position_index')})
@@ -367,24 +371,35 @@ class ACmixSwinTransformer(BaseModule):
                 state_dict[key] = resize_grid(table[None], (old, old), (new, new), 'bicubic')[0]
             elif key == 'absolute_pos_embed':
                 side = int(table.shape[1]**0.5)
-                state_dict[key] = resize_grid(table, (side, side), self.patch_grid,
-                                              'bicubic')
+                state_dict[key] = resize_grid(table, (side, side), self.patch_grid, 'bicubic')
 
+    def remove_stages(self, first: int) -> None:
+        self.stages = self.stages[:first]
+        self.stages[-1].downsample = None
 
-def norm_channels(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply a norm of the last axis to the channels of a map (batch, channels, h, w)."""
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return dict(
+            stem=r'^(?:patch_embed|absolute_pos_embed)',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)\.downsample', WITH_PREVIOUS),
+                (r'^norm', WITH_PREVIOUS)])
 
 
 def fold_rate(state_dict: dict[str, Tensor], mix: str) -> dict[str, Tensor]:
-    """Multiply the rate of the one path that is kept into its last linear layer."""
+    """Multiply the weights of the last linear layer of a path by the path's rate.
+
+    Args:
+        state_dict: weights of a network with both paths.
+        mix: the path, ``'attn'`` or ``'conv'``.
+    """
     ends = {'attn': ('proj.weight', 'proj.bias'), 'conv': ('dep_conv.weight',)}[mix]
     folded = dict(state_dict)
     for key, value in state_dict.items():
         prefix, _, name = key.rpartition('.w_msa.')
         rate = state_dict.get(f'{prefix}.w_msa.rate1')
         if rate is not None and mix == 'conv':
-            # There is one rate where the other is the rest of it.
+            # With combine='convex' the rate of the convolution path is 1 - rate1.
             rate = state_dict.get(f'{prefix}.w_msa.rate2', 1 - rate)
         if prefix and name in ends and rate is not None:
             folded[key] = value * rate

@@ -1,62 +1,64 @@
-"""The operators that a comparison puts into the same skeleton, by one name each for all backbones.
+"""Token mixers: the operators that can take the place of ACmix in a backbone, by name.
 
-``conv`` is a plain 3×3 convolution, and ``conv7`` one of 7×7, the usual reach of local attention;
-``attn`` is the attention of the host (a sliding window in a ResNet, shifted windows in a Swin, a
-reduced map in a PVT, patches in a SAN), ``acmix`` both on shared projections (arXiv 2111.14556),
-and ``acmix-conv`` ACmix's convolution path alone; ``involution`` of 7×7 (arXiv 2103.06255) stands
-between convolution and attention. PVT and SAN have the three of ACmix.
+``conv`` is a 3×3 convolution, and ``conv7`` a 7×7 convolution, whose kernel has the size of a
+typical window of local attention. ``attn`` is the attention of the host: over a sliding window in
+ResNet, shifted windows in Swin, a reduced map in PVT, patches in SAN. ``acmix`` is attention and
+convolution on shared projections (arXiv 2111.14556), and ``acmix-conv`` the convolution path of
+ACmix alone. ``involution`` is 7×7 involution (arXiv 2103.06255).
 """
 
+from collections.abc import Collection
 from copy import deepcopy
-from typing import Any
+from typing import Any, Optional
 
+from mmcv.cnn import build_conv_layer
 from mmengine.config import ConfigDict
+from torch import nn
 
+from acmix_mm.backbones.base import BACKBONES
+from acmix_mm.layers.padded_conv import one_side
 from acmix_mm.utils.errors import UsageError
 
-MIXES = {'attn': dict(mix='attn'), 'acmix': dict(mix='acmix'), 'acmix-conv': dict(mix='conv')}
-SEVEN = {
+# Arguments that select a mixer: the paths of ACmix, which all hosts have, and other operators.
+PATHS: dict[str, dict[str, Any]] = {
+    'attn': dict(mix='attn'), 'acmix': dict(mix='acmix'), 'acmix-conv': dict(mix='conv')}
+OPERATORS: dict[str, dict[str, Any]] = {
     'conv7': dict(mixer=dict(type='Conv2d', kernel_size=7)),
     'involution': dict(mixer=dict(type='Involution', kernel_size=7)),
 }
-
-# What differs in the config of a backbone; every other argument is the same.
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    'ACmixResNet': {'conv': dict(acmix_stages=()), **MIXES, **SEVEN},
-    'ACmixSwinTransformer': {
-        'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)), **MIXES, **SEVEN},
-    'ACmixPyramidVisionTransformer': MIXES,
-    'ACmixSAN': MIXES,
-}
-MIXERS: tuple[str, ...] = tuple(OPTIONS['ACmixResNet'])
+MIXERS: tuple[str, ...] = ('conv', *PATHS, *OPERATORS)
 
 
 def mixer_options(backbone: str, mixer: str) -> dict[str, Any]:
-    """What to put into the config of a backbone that mixes by ``acmix``, to exchange its mixer.
+    """Arguments that select a token mixer, to be merged into a backbone's config.
 
     Args:
-        backbone: its type, a key of ``OPTIONS``.
+        backbone: type of the backbone, ``'ACmixResNet'``. Its config must use ``mix='acmix'``, the
+            default; :func:`with_mixer` replaces any other mixer.
         mixer: one of ``MIXERS``.
 
     Raises:
-        UsageError: there is no such mixer, or not in this backbone.
+        UsageError: the mixer or the backbone is unknown, or the backbone does not support the
+            mixer.
     """
     if mixer not in MIXERS:
         raise UsageError(f'There is no mixer {mixer!r}; name one of {", ".join(MIXERS)}.')
-    if backbone not in OPTIONS:
-        raise UsageError(f'The backbone {backbone} has no mixer to exchange; take a config with '
-                         f'one that has: {", ".join(OPTIONS)}.')
-    if mixer not in OPTIONS[backbone]:
-        raise UsageError(f'The backbone {backbone} does not take the mixer {mixer}; it takes '
-                         f'{", ".join(OPTIONS[backbone])}.')
-    return deepcopy(OPTIONS[backbone][mixer])
+    hosts = {host.__name__: host for host in BACKBONES.values()}
+    if backbone not in hosts:
+        raise UsageError(f'The backbone {backbone} has no mixer to exchange; use a config with '
+                         f'one that has: {", ".join(hosts)}.')
+    options = hosts[backbone].mixers
+    if mixer not in options:
+        raise UsageError(f'The backbone {backbone} does not support the mixer {mixer}; it supports '
+                         f'{", ".join(options)}.')
+    return deepcopy(options[mixer])
 
 
 def with_mixer(backbone: ConfigDict, mixer: str) -> ConfigDict:
-    """The config of a backbone with a mixer, and what belongs to it, in place of its own.
+    """Return a copy of a backbone's config with another token mixer.
 
     Raises:
-        UsageError: as :func:`mixer_options`.
+        UsageError: as in :func:`mixer_options`.
     """
     options = mixer_options(backbone.type, mixer)
     backbone = deepcopy(backbone)
@@ -68,3 +70,45 @@ def with_mixer(backbone: ConfigDict, mixer: str) -> ConfigDict:
         backbone.pop('acmix_cfg', None)
     backbone.update(options)
     return backbone
+
+
+def build_mixer(mixer: dict[str, Any], channels: int, stride: int = 1,
+                dilation: int = 1) -> nn.Module:
+    """Build a token mixer: a convolution layer, padded so that stride 1 keeps the size of the map.
+
+    Args:
+        mixer: config of an OpenMMLab convolution type. ``kernel_size`` defaults to 3, and ``bias``
+            to False.
+        channels: channels of the input and of the output.
+        stride: stride of the layer.
+        dilation: dilation of the layer.
+
+    Raises:
+        ValueError: ``kernel_size`` is even or not square, or the type rejects an argument.
+    """
+    mixer = {**dict(kernel_size=3, bias=False), **mixer}
+    kernel_size = one_side('kernel_size', mixer.pop('kernel_size'))
+    if kernel_size % 2 == 0:
+        raise ValueError('The kernel_size of a mixer must be odd, so that it keeps the size of '
+                         f'the map; got {kernel_size}.')
+    return build_conv_layer(mixer, channels, channels, kernel_size, stride=stride,
+                            padding=dilation * (kernel_size // 2), dilation=dilation)
+
+
+def check_one_mixer(mixer: Optional[dict], mix: str, acmix_cfg: Optional[dict]) -> None:
+    """Raise ValueError if ``mixer`` is combined with arguments of ACmix, which it replaces."""
+    if mixer is not None and (mix != 'acmix' or acmix_cfg):
+        raise ValueError(f'mixer replaces ACmix, so it cannot be combined with mix={mix!r} and '
+                         f'acmix_cfg={acmix_cfg}; give one of the two.')
+
+
+def has_other_names(module: nn.Module, prefix: str, keys: Collection[str]) -> bool:
+    """Whether a checkpoint's weights for a module belong to another kind of module.
+
+    Args:
+        module: the module to load.
+        prefix: name of the module in the checkpoint, with the dot.
+        keys: all keys of the checkpoint.
+    """
+    theirs = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    return theirs != set(module.state_dict())

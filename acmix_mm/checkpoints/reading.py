@@ -1,47 +1,42 @@
-"""Reading checkpoints as data, and loading them with an account of every key.
-
-No checkpoint runs code here: torch unpickles tensors and plain containers, and refuses the rest.
-"""
+"""Reading checkpoints as data: torch unpickles tensors and plain containers, and nothing else."""
 
 import argparse
 import contextlib
 import os
 import pickle
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable, NamedTuple
 from urllib.error import URLError
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
-from torch import Tensor, nn
+from torch import Tensor
 
 from acmix_mm.utils.errors import CheckpointError
 
-# What torch raises on files that are missing, unreachable, damaged, or more than data.
+# Raised for files that are missing, unreachable, damaged, or that hold more than data.
 LOAD_ERRORS = (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError)
-# Where checkpoints keep their weights, averaged ones first. (MMEngine's ``ema_state_dict`` is what
-# was averaged: its hook exchanges the two as it saves.)
-NESTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
-# What wraps a model, for several processes or to compile it, puts in front of its names.
+# Entries that may hold the weights, averaged weights first. MMEngine's EMA hook saves the averaged
+# weights as ``state_dict``, and the others as ``ema_state_dict``.
+WEIGHT_ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+# Prefixes added by DistributedDataParallel and torch.compile.
 WRAPPERS = re.compile(r'^((module|_orig_mod)\.)+')
-# An older torch cannot be told which of MMEngine's classes are data, and would refuse them all.
+# Older versions of torch have no allow list for classes and refuse those of MMEngine's checkpoints.
 HAS_ALLOW_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
-# Names that timm takes: one of its models, or a model on a hub.
-TIMM_SCHEME = 'timm://'
+# Addresses without '://'.
 HUB_SCHEMES = ('hf-hub:', 'hf_hub:')
 
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Make every ``torch.load`` inside refuse what is not data, downloads included.
+    """Force ``weights_only=True`` on every ``torch.load`` in the context, also after a download.
 
-    MMEngine passes no ``weights_only``, and torch.hub, which downloads for it, passes False. The
-    ``argparse.Namespace`` in which timm's and many other scripts keep their arguments is data: it
-    holds attributes and runs nothing (torch older than 2.5 cannot be told so, and refuses it).
+    MMEngine does not pass ``weights_only``, and torch.hub, which downloads for MMEngine, passes
+    False. ``argparse.Namespace`` is allowed: timm and many training scripts save their arguments
+    in one, and unpickling it only sets attributes. (torch < 2.5 cannot allow it.)
     """
     allowed = getattr(torch.serialization, 'safe_globals', contextlib.nullcontext)
     force, force_not = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
@@ -56,19 +51,17 @@ def weights_only() -> Iterator[None]:
 
 
 def read_checkpoint(source: str) -> Mapping:
-    """Load a checkpoint onto the CPU, as data.
+    """Read a checkpoint as data, onto the CPU.
 
     Args:
-        source: a path, a URL, or another scheme that MMEngine's ``CheckpointLoader`` knows; the
+        source: a path, a URL, or another address that MMEngine's ``CheckpointLoader`` supports; the
             path of a ``.safetensors`` file; ``timm://MODEL`` for the weights of a timm model, or
-            ``hf-hub:OWNER/NAME`` for those of a timm model on the Hugging Face hub.
+            ``hf-hub:OWNER/NAME`` for a timm model on the Hugging Face hub.
 
     Raises:
-        CheckpointError: it is missing, cannot be downloaded, is damaged, or holds code.
+        CheckpointError: the checkpoint is missing, cannot be downloaded, is damaged, or holds code.
     """
     try:
-        if source.startswith((TIMM_SCHEME, *HUB_SCHEMES)):
-            return read_from_timm(source.removeprefix(TIMM_SCHEME))
         if source.endswith('.safetensors'):
             return read_safetensors(source)
         allow_mmengine_checkpoints()
@@ -79,33 +72,12 @@ def read_checkpoint(source: str) -> Mapping:
 
 
 def is_path(source: str) -> bool:
-    """Whether a checkpoint's source is a file here, and no address that something downloads."""
+    """Whether the source of a checkpoint is a local path rather than an address to download."""
     return '://' not in source and not source.startswith(HUB_SCHEMES)
 
 
-def read_from_timm(name: str) -> Mapping[str, Tensor]:
-    """Let timm build a model, download its weights if it has to, and load them."""
-    try:
-        import timm
-
-        # A hub may hold ACmix models, which timm knows from there.
-        import acmix_mm.timm  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(f'The weights of {name} come through timm, which cannot be imported '
-                              f'({error}); pip install timm.') from error
-    try:
-        with weights_only():
-            return timm.create_model(name, pretrained=True).state_dict()
-    except OSError as error:
-        # Whatever went wrong on the way to the hub, a missing file in its cache included.
-        raise ConnectionError(str(error).split('\n')[0]) from error
-    except RuntimeError as error:
-        raise CheckpointError(f'timm has no weights of the name {name} ({error}); '
-                              'timm.list_pretrained() lists those that it has.') from error
-
-
 def read_safetensors(path: str) -> Mapping[str, Tensor]:
-    """Load a ``.safetensors`` file."""
+    """Read a ``.safetensors`` file."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -119,28 +91,30 @@ def read_safetensors(path: str) -> Mapping[str, Tensor]:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Tell torch which of the classes in MMEngine's own checkpoints are data.
+    """Allow torch to load the log history in MMEngine's checkpoints, with its NumPy arrays.
 
-    They are the log history of a run and the NumPy arrays in it. Everything else stays refused.
+    All other classes stay refused.
     """
     if not HAS_ALLOW_LIST:
         return
     dtypes = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
-    # NumPy 1 and 2 have these in modules of different names.
-    functions = dict(_reconstruct=np.empty(0).__reduce__()[0], scalar=np.int64(0).__reduce__()[0])
+    functions: dict[str, Any] = {'_reconstruct': np.empty(0).__reduce__()[0],
+                                 'scalar': np.int64(0).__reduce__()[0]}
+    # NumPy 2 renamed the module core to _core.
+    names = [(function, f'numpy.{core}.multiarray.{name}')
+             for name, function in functions.items() for core in ('core', '_core')]
     torch.serialization.add_safe_globals([
         HistoryBuffer, np.ndarray, np.dtype, *dtypes, (history_statistic, 'builtins.getattr'),
-        *((function, f'numpy.{core}.multiarray.{name}')
-          for name, function in functions.items() for core in ('core', '_core'))])
+        *names])
 
 
 def history_statistic(owner: type, name: str) -> Callable:
-    """Stand in for ``getattr``, by which a pickled ``HistoryBuffer`` names its own methods.
+    """Replace ``getattr`` for pickled instances of ``HistoryBuffer``, which look up their methods.
 
-    The real one would let a checkpoint reach anything.
+    The real ``getattr`` would give a checkpoint access to arbitrary code.
 
     Raises:
-        pickle.UnpicklingError: something else than a statistic of ``HistoryBuffer`` is asked for.
+        pickle.UnpicklingError: the attribute is not a statistic of ``HistoryBuffer``.
     """
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
         raise pickle.UnpicklingError(f'Unsupported GLOBAL getattr({owner!r}, {name!r})')
@@ -148,7 +122,7 @@ def history_statistic(owner: type, name: str) -> Callable:
 
 
 def explain_load_error(source: str, error: Exception) -> str:
-    """Say in one sentence why ``source`` could not be loaded, and what to do."""
+    """Explain in one line why ``source`` could not be loaded, and what to do about it."""
     if isinstance(error, FileNotFoundError):
         return f'The checkpoint {source} does not exist; check the path.'
     if isinstance(error, (URLError, ConnectionError, TimeoutError)):
@@ -158,10 +132,10 @@ def explain_load_error(source: str, error: Exception) -> str:
                 'train from scratch, with --cfg-options model.backbone.init_cfg=None.')
     reason = str(error).strip().split('\n')[0] or type(error).__name__
     if isinstance(error, pickle.UnpicklingError):
-        # torch puts advice to load it all the same first, and what it found further down.
+        # torch's message starts with advice on how to load the file anyway.
         unsafe = re.search(r'(?:GLOBAL|Unsupported class) (\S+)', str(error))
         if unsafe:
-            return (f'The checkpoint {source} is refused and nothing of it was run: besides data '
+            return (f'The checkpoint {source} is refused and nothing in it was run: besides data, '
                     f'it holds {unsafe.group(1)}, which could be code; save its weights alone, '
                     'with torch.save(model.state_dict(), path).')
         reason = 'not what torch.save writes'
@@ -169,31 +143,13 @@ def explain_load_error(source: str, error: Exception) -> str:
             'checkpoint; fetch or save it again.')
 
 
-def pretrained_init_cfg(init_cfg: Optional[dict], pretrained: Optional[str]) -> Optional[dict]:
-    """The one ``init_cfg`` of a backbone, which OpenMMLab's may also be given as ``pretrained``.
-
-    Raises:
-        ValueError: both are given, or ``init_cfg`` is about something else than a checkpoint.
-    """
-    if pretrained is not None:
-        if init_cfg is not None:
-            raise ValueError('init_cfg and pretrained are two ways to say one thing; give one.')
-        warnings.warn('pretrained is deprecated, use init_cfg=dict(type="Pretrained", '
-                      'checkpoint=...) instead', DeprecationWarning, stacklevel=3)
-        return dict(type='Pretrained', checkpoint=pretrained)
-    if init_cfg is not None and 'checkpoint' not in init_cfg:
-        raise ValueError('These backbones take init_cfg=dict(type="Pretrained", checkpoint=...) or '
-                         f'None, got {init_cfg}.')
-    return init_cfg
-
-
 class Weights(NamedTuple):
-    """Weights of one network, as a checkpoint names them.
+    """Weights read from a checkpoint.
 
     Attributes:
-        source: where they come from, for messages.
-        part: which part of the checkpoint they are, for messages; empty if all of it.
-        state_dict: the weights.
+        source: the checkpoint, for messages.
+        part: which part of the checkpoint the weights are, for messages; empty for all of it.
+        state_dict: the weights, under the keys of the checkpoint.
     """
 
     source: str
@@ -202,105 +158,39 @@ class Weights(NamedTuple):
 
 
 def read_weights(source: str) -> Weights:
-    """Load the weights of a checkpoint: averaged ones, where it has them, and of the backbone
-    alone, where it is a whole detector.
+    """Read the weights of a backbone from its own checkpoint or that of a whole detector.
+
+    Averaged weights are preferred.
 
     Raises:
-        CheckpointError: as :func:`read_checkpoint`, or the file holds no weights.
+        CheckpointError: the checkpoint cannot be read (see :func:`read_checkpoint`), or holds no
+            weights.
     """
     weights = read_model_weights(source)
-    if not any(key.startswith('backbone.') for key in weights.state_dict):
+    backbone = {key.removeprefix('backbone.'): value
+                for key, value in weights.state_dict.items() if key.startswith('backbone.')}
+    if not backbone:
         return weights
-    return Weights(source, ', '.join(filter(None, [weights.part, 'its backbone'])),
-                   {key.removeprefix('backbone.'): value
-                    for key, value in weights.state_dict.items() if key.startswith('backbone.')})
+    return Weights(source, ', '.join(filter(None, [weights.part, 'its backbone'])), backbone)
 
 
 def read_model_weights(source: str) -> Weights:
-    """Load the weights of a checkpoint, of a whole detector with neck and heads: averaged ones,
-    where it has them.
+    """Read all weights of a checkpoint, with those of neck and heads; averaged ones if it has any.
 
     Raises:
-        CheckpointError: as :func:`read_checkpoint`, or the file holds no weights.
+        CheckpointError: the checkpoint cannot be read (see :func:`read_checkpoint`), or holds no
+            weights.
     """
     checkpoint = read_checkpoint(source)
     part = ''
-    for nest in NESTS:
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(nest), Mapping):
-            checkpoint = checkpoint[nest]
-            if nest.endswith('_ema'):
-                part = f'the averaged weights in {nest}'
+    for entry in WEIGHT_ENTRIES:
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(entry), Mapping):
+            checkpoint = checkpoint[entry]
+            if entry.endswith('_ema'):
+                part = f'the averaged weights in {entry}'
     if not isinstance(checkpoint, Mapping) or not all(
             isinstance(value, Tensor) for value in checkpoint.values()) or not checkpoint:
         raise CheckpointError(f'The checkpoint {source} holds no weights: neither it nor its '
-                              f'{" or ".join(map(repr, NESTS))} maps names to tensors.')
+                              f'{" or ".join(map(repr, WEIGHT_ENTRIES))} maps names to tensors.')
     return Weights(source, part,
                    {WRAPPERS.sub('', key): value for key, value in checkpoint.items()})
-
-
-def load_with_report(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str,
-                      recognised: str, may_lack: str, may_drop: str, leave: str = '') -> None:
-    """Copy weights into ``model`` and log what was loaded, left at its start, and dropped.
-
-    Args:
-        model: takes the weights.
-        state_dict: the weights, under the model's own names.
-        source: where they come from, for messages.
-        recognised: what the checkpoint was recognised as, for messages.
-        may_lack: regular expression of the model's keys that the checkpoint need not have.
-        may_drop: regular expression of the checkpoint's keys that the model need not have.
-        leave: regular expression of keys on either side that have nothing to do with the other's,
-            or empty.
-
-    Raises:
-        CheckpointError: other keys are missing or left over, or shapes differ; the model is as
-            before.
-    """
-    own = model.state_dict()
-    if leave:
-        may_lack, may_drop = f'{may_lack}|{leave}', f'{may_drop}|{leave}'
-    shared = {key: state_dict[key] for key in own
-              if key in state_dict and not (leave and re.search(leave, key))}
-    missing = [key for key in own if key not in shared]
-    dropped = [key for key in state_dict if key not in shared]
-    unfit = [f'{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}'
-             for key, value in shared.items() if value.shape != own[key].shape]
-    lacking = [key for key in missing if not re.search(may_lack, key)]
-    left_over = [key for key in dropped if not re.search(may_drop, key)]
-    if unfit or lacking or left_over:
-        problems = [f'{label}: {summary(keys)}' for label, keys in
-                    (('missing', lacking), ('not in the model', left_over),
-                     ('of another shape', unfit)) if keys]
-        raise CheckpointError(f'The checkpoint {source} ({recognised}) does not fit this '
-                              f'{type(model).__name__}: {"; ".join(problems)}.')
-    model.load_state_dict(shared, strict=False)
-    print_log(f'{source}: recognised as {recognised}.\n'
-              f'  loaded: {len(own) - len(missing)} of {len(own)} entries\n'
-              f'  left at the initial value: {summary(missing) or "none"}\n'
-              f'  dropped: {summary(dropped) or "none"}', logger='current')
-
-
-def start_as_plain(model: nn.Module, host: str) -> None:
-    """Set rate1 = 1 and rate2 = 0 everywhere in ``model``, which has a plain network's weights.
-
-    ``host`` is what that network is called, for the log.
-    """
-    rates = {name: parameter for name, parameter in model.named_parameters()
-             if name.endswith(('.rate1', '.rate2'))}
-    for name, parameter in rates.items():
-        nn.init.constant_(parameter, float(name.endswith('.rate1')))
-    print_log(f'  rate1 = 1 and rate2 = 0: at first it computes what the plain {host} did.' if rates
-              else f'  Without rates the convolution path adds to what the plain {host} did.',
-              logger='current')
-
-
-def summary(keys: Sequence[str], most: int = 8) -> str:
-    """List keys, with those that differ only in numbers as one line: ``a.*.b (12×)``."""
-    alike: dict[str, list[str]] = {}
-    for key in keys:
-        alike.setdefault(re.sub(r'\.\d+(?=\.)', '.*', key), []).append(key)
-    lines = [f'{pattern} ({len(group)}×)' if len(group) > 1 else group[0]
-             for pattern, group in alike.items()]
-    if len(lines) > most:
-        lines = [*lines[:most], f'and {len(lines) - most} more']
-    return ', '.join(lines)

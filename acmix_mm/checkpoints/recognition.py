@@ -1,35 +1,22 @@
-"""Weights that exist, of ACmix networks and of their plain hosts, under the names used here.
+"""Recognising which network the weights of a checkpoint belong to."""
 
-One file for each host tells its namings apart and renames.
-"""
-
-import re
 from typing import NamedTuple, Optional
 
 from torch import Tensor
 
-from acmix_mm.checkpoints import pvt, resnet, san, swin
+from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.reading import Weights, read_weights
 from acmix_mm.utils.errors import CheckpointError
-
-# The light fully connected layer, which every ACmix layer with a convolution path has.
-OF_ACMIX = re.compile(r'\.(w_msa|attn|sam|conv2)\.fc\.weight$')
-HOSTS = {
-    'Swin': swin.to_backbone_names,
-    'PVT': pvt.to_backbone_names,
-    'ResNet': resnet.to_backbone_names,
-    'SAN': san.to_backbone_names,
-}
 
 
 class Pretrained(NamedTuple):
     """Weights whose network has been recognised.
 
     Attributes:
-        host: the name of the host in ``HOSTS``.
-        is_acmix: whether they have ACmix's own parameters, or are of the plain host.
-        naming: whose names the checkpoint used.
-        weights: where they come from, and the weights under the names of the backbones here.
+        host: name of the host in ``HOSTS``.
+        is_acmix: whether they include the parameters of ACmix; else they are of the plain host.
+        naming: whose naming the checkpoint uses.
+        weights: the weights, under the keys of the backbone, and their source.
     """
 
     host: str
@@ -46,32 +33,33 @@ class Pretrained(NamedTuple):
         return self.weights.state_dict
 
     def __str__(self) -> str:
-        kind = f'{"ACmix-" if self.is_acmix else "plain "}{self.host}'
-        return ', '.join(filter(None, [kind, f'{self.naming} naming', self.weights.part]))
+        network = f'{"ACmix-" if self.is_acmix else "plain "}{self.host}'
+        return ', '.join(filter(None, [network, f'{self.naming} naming', self.weights.part]))
 
 
 def read_pretrained(source: str, host: Optional[str] = None) -> Pretrained:
-    """Load the weights of a checkpoint and recognise, from their keys, what they are of.
+    """Read the weights of a checkpoint and recognise their network by its keys.
 
     Args:
-        source: as :func:`acmix_mm.checkpoints.reading.read_checkpoint` takes.
-        host: the host in ``HOSTS`` whose weights alone are of use.
+        source: see :func:`acmix_mm.checkpoints.reading.read_checkpoint`.
+        host: name in ``HOSTS`` of the only host to accept; any if None.
 
     Raises:
-        CheckpointError: it cannot be read, or is of no network or another one than asked for.
+        CheckpointError: the checkpoint cannot be read, or holds an unknown network or one of
+            another host.
     """
     weights = read_weights(source)
-    for name, to_backbone_names in HOSTS.items():
-        renamed = to_backbone_names(weights.state_dict)
-        if renamed is None:
+    for checkpoints in HOSTS.values():
+        converted = checkpoints.to_backbone_keys(weights.state_dict)
+        if converted is None:
             continue
-        naming, state_dict = renamed
-        is_acmix = any(map(OF_ACMIX.search, state_dict))
-        found = Pretrained(name, is_acmix, naming, weights._replace(state_dict=state_dict))
-        if host not in (None, name):
-            raise CheckpointError(f'The checkpoint {source} is of another network ({found}): what '
-                                  f'is needed here is one of a {host}, plain or ACmix.')
+        naming, state_dict = converted
+        found = Pretrained(checkpoints.host, checkpoints.is_acmix(state_dict), naming,
+                           weights._replace(state_dict=state_dict))
+        if host not in (None, found.host):
+            raise CheckpointError(f'The checkpoint {source} is of another network ({found}): this '
+                                  f'model needs one of a {host}, plain or ACmix.')
         return found
-    raise CheckpointError(f'The checkpoint {source} is of none of the networks that are known here '
+    raise CheckpointError(f'The checkpoint {source} is of no known network '
                           f'({", ".join(HOSTS)}; plain or ACmix): its keys are '
                           f'{", ".join(list(weights.state_dict)[:6])}, …')

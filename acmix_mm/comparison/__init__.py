@@ -1,1 +1,1 @@
-"""Comparing mixers in one network, at equal cost, from a config to a report."""
+"""Comparison of token mixers in one network at equal cost, from a config to a report."""

@@ -1,5 +1,6 @@
-"""From a config to the networks that are compared, each with a config file of its own."""
+"""The plan of a comparison: networks of equal cost, with a config file for each."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,24 +9,23 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Optional
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from acmix_mm.backbones.token_mixers import MIXERS, mixer_options
+from acmix_mm.backbones.token_mixers import mixer_options
 from acmix_mm.benchmark import processor
 from acmix_mm.comparison.matching import (
     TOLERANCE,
+    BackboneSize,
     Family,
-    Size,
-    describe,
     match,
     match_by_measuring,
 )
 from acmix_mm.comparison.record import seed_by_epoch, write_json
 from acmix_mm.comparison.schedule import Budget, is_epoch_based, iterations_of, save_often, stretch
-from acmix_mm.comparison.timing import iteration_seconds, latencies, picture_shape
+from acmix_mm.comparison.timing import iteration_seconds, latencies, validation_image_size
 from acmix_mm.engine.config import check_data
 from acmix_mm.engine.runner import checkpoint_sources
 from acmix_mm.environment import versions
@@ -38,24 +38,25 @@ QUANTITIES = dict(params='parameters', flops='multiply-adds', latency='latency',
 
 def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optional[Budget],
               out: str) -> dict[str, Any]:
-    """Decide what is compared, or read what was decided before.
+    """Plan a comparison, or read the plan of an earlier call.
 
-    Matching by latency and budgets in minutes are measured, so that a second time would not give
-    the same networks. The plan is therefore kept in ``plan.json``, beside a config for each mixer.
+    Matching by latency and budgets in minutes rely on measurements, which a second call would not
+    reproduce. The plan is therefore saved in ``plan.json``, next to a config for each mixer.
 
     Args:
-        cfg: of a detector or segmentor with one of our backbones.
-        mixers: the reference, which keeps its size, first.
-        quantity: a key of ``QUANTITIES``.
-        budget: of each run; the config's own schedule if None.
+        cfg: config of a detector or segmentor with an ACmix backbone.
+        mixers: names of the token mixers; the first is the reference, which keeps its size.
+        quantity: what the models have in common, a key of ``QUANTITIES``.
+        budget: length of each run; None for the config's own schedule.
         out: folder of the comparison.
 
     Returns:
-        What ``plan.json`` says: ``settings``, ``shape`` of the picture that costs are of, and of
-        each mixer in ``variants`` its ``change``, ``counts``, ``latency``, ``iterations`` and more.
+        The contents of ``plan.json``: ``settings``; ``shape``, the image size that costs are
+        measured at; and in ``variants`` for each mixer its ``change``, ``counts``, ``latency`` and
+        ``iterations``.
 
     Raises:
-        UsageError: the settings cannot be met, or the folder is another comparison's.
+        UsageError: no network matches, or the folder belongs to another comparison.
     """
     settings = dict(config=os.path.relpath(cfg.filename), mixers=list(mixers), match=quantity,
                     budget=None if budget is None else str(budget),
@@ -66,30 +67,29 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
             plan = json.load(file)
         differing = [key for key in settings if plan['settings'][key] != settings[key]]
         if differing:
-            raise UsageError(f'{out} holds another comparison, with other '
+            raise UsageError(f'{out} belongs to another comparison, which differs in '
                              f'{", ".join(differing)}; name another folder with --work-dir.')
         return plan
 
-    # MMEngine tells at length what it builds, and here that is not what trains.
+    # MMEngine would log the details of every model that is built for matching.
     MMLogger.get_instance('compare', log_level='WARNING')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    shape = picture_shape(cfg)
+    shape = validation_image_size(cfg)
     families = {mixer: Family(cfg.model, mixer, shape) for mixer in mixers}
     sizes = match_all(families, quantity)
     check_pretraining(cfg, families, sizes)
     models = {mixer: family.config(sizes[mixer]) for mixer, family in families.items()}
-    print('Timing predictions …', flush=True)
+    print('Measuring latencies …', flush=True)
     measured = latencies(models, shape)
-    # The data that tells how long an epoch is may take a while to load.
     iterations = (dict.fromkeys(mixers, iterations_of(cfg)) if budget is None
-                  else allot(cfg, models, budget))
+                  else iterations_of_budget(cfg, models, budget))
 
     variants = {}
     for mixer, family in families.items():
         config = config_of_run(cfg, models[mixer], budget and iterations[mixer])
         write_config(config, os.path.join(out, mixer, 'config.py'))
         variants[mixer] = dict(
-            change=describe(family, sizes[mixer]),
+            change=family.describe(sizes[mixer]),
             counts=family.counts(sizes[mixer])._asdict(),
             latency={name: each._asdict() for name, each in measured[mixer]._asdict().items()},
             iterations=iterations[mixer])
@@ -102,31 +102,31 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
 
 
 def digest(cfg: Config) -> str:
-    """Of all that a config says, other than where its results go."""
+    """Hash a config, except for its ``work_dir``."""
     content = {key: value for key, value in cfg.items() if key != 'work_dir'}
     return hashlib.sha256(Config(content).pretty_text.encode()).hexdigest()
 
 
 def check_settings(cfg: Config, mixers: Sequence[str]) -> None:
-    """Raise UsageError unless these mixers can be compared in this config."""
-    unknown = [mixer for mixer in mixers if mixer not in MIXERS]
-    if unknown:
-        raise UsageError(f'--mixers does not know {", ".join(unknown)}; it knows '
-                         f'{", ".join(MIXERS)}.')
-    if len(set(mixers)) < 2 or len(set(mixers)) < len(mixers):
-        raise UsageError('--mixers takes two or more, each once, the reference first; got '
+    """Check that these mixers can be compared in this config.
+
+    Raises:
+        UsageError: the mixers are invalid, or the config cannot be trained or evaluated.
+    """
+    if len(set(mixers)) < max(2, len(mixers)):
+        raise UsageError('--mixers takes two or more different mixers, the reference first; got '
                          f'{" ".join(mixers)}.')
     for part in ('model', 'val_dataloader', 'val_evaluator', 'train_dataloader'):
         if not cfg.get(part):
-            raise UsageError(f'The config {cfg.filename} has no {part}; name one that trains and '
-                             'evaluates a model.')
+            raise UsageError(f'The config {cfg.filename} has no {part}; name a config that trains '
+                             'and evaluates a model.')
     for mixer in mixers:
         mixer_options((cfg.model.get('backbone') or {}).get('type'), mixer)
     check_data(cfg, ('train', 'val'))
 
 
-def match_all(families: dict[str, Family], quantity: str) -> dict[str, Size]:
-    """The size of each family at which it costs what the first one does.
+def match_all(families: dict[str, Family], quantity: str) -> dict[str, BackboneSize]:
+    """Find the size at which each family costs the same as the first, the reference.
 
     Raises:
         UsageError: a family has no such size.
@@ -140,57 +140,59 @@ def match_all(families: dict[str, Family], quantity: str) -> dict[str, Size]:
         print(f'Matching the {QUANTITIES[quantity]} of {mixer} …', flush=True)
         family = families[mixer]
         if quantity == 'latency':
-            ratios: dict[Size, float] = {}
-
-            def ratio(size: Size, family: Family = family, ratios: dict = ratios) -> float:
-                models = {'reference': families[first].config(sizes[first]),
-                          'variant': family.config(size)}
-                ratios[size] = latencies(models, family.shape)['variant'].ratio.median
-                return ratios[size]
-
+            ratio = functools.cache(functools.partial(
+                latency_ratio, families[first].config(sizes[first]), family))
             size = match_by_measuring(family, ratio)
-            error, allowed = abs(ratios[size] - 1), TOLERANCE
+            error = abs(ratio(size) - 1)
             whose = "the reference's"
         else:
             target = reference[quantity]
             of_backbone = reference[f'backbone_{quantity}']
             size = match(family, quantity, target, TOLERANCE * of_backbone)
-            error, allowed = abs(family.count(quantity, size) - target) / of_backbone, TOLERANCE
+            error = abs(family.count(quantity, size) - target) / of_backbone
             whose = "the reference's backbone"
-        if error > allowed:
+        if error > TOLERANCE:
             raise UsageError(
-                f'{mixer} cannot be brought within {TOLERANCE:.0%} of the {QUANTITIES[quantity]} '
-                f'of {whose}: the nearest, which changes {describe(family, size)}, is off by '
-                f'{error:.1%}; take another reference or config, or --match none.')
+                f'{mixer} cannot be matched within {TOLERANCE:.0%} of the {QUANTITIES[quantity]} '
+                f'of {whose}: the closest network, which changes {family.describe(size)}, is off '
+                f'by {error:.1%}; use another reference or config, or pass --match none.')
         sizes[mixer] = size
     return sizes
 
 
-def check_pretraining(cfg: Config, families: dict[str, Family], sizes: dict[str, Size]) -> None:
-    """Raise UsageError if a network changed its size and weights of the old one are to be loaded.
+def latency_ratio(reference: ConfigDict, family: Family, size: BackboneSize) -> float:
+    """Measure the latency of a network, relative to that of the reference."""
+    models = dict(reference=reference, variant=family.config(size))
+    return latencies(models, family.shape)['variant'].ratio.median
 
-    Networks that start from different knowledge are not compared, and these would not fit.
+
+def check_pretraining(cfg: Config, families: dict[str, Family],
+                      sizes: dict[str, BackboneSize]) -> None:
+    """Check that pretrained weights fit all networks, so that all start from the same weights.
+
+    Raises:
+        UsageError: the config loads pretrained weights, and matching changed the size of a network.
     """
     sources = checkpoint_sources(cfg.model) + [each for each in [cfg.get('load_from')] if each]
     for mixer, family in families.items():
         if sources and sizes[mixer] != family.own_size:
             raise UsageError(
-                f'{mixer} is matched by {describe(family, sizes[mixer])}, and {sources[0]} does '
-                'not fit that size: start all networks from scratch with --cfg-options '
+                f'{mixer} is matched with {family.describe(sizes[mixer])}, but {sources[0]} does '
+                'not fit that size: train all networks from scratch with --cfg-options '
                 'model.backbone.init_cfg=None, or pass --match none.')
 
 
-def allot(cfg: Config, models: dict[str, Any], budget: Budget) -> dict[str, int]:
-    """How many iterations each network gets."""
+def iterations_of_budget(cfg: Config, models: dict[str, Any], budget: Budget) -> dict[str, int]:
+    """Return the number of iterations that the budget allows each network."""
     if budget.unit == 'iters':
         return dict.fromkeys(models, int(budget.amount))
-    print('Timing training …', flush=True)
+    print('Measuring the time of training iterations …', flush=True)
     seconds = iteration_seconds(cfg, models)
     return {mixer: max(int(60 * budget.amount / each), 1) for mixer, each in seconds.items()}
 
 
 def config_of_run(cfg: Config, model: Any, iterations: Optional[int]) -> Config:
-    """The config that trains one network, its schedule stretched to a number of iterations."""
+    """Return the config that trains a model, its schedule stretched to ``iterations`` if given."""
     cfg = deepcopy(cfg)
     cfg.model = deepcopy(model)
     cfg.pop('work_dir', None)
@@ -209,5 +211,5 @@ def config_of_run(cfg: Config, model: Any, iterations: Optional[int]) -> Config:
 
 def write_config(cfg: Config, path: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with atomic_write(path) as beside:
-        cfg.dump(beside)
+    with atomic_write(path) as temporary:
+        cfg.dump(temporary)

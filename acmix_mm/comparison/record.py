@@ -1,7 +1,7 @@
-"""What a compared run writes down, and what makes it come out the same after an interruption.
+"""Hooks that record a compared run, and make it reproducible when it is interrupted and resumed.
 
-These hooks are in the configs that a comparison writes, so that the command that trains one of them
-alone does the same.
+The configs that a comparison writes contain these hooks, so that a run gives the same results when
+it is started by itself.
 """
 
 import itertools
@@ -23,23 +23,23 @@ from acmix_mm.benchmark import PeakMemory
 from acmix_mm.utils.atomic_write import atomic_write
 
 RESULT = 'result.json'
-# Points of a loss curve.
+# Largest number of points in a loss curve.
 CURVE_POINTS = 100
 
 
 @HOOKS.register_module()
 class SeedSteps(Hook):
-    """Make every iteration's random numbers a function of the seed and its number alone.
+    """Make the random numbers of an iteration depend only on the seed and the iteration.
 
-    A run that was interrupted then goes on as if it had not been, and networks that draw different
-    numbers are shown the same augmented pictures. Where an epoch is the unit of training, it is
-    seeded as a whole, and its data loader must start its workers anew (:func:`seed_by_epoch`).
+    A resumed run then gives the same results as an uninterrupted one, and networks that draw
+    different random numbers see the same augmented images. In epoch-based training the seed is set
+    once per epoch, and the data loader must restart its workers (:func:`seed_by_epoch`).
     """
 
     def before_train(self, runner: Runner) -> None:
         loop = runner.train_loop
         if not isinstance(loop, EpochBasedTrainLoop):
-            # The loop skips what was trained already by drawing from this.
+            # On resuming, the loop skips the batches that were already trained on.
             loop.dataloader_iterator = seeded(loop.dataloader_iterator, runner.seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -48,7 +48,7 @@ class SeedSteps(Hook):
 
 
 def seeded(batches: Iterator, seed: int) -> Iterator:
-    """Yield batches, seeding before each; what is done with a batch draws after its making."""
+    """Yield batches, setting the seed before each is loaded; training on it follows that seed."""
     for step in itertools.count():
         set_random_seed(step_seed(seed, step))
         yield next(batches)
@@ -59,26 +59,26 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def keep_torch_seed(worker_id: int) -> None:
-    """Leave the workers of a data loader with torch's seeds, which it draws when they start."""
+    """Do nothing, in place of MMEngine's worker_init_fn, so that workers keep torch's seeds."""
 
 
 def seed_by_epoch(dataloader: dict[str, Any]) -> None:
-    """Let a data loader's workers start anew in each epoch, with other seeds."""
+    """Make a data loader restart its workers with new seeds in each epoch."""
     dataloader.update(persistent_workers=False,
                       worker_init_fn=dict(type=f'{__name__}.{keep_torch_seed.__name__}'))
 
 
 @HOOKS.register_module()
 class RecordRun(Hook):
-    """Write ``result.json`` into the work directory when training ends.
+    """Write ``result.json`` to the work directory when training ends.
 
-    Its entries: ``seed``; ``iterations``; ``training_seconds``, without validation and saving, as
-    the sum over interruptions; ``peak_memory_mib`` of one training step above what was there
-    before it; ``metrics``, those of the last validation; ``validations``, pairs of iteration and
-    metrics; ``loss``, pairs of iteration and mean loss since the pair before.
+    Its entries are ``seed``; ``iterations``; ``training_seconds``, without validation and saving,
+    summed over interruptions; ``peak_memory_mib``, the memory that one training step adds;
+    ``metrics`` of the last validation; ``validations``, pairs of iteration and metrics; and
+    ``loss``, pairs of iteration and mean loss since the previous pair.
 
-    Checkpoints carry what was recorded so far. A validation that an interruption cut off, or left
-    out of the checkpoint, is made up for.
+    Checkpoints contain the record so far. A validation that was interrupted, or that ran after the
+    last checkpoint, is repeated on resuming.
     """
 
     priority = 'LOWEST'
@@ -103,7 +103,7 @@ class RecordRun(Hook):
         self.start()
 
     def lacks_validation(self, runner: Runner) -> bool:
-        """Whether the checkpoint that was loaded should have been validated, and was not yet."""
+        """Whether a validation is due at the loaded checkpoint that it does not record."""
         loop = runner.train_loop
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
         done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
@@ -113,7 +113,7 @@ class RecordRun(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self.steps += 1
-        # The first step of a process also loads what stays.
+        # The first step of a process also makes allocations that stay.
         if self.steps == 2 and self.recorded['peak_memory_mib'] is None:
             self.memory = PeakMemory(get_device())
 
@@ -137,10 +137,11 @@ class RecordRun(Hook):
         self.start()
 
     def start(self) -> None:
+        """Start timing. MMEngine's IterTimerHook would include evaluation and saving."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        """Add what has passed since the start; a second call adds nothing."""
+        """Add the time since :meth:`start` to the record; a second call adds nothing."""
         if self.memory is not None:
             self.recorded['peak_memory_mib'] = self.memory.mebibytes()
             self.memory = None
@@ -158,14 +159,14 @@ class RecordRun(Hook):
 
 
 def loss_curve(losses: np.ndarray) -> list[list[float]]:
-    """Pairs of iteration and mean loss since the pair before, at most ``CURVE_POINTS``."""
+    """Return pairs of iteration and mean loss since the previous pair, at most ``CURVE_POINTS``."""
     ends = np.unique(np.linspace(0, len(losses), CURVE_POINTS + 1).round().astype(int))
     means = [float(np.mean(losses[begin:end])) for begin, end in zip(ends, ends[1:])]
-    # JSON has no word for what a diverged run gives.
+    # JSON cannot represent the infinities and NaNs of a diverged run.
     return [[int(end), mean if math.isfinite(mean) else None]
             for end, mean in zip(ends[1:], means)]
 
 
 def write_json(path: str, content: Any) -> None:
-    with atomic_write(path) as beside:
-        beside.write_text(json.dumps(content, indent=1))
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))

@@ -1,4 +1,4 @@
-"""The report of a comparison: Markdown, two pictures, and all numbers as JSON."""
+"""The report of a comparison: Markdown, two figures, and all numbers as JSON."""
 
 import os
 import shlex
@@ -16,22 +16,23 @@ from acmix_mm.comparison.plan import QUANTITIES
 from acmix_mm.comparison.record import write_json
 from acmix_mm.comparison.runs import Run, quality
 from acmix_mm.utils.atomic_write import atomic_write
+from acmix_mm.utils.markdown import table
 
-REPORT, NUMBERS, CURVES, QUALITY_COST = (
-    'report.md', 'report.json', 'curves.png', 'quality_cost.png')
-# A mixer has its colour and marker in all reports. They are Okabe and Ito's colours, which the
-# colour-blind can tell apart.
-STYLES = {mixer: dict(color=colour, marker=marker) for mixer, colour, marker in zip(
+REPORT, NUMBERS = 'report.md', 'report.json'
+CURVES, QUALITY_COST = 'curves.png', 'quality_cost.png'
+# A mixer has the same style in all reports. The colours are those of Okabe and Ito, which people
+# with colour blindness can distinguish.
+STYLES = {mixer: dict(color=color, marker=marker) for mixer, color, marker in zip(
     MIXERS, ('#D55E00', '#009E73', '#0072B2', '#CC79A7', '#56B4E9', '#E69F00'), 'sDo^Pv')}
 
 
 def write_report(plan: dict[str, Any], runs: Sequence[Run], command: str) -> str:
-    """Write the report of finished runs, and return its path.
+    """Write the report of a comparison, and return its path.
 
     Args:
-        plan: from :func:`make_plan`.
-        runs: all of them finished.
-        command: what the user typed.
+        plan: the plan from :func:`make_plan`.
+        runs: the runs, all finished.
+        command: the command line of the comparison.
     """
     out = runs[0].out
     numbers = gather(plan, runs, command)
@@ -39,13 +40,13 @@ def write_report(plan: dict[str, Any], runs: Sequence[Run], command: str) -> str
     draw_curves(numbers, os.path.join(out, CURVES))
     draw_quality_cost(numbers, os.path.join(out, QUALITY_COST))
     path = os.path.join(out, REPORT)
-    with atomic_write(path) as beside:
-        beside.write_text(markdown(numbers))
+    with atomic_write(path) as temporary:
+        temporary.write_text(markdown(numbers))
     return path
 
 
 def gather(plan: dict[str, Any], runs: Sequence[Run], command: str) -> dict[str, Any]:
-    """The plan, and in each of its variants what the runs wrote and what they come to."""
+    """Return the plan, with the results of the runs and their statistics added to each variant."""
     variants = {}
     for mixer, variant in plan['variants'].items():
         own = [run for run in runs if run.mixer == mixer]
@@ -63,7 +64,7 @@ def gather(plan: dict[str, Any], runs: Sequence[Run], command: str) -> dict[str,
 
 
 def mean_and_deviation(values: Sequence[Optional[float]]) -> dict[str, Any]:
-    """Mean, sample standard deviation (None of fewer than two), and the values."""
+    """Return mean, sample standard deviation (None for fewer than two values) and the values."""
     known = [value for value in values if value is not None]
     return dict(mean=statistics.mean(known) if known else None,
                 deviation=statistics.stdev(known) if len(known) > 1 else None,
@@ -71,7 +72,7 @@ def mean_and_deviation(values: Sequence[Optional[float]]) -> dict[str, Any]:
 
 
 def markdown(numbers: dict[str, Any]) -> str:
-    """The text of the report."""
+    """Format the report."""
     settings, variants = numbers['settings'], numbers['variants']
     first = next(iter(variants))
     height, width = numbers['shape']
@@ -92,26 +93,25 @@ def markdown(numbers: dict[str, Any]) -> str:
     by_seed = [['mixer', 'metric', *(f'seed {seed}' for seed in seeds)]]
     by_seed += [[mixer, metric, *(f'{value:.4g}' for value in variant['quality'][metric]['values'])]
                 for mixer, variant in variants.items() for metric in metrics]
-    changed = [['mixer', 'what was changed in the config', f'model, difference to {first}']]
+    changed = [['mixer', 'change to the config', f'model, difference to {first}']]
     changed += [[mixer, variant['change'], difference(numbers, mixer)]
                 for mixer, variant in variants.items()]
     packages = ', '.join(f'{name} {number}' for name, number in numbers['versions'].items())
     commands = '\n'.join(each for variant in variants.values() for each in variant['commands'])
     return f"""# {', '.join(variants)}: {settings['config']}
 
-{what_was_held(numbers)}
+{conditions(numbers)}
 
 {table(rows)}
 
-- Parameters and multiply-adds are of all that predicts, without auxiliary heads of training.
-- Multiply-adds and latency are of one picture of {height}×{width}, the first of validation.
-- Latency is a prediction's, without what selects boxes: median and quartiles of timings in which \
-the mixers took turns.
-- Peak memory is that of one training step, above what the process held before it.
-- Training time is that of the iterations alone, without validation and saving.
-- The deviation is the standard deviation over {number_of(len(seeds), 'seed')}\
-{'' if len(seeds) > 1 else ', of which there is none'}. A difference between mixers that is not \
-well above it says nothing.
+- Parameters and multiply-adds exclude the auxiliary heads, which are used only in training.
+- Multiply-adds and latency are for one image of {height}×{width}, the size of the first \
+validation image.
+- Latency is that of a prediction without the selection of boxes: median and quartiles of \
+interleaved runs.
+- Peak memory is the memory that one training step adds.
+- Training time excludes validation and saving.
+- {deviation_note(len(seeds))}
 
 {table(by_seed)}
 
@@ -119,14 +119,14 @@ well above it says nothing.
 
 ![Quality against cost]({QUALITY_COST})
 
-## What was changed to match
+## Changes made by matching
 
 {table(changed)}
 
-What is matched are whole models; the backbones may differ by more, since heads grow and shrink \
-with the width of what they read.
+Whole models are matched. The backbones may differ by more, because the size of a head depends on \
+the width of the backbone.
 
-## How it was made
+## Reproduction
 
 {numbers['date']}, {numbers['machine']}; {packages}.
 
@@ -134,7 +134,7 @@ with the width of what they read.
 {numbers['command']}
 ```
 
-Each run alone, from the configs beside this report:
+Single runs, with the configs next to this report:
 
 ```bash
 {commands}
@@ -142,48 +142,55 @@ Each run alone, from the configs beside this report:
 """
 
 
-def what_was_held(numbers: dict[str, Any]) -> str:
-    """In words, what was equal for all mixers and what was not."""
+def conditions(numbers: dict[str, Any]) -> str:
+    """Describe what was equal for all mixers and what was not."""
     settings, variants = numbers['settings'], numbers['variants']
     first = next(iter(variants))
     seeds = [str(result['seed']) for result in variants[first]['runs']]
-    held, free = [], [name for name in QUANTITIES.values() if name != 'nothing']
+    fixed, free = [], [name for name in QUANTITIES.values() if name != 'nothing']
     quantity = QUANTITIES[settings['match']]
     if quantity != 'nothing':
         free.remove(quantity)
         if quantity == 'latency':
-            held.append(f'the latency of the whole model: medians of timings in turn were within '
-                        f'{TOLERANCE:.0%} of that of {first}, the reference, and were taken again '
-                        'for the tables')
+            fixed.append(f'the latency of the whole model: medians of interleaved runs were within '
+                         f'{TOLERANCE:.0%} of that of {first}, the reference; the tables show a '
+                         'second measurement')
         else:
-            held.append(f'the {quantity} of the whole model: the difference to {first}, the '
-                        f"reference, is at most {TOLERANCE:.0%} of its backbone's {quantity}")
+            fixed.append(f'the {quantity} of the whole model: the difference to {first}, the '
+                         f"reference, is at most {TOLERANCE:.0%} of its backbone's {quantity}")
     budget = settings['budget']
     if is_equal_time(settings):
-        held.append(f'the training time, {budget}: an iteration of each was timed before, and '
-                    'the schedule stretched to as many as fit; the table has what they took')
+        fixed.append(f'the training time, {budget}: the schedule was stretched to the iterations '
+                     'that fit, by the time of an iteration measured beforehand; the table shows '
+                     'the actual times')
         free.append('the number of iterations')
     else:
         length = "the config's own schedule" if budget is None else 'its schedule stretched'
-        held.append(f'the number of iterations, {variants[first]["iterations"]} ({length})')
+        fixed.append(f'the number of iterations, {variants[first]["iterations"]} ({length})')
         free.append('training time')
-    held.append(f'the rest of the recipe, the seeds ({", ".join(seeds)}) and with them the order '
-                'of the data')
-    lines = '\n'.join(f'- {each};' for each in held[:-1])
-    return (f'Held constant:\n\n{lines}\n- {held[-1]}.\n\n'
+    fixed.append(f'the rest of the recipe and the seeds ({", ".join(seeds)}), and so the order of '
+                 'the data')
+    lines = '\n'.join(f'- {each};' for each in fixed[:-1])
+    return (f'Held constant:\n\n{lines}\n- {fixed[-1]}.\n\n'
             f'Not held constant: {", ".join(free)}, memory.\n\n'
             f'All networks start from {", ".join(numbers["start"])}.')
 
 
+def deviation_note(seeds: int) -> str:
+    """Explain the deviations in the table."""
+    if seeds == 1:
+        return 'With a single seed there is no deviation, and small differences mean nothing.'
+    return (f'The deviation is the standard deviation over {seeds} seeds. A difference between '
+            'mixers that does not clearly exceed it is not significant.')
+
+
 def is_equal_time(settings: dict[str, Any]) -> bool:
+    """Whether all runs have the same training time, rather than the same iterations."""
     return 'minute' in (settings['budget'] or '')
 
 
 def difference(numbers: dict[str, Any], mixer: str) -> str:
-    """How far a mixer's model is from the reference's in what was matched.
-
-    The backbones may differ by more: a head that reads them grows and shrinks with their width.
-    """
+    """Format the difference between a model and the reference in the matched quantity."""
     quantity, variants = numbers['settings']['match'], numbers['variants']
     first = next(iter(variants))
     if quantity == 'none':
@@ -199,32 +206,26 @@ def difference(numbers: dict[str, Any], mixer: str) -> str:
 
 
 def milliseconds(seconds: dict[str, float]) -> str:
+    """Format the median and quartiles of a latency."""
     low, middle, high = (f'{1000 * seconds[key]:.1f}' for key in ('low', 'median', 'high'))
     return f'{middle} ms ({low} to {high})'
 
 
-def plus_minus(numbers: dict[str, Any], form: str, unit: str = '') -> str:
+def plus_minus(numbers: dict[str, Any], spec: str, unit: str = '') -> str:
+    """Format a mean and its deviation with a format specification."""
     if numbers['mean'] is None:
         return 'unknown'
-    text = f'{numbers["mean"]:{form}}'
+    text = f'{numbers["mean"]:{spec}}'
     if numbers['deviation'] is not None:
-        text += f' ± {numbers["deviation"]:{".2g" if form == ".4g" else form}}'
+        text += f' ± {numbers["deviation"]:{".2g" if spec == ".4g" else spec}}'
     return text + unit
 
 
-def number_of(number: int, what: str) -> str:
-    return f'{number} {what}' + 's' * (number != 1)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the heads first, as a Markdown table."""
-    head, *body = [f'| {" | ".join(row)} |' for row in rows]
-    return '\n'.join([head, '|' + '---|' * len(rows[0]), *body])
-
-
 def draw_curves(numbers: dict[str, Any], path: str) -> None:
-    """Loss, and quality if it was taken more than once, against what all had the same of:
-    iterations, or time, an iteration of a mixer taking as long as its mean.
+    """Draw the training loss, and each metric that was measured more than once.
+
+    The horizontal axis is what all runs have in common: iterations or, for budgets in minutes, time
+    (iterations times the mean time of an iteration).
     """
     variants = numbers['variants']
     lines = {'training loss': {mixer: [result['loss'] for result in variant['runs']]
@@ -235,37 +236,37 @@ def draw_curves(numbers: dict[str, Any], path: str) -> None:
                     for result in variant['runs']] for mixer, variant in variants.items()}
     lines = {label: each for label, each in lines.items()
              if any(len(curve) > 1 for curves in each.values() for curve in curves)}
-    label_of_length, length = 'iterations', dict.fromkeys(variants, 1)
+    axis, unit = 'iterations', dict.fromkeys(variants, 1)
     if is_equal_time(numbers['settings']):
-        label_of_length = 'training time (minutes)'
-        length = {mixer: variant['training_seconds']['mean'] / 60 / variant['iterations']
-                  for mixer, variant in variants.items()}
+        axis = 'training time (minutes)'
+        unit = {mixer: variant['training_seconds']['mean'] / 60 / variant['iterations']
+                for mixer, variant in variants.items()}
     figure = Figure(figsize=(6 * len(lines), 4.2), layout='constrained')
     panels = figure.subplots(1, len(lines), squeeze=False)[0] if lines else []
     for panel, (label, curves_of) in zip(panels, lines.items()):
         for mixer, curves in curves_of.items():
-            draw_curve(panel, curves, length[mixer], mixer, marked=label != 'training loss')
-        panel.set(xlabel=label_of_length, ylabel=label)
-        panel.xaxis.get_major_locator().set_params(integer=label_of_length == 'iterations')
+            draw_curve(panel, curves, unit[mixer], mixer, marked=label != 'training loss')
+        panel.set(xlabel=axis, ylabel=label)
+        panel.xaxis.get_major_locator().set_params(integer=axis == 'iterations')
         panel.grid(alpha=0.3)
     if lines:
-        panels[0].legend(title=shading(numbers))
+        panels[0].legend(title=legend_title(numbers))
     save(figure, path)
 
 
-def draw_curve(panel: Any, curves: Sequence[Sequence[Sequence[float]]], length: float, mixer: str,
+def draw_curve(panel: Any, curves: Sequence[Sequence[Sequence[float]]], unit: float, mixer: str,
                marked: bool) -> None:
-    """The mean over runs as a line, and its standard deviation as a band.
+    """Draw the mean over runs as a line, and its standard deviation as a band.
 
     Args:
         panel: axes to draw on.
-        curves: of each run, pairs of iteration and value.
-        length: of an iteration on the horizontal axis.
-        mixer: what is drawn.
-        marked: whether points are marked.
+        curves: for each run pairs of iteration and value.
+        unit: length of an iteration on the horizontal axis.
+        mixer: name of the mixer.
+        marked: whether to mark the points.
     """
     points = min(map(len, curves))
-    places = [length * point[0] for point in curves[0][:points]]
+    places = [unit * point[0] for point in curves[0][:points]]
     values = np.array([[point[1] for point in curve[:points]] for curve in curves], dtype=float)
     mean = values.mean(0)
     style = STYLES[mixer] if marked else dict(color=STYLES[mixer]['color'])
@@ -277,7 +278,7 @@ def draw_curve(panel: Any, curves: Sequence[Sequence[Sequence[float]]], length: 
 
 
 def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
-    """Every metric against every cost, a point for each mixer."""
+    """Draw every metric against every cost, with a point for each mixer."""
     variants = numbers['variants']
     metrics = list(next(iter(variants.values()))['quality'])
     costs = {mixer: costs_of(variant) for mixer, variant in variants.items()}
@@ -296,15 +297,15 @@ def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
         row[0].set_ylabel(axis_label(metric))
     for panel, label in zip(panels[-1], labels):
         panel.set_xlabel(label)
-        # From zero, so that what was matched looks as equal as it is.
+        # From zero, so that matched costs look equal.
         panel.set_xlim(0, 1.15 * max(cost[label][2] for cost in costs.values()))
-    figure.legend(*panels[0][0].get_legend_handles_labels(), title=shading(numbers),
+    figure.legend(*panels[0][0].get_legend_handles_labels(), title=legend_title(numbers),
                   loc='outside upper center', ncols=len(variants))
     save(figure, path)
 
 
 def costs_of(variant: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """What a mixer costs, and from where to where that was measured, by the label of an axis."""
+    """Return the costs of a mixer as (value, low, high), by axis label."""
     params, flops = variant['counts']['params'] / 1e6, variant['counts']['flops'] / 1e9
     latency = {key: 1000 * value for key, value in variant['latency']['seconds'].items()}
     training, deviation = (variant['training_seconds'][key] or 0. for key in ('mean', 'deviation'))
@@ -318,13 +319,13 @@ def costs_of(variant: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def axis_label(metric: str) -> str:
-    """With the unit, where that is known."""
+    """Return a metric's name, with its unit if that is known."""
     if metric == 'mIoU':
         return 'mIoU (%)'
     return f'{metric} (0 to 1)' if metric.endswith('mAP') else metric
 
 
-def shading(numbers: dict[str, Any]) -> Optional[str]:
-    """What a legend says of bands and bars."""
+def legend_title(numbers: dict[str, Any]) -> Optional[str]:
+    """Explain bands and error bars, if there are any."""
     seeds = len(next(iter(numbers['variants'].values()))['runs'])
     return f'mean ± deviation, {seeds} seeds' if seeds > 1 else None

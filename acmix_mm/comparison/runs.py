@@ -1,8 +1,7 @@
-"""The runs of a comparison, each a process of its own that can be killed and goes on later."""
+"""The runs of a comparison, each a process that can be killed and resumed."""
 
 import contextlib
 import ctypes
-import fcntl
 import glob
 import json
 import os
@@ -12,22 +11,32 @@ import statistics
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple, Optional
+
+from filelock import FileLock, Timeout
+from mmengine.runner import find_latest_checkpoint
 
 from acmix_mm.comparison.record import RESULT
 from acmix_mm.utils.errors import UsageError
 
-# Seconds between two lines about a run that goes on.
+# Seconds between two progress lines of a run.
 PROGRESS_INTERVAL = 60.
-# Seconds that an interrupted run has to end its workers.
-PATIENCE = 30.
+# Seconds that an interrupted run has to stop its data loader workers before it is killed.
+SHUTDOWN_TIMEOUT = 30.
+# From Linux's prctl.h.
 PR_SET_PDEATHSIG = 1
 
 
 class Run(NamedTuple):
-    """One mixer and seed; everything of it is below ``folder``."""
+    """The training of one mixer with one seed.
+
+    Attributes:
+        out: folder of the comparison.
+        mixer: name of the mixer.
+        seed: seed of the training.
+    """
 
     out: str
     mixer: str
@@ -35,17 +44,18 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> str:
+        """The work directory of the run."""
         return os.path.join(self.out, self.mixer, f'seed_{self.seed}')
 
     @property
     def command(self) -> list[str]:
-        """What trains it alone, from the repository's root."""
+        """The command that trains this run by itself, from the root of the repository."""
         return ['python', 'tools/train.py', os.path.join(self.out, self.mixer, 'config.py'),
                 '--work-dir', self.folder, '--cfg-options', f'randomness.seed={self.seed}']
 
     @property
     def result(self) -> Optional[dict[str, Any]]:
-        """What it wrote when it ended; None before."""
+        """The contents of the run's ``result.json``; None if the run is not finished."""
         path = os.path.join(self.folder, RESULT)
         if not os.path.exists(path):
             return None
@@ -54,87 +64,89 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def sole_user(out: str) -> Iterator[None]:
-    """Keep a folder to this process.
+def exclusive_folder(out: str) -> Iterator[None]:
+    """Lock a folder, which is created if necessary, against other comparisons.
 
     Raises:
-        UsageError: another process has it.
+        UsageError: another process has locked the folder.
     """
     os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, 'lock'), 'w') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f'Another comparison is at work in {out}; wait for it, or name '
-                             'another folder with --work-dir.') from error
+    try:
+        # On Linux an flock, which the kernel releases even if the process is killed.
+        lock = FileLock(os.path.join(out, 'lock')).acquire(blocking=False)
+    except Timeout as error:
+        raise UsageError(f'Another comparison is running in {out}; wait for it to finish, or name '
+                         'another folder with --work-dir.') from error
+    with lock:
         yield
 
 
 def all_runs(out: str, mixers: list[str], seeds: int) -> list[Run]:
-    """Seed by seed, so that an unfinished comparison is a fair one of fewer seeds."""
+    """List the runs seed by seed, so that after each seed all mixers have as many runs."""
     return [Run(out, mixer, seed) for seed in range(seeds) for mixer in mixers]
 
 
 def train_all(runs: list[Run], iterations: dict[str, int], train_tool: str) -> None:
-    """Train what is not finished, with a line for each that is, and what time is left.
+    """Train the unfinished runs, and print the progress and an estimate of the remaining time.
 
     Args:
-        runs: in the order to train them in.
-        iterations: of each mixer.
+        runs: the runs, in the order of training.
+        iterations: iterations of a run, by mixer.
         train_tool: path of ``tools/train.py``.
 
     Raises:
-        UsageError: a run failed; what it said is named.
+        UsageError: a run failed; the message names its log file.
     """
-    # Seconds of one iteration, validation and start included, of what was trained here.
+    # Measured seconds per iteration by mixer, validation and the start of the process included.
     pace: dict[str, float] = {}
 
-    def left(after: int, of_current: float = 0.) -> str:
+    def remaining(after: int, current: float = 0.) -> str:
         waiting = [run.mixer for run in runs[after:] if run.result is None]
         if waiting and not pace:
             return 'time left unknown'
-        # With equal iterations or equal time, what was not trained yet takes as long as the others.
+        # A mixer that was not measured yet is assumed to take as long as the others on average.
         known = {mixer: iterations[mixer] * seconds for mixer, seconds in pace.items()}
-        seconds = of_current + sum(known.get(mixer) or statistics.mean(known.values())
-                                   for mixer in waiting)
-        return f'about {words(seconds)} left'
+        seconds = current + sum(known.get(mixer) or statistics.mean(known.values())
+                                for mixer in waiting)
+        return f'about {duration(seconds)} left'
 
     for number, run in enumerate(runs, start=1):
         name = f'[{number}/{len(runs)}] {run.mixer}, seed {run.seed}'
         if run.result is not None:
-            print(f'{name}: already there, {headline(run.result)}', flush=True)
+            print(f'{name}: already finished, {headline(run.result)}', flush=True)
             continue
         start = time.perf_counter()
         done_before = logged_iteration(run.folder)
         for done in train(run, train_tool):
-            passed = time.perf_counter() - start
+            elapsed = time.perf_counter() - start
             if done > done_before:
-                pace[run.mixer] = passed / (done - done_before)
-                rest = (iterations[run.mixer] - done) * pace[run.mixer]
+                pace[run.mixer] = elapsed / (done - done_before)
+                current = (iterations[run.mixer] - done) * pace[run.mixer]
                 print(f'{name}: iteration {done} of {iterations[run.mixer]}, '
-                      f'{left(number, rest)}', flush=True)
-        passed = time.perf_counter() - start
-        # What was nearly done before says little: most of its time is its start.
+                      f'{remaining(number, current)}', flush=True)
+        elapsed = time.perf_counter() - start
+        # A run that was resumed near its end spends most of its time on starting.
         if done_before < iterations[run.mixer] / 2:
-            pace[run.mixer] = passed / (iterations[run.mixer] - done_before)
-        print(f'{name}: {headline(run.result)}, {words(passed)}; {left(number)}', flush=True)
+            pace[run.mixer] = elapsed / (iterations[run.mixer] - done_before)
+        print(f'{name}: {headline(run.result)}, {duration(elapsed)}; {remaining(number)}',
+              flush=True)
 
 
 def train(run: Run, train_tool: str) -> Iterator[int]:
-    """Train to the end, from the last checkpoint that is whole; yield iterations now and then.
+    """Train a run to its end, resuming from its latest checkpoint; yield the iteration at times.
 
     Raises:
-        UsageError: it failed.
+        UsageError: the run failed.
     """
     os.makedirs(run.folder, exist_ok=True)
-    checkpoint = last_checkpoint(run.folder)
+    checkpoint = latest_checkpoint(run.folder)
     command = [sys.executable, train_tool, *run.command[2:]]
     if checkpoint is not None:
         command += ['--resume', checkpoint]
     output = os.path.join(run.folder, 'output.txt')
     with open(output, 'a') as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
+                                   stdin=subprocess.DEVNULL, preexec_fn=interrupt_with_parent)
         try:
             while True:
                 try:
@@ -143,44 +155,49 @@ def train(run: Run, train_tool: str) -> Iterator[int]:
                 except subprocess.TimeoutExpired:
                     yield logged_iteration(run.folder)
         finally:
-            end(process)
+            stop(process)
     if process.returncode or run.result is None:
         raise UsageError(f'{run.mixer}, seed {run.seed}, failed: {last_line(output)}\n'
-                         f'  All that it said: {output}\n'
-                         '  What is finished stays; the same command goes on from here.')
+                         f'  Full output: {output}\n'
+                         '  Finished runs are kept; run the same command to continue.')
 
 
-def die_with_parent() -> None:
-    """Have the kernel interrupt this process when the one that started it ends, killed or not.
+def interrupt_with_parent() -> None:
+    """Make the kernel interrupt this process when its parent ends, even if that is killed.
 
-    Interrupted, and not killed, it ends the workers of its data loaders, which would stay.
+    An interrupted process stops its data loader workers, which would survive if it were killed.
     """
-    # A shell may have told what it runs in the background to ignore it.
+    # A shell may start background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
-def end(process: subprocess.Popen) -> None:
-    """Interrupt a process that has not ended, and kill it if that does not help."""
+def stop(process: subprocess.Popen) -> None:
+    """Interrupt a process if it is running, and kill it if it does not stop."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(PATIENCE)
+            process.wait(SHUTDOWN_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
-def last_checkpoint(folder: str) -> Optional[str]:
-    """The newest checkpoint that was written to its end."""
-    numbered = {int(found[1]): os.path.join(folder, name) for name in os.listdir(folder)
-                if (found := re.fullmatch(r'(?:iter|epoch)_(\d+)\.pth', name))}
-    whole = [number for number, path in numbered.items() if zipfile.is_zipfile(path)]
-    return numbered[max(whole)] if whole else None
+def latest_checkpoint(folder: str) -> Optional[str]:
+    """Return the latest complete checkpoint of a run, or None.
+
+    MMEngine writes its path to the file ``last_checkpoint`` only after the checkpoint is complete.
+    """
+    # Without that file, find_latest_checkpoint() would print a message.
+    if not os.path.exists(os.path.join(folder, 'last_checkpoint')):
+        return None
+    path = find_latest_checkpoint(folder)
+    # The path is absolute, but the folder may have been moved.
+    return os.path.join(folder, os.path.basename(path)) if path else None
 
 
 def logged_iteration(folder: str) -> int:
-    """The last iteration that MMEngine logged below a folder, 0 if none."""
+    """Return the last iteration that MMEngine logged for a run, 0 if none."""
     logs = sorted(glob.glob(os.path.join(folder, '*', 'vis_data', 'scalars.json')))
     steps = []
     if logs:
@@ -190,24 +207,23 @@ def logged_iteration(folder: str) -> int:
 
 
 def last_line(path: str) -> str:
+    """Return the last line of a file that is not empty."""
     with open(path, errors='replace') as file:
         lines = file.read().split('\n')
-    return next((line.strip() for line in reversed(lines) if line.strip()), 'it said nothing')
+    return next((line.strip() for line in reversed(lines) if line.strip()), 'no output')
 
 
 def quality(metrics: dict[str, float]) -> dict[str, float]:
-    """Of all metrics those that a network is judged by: mIoU, or every mAP; else all."""
+    """Select the main metrics: mIoU, or every mAP; all metrics if there are none of these."""
     return {name: value for name, value in metrics.items()
             if re.fullmatch(r'mIoU|(.*[/_])?mAP', name)} or metrics
 
 
 def headline(result: dict[str, Any]) -> str:
+    """Format the main metrics of a result."""
     return ', '.join(f'{name} {value:.4g}' for name, value in quality(result['metrics']).items())
 
 
-def words(seconds: float) -> str:
-    """A length of time for people."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = ((hours, 'h'), (minutes, 'min'), (seconds if not hours else 0, 's'))
-    return ' '.join(f'{number} {unit}' for number, unit in parts if number) or '0 s'
+def duration(seconds: float) -> str:
+    """Format a duration as hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,5 +1,6 @@
-"""How long a compared network trains: the config's own schedule, or that schedule stretched."""
+"""Training length of compared networks: the config's schedule, stretched to a budget if given."""
 
+import argparse
 import math
 import re
 from copy import deepcopy
@@ -10,16 +11,21 @@ from mmengine.runner import Runner
 
 from acmix_mm.utils.errors import UsageError
 
-# Arguments of MMEngine's schedulers that are points in time, or spans of it.
+# Arguments of MMEngine's schedulers that are times or durations.
 TIMES = ('begin', 'end', 'T_max', 'step_size', 'total_steps', 'milestones', 'periods')
-# Their steps have no length that could be stretched.
+# Schedulers without a duration that could be stretched.
 WITHOUT_LENGTH = re.compile('Exponential|ReduceOnPlateau')
-# How many checkpoints a run writes at least, which is what it can resume from.
+# Smallest number of checkpoints that an iteration-based run writes, to resume from.
 CHECKPOINTS = 10
 
 
 class Budget(NamedTuple):
-    """Equal iterations, or equal minutes of training, for every run."""
+    """The length of every run, in iterations or in minutes of training.
+
+    Attributes:
+        amount: the number of units.
+        unit: ``'iters'`` or ``'minutes'``.
+    """
 
     amount: float
     unit: str
@@ -28,19 +34,17 @@ class Budget(NamedTuple):
         return f'{self.amount:g} {self.unit.removesuffix("s") if self.amount == 1 else self.unit}'
 
 
-def read_budget(text: Optional[str]) -> Optional[Budget]:
-    """Read ``300iters`` or ``20minutes``; None stays None.
+def read_budget(text: str) -> Budget:
+    """Convert ``300iters`` or ``20minutes`` to a budget, for argparse's ``type``.
 
     Raises:
-        UsageError: it is neither.
+        argparse.ArgumentTypeError: it is neither.
     """
-    if text is None:
-        return None
     found = re.fullmatch(r'(\d+)\s*(iters)|(\d+(?:\.\d+)?)\s*(minutes)', text)
     amount = float(found[1] or found[3]) if found else 0.
     if amount == 0.:
-        raise UsageError(f'--budget takes iterations or minutes of training, as in 300iters or '
-                         f'20minutes; got {text}.')
+        raise argparse.ArgumentTypeError('must be iterations or minutes of training, as in '
+                                         f'300iters or 20minutes; got {text}')
     return Budget(amount, found[2] or found[4])
 
 
@@ -49,24 +53,24 @@ def is_epoch_based(cfg: Config) -> bool:
 
 
 def iterations_of_epoch(cfg: Config) -> int:
-    """How many batches an epoch has, by building the training data."""
+    """Build the training data, and return the number of batches in an epoch."""
     return len(Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0))
 
 
 def iterations_of(cfg: Config) -> int:
-    """How many iterations the config's own schedule has."""
+    """Return the number of iterations of the config's own schedule."""
     if is_epoch_based(cfg):
         return cfg.train_cfg.max_epochs * iterations_of_epoch(cfg)
     return cfg.train_cfg.max_iters
 
 
 def stretch(cfg: Config, iterations: int) -> None:
-    """Change the whole schedule of a config, warm-up included, to a number of iterations.
+    """Stretch the whole schedule of a config, warm-up included, to a number of iterations.
 
-    What goes by epochs goes by iterations then; validations stay as many as they were.
+    Training becomes iteration-based; the number of validations stays the same.
 
     Raises:
-        UsageError: a scheduler has no length.
+        UsageError: a scheduler has no duration.
     """
     by_epoch = is_epoch_based(cfg)
     schedulers = cfg.get('param_scheduler') or []
@@ -74,7 +78,7 @@ def stretch(cfg: Config, iterations: int) -> None:
     for scheduler in schedulers:
         if WITHOUT_LENGTH.search(scheduler.type):
             raise UsageError(f'--budget cannot stretch the scheduler {scheduler.type}: set another '
-                             'schedule with --cfg-options, or leave out --budget.')
+                             'schedule with --cfg-options, or omit --budget.')
     epoch = 1
     if by_epoch or any(scheduler.get('by_epoch', True) for scheduler in schedulers):
         epoch = iterations_of_epoch(cfg)
@@ -84,7 +88,7 @@ def stretch(cfg: Config, iterations: int) -> None:
     cfg.param_scheduler = [each for each in stretched if each is not None]
 
     unit = epoch if by_epoch else 1
-    # Rounded up, so that none falls just before the end, where there is one anyway.
+    # Rounded up, so that no validation falls just before the one at the end.
     validation = {name: max(math.ceil(round(cfg.train_cfg[name] * unit * factor, 6)), 1)
                   for name in ('val_interval', 'val_begin') if name in cfg.train_cfg}
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, **validation)
@@ -98,9 +102,10 @@ def stretch(cfg: Config, iterations: int) -> None:
 
 
 def stretched_scheduler(scheduler: ConfigDict, factor: float, epoch: int) -> Optional[ConfigDict]:
-    """A scheduler stretched by a factor, in iterations; None if its span comes to less than two.
+    """Stretch a scheduler by a factor, and convert it to iterations.
 
-    A warm-up of one iteration would never leave its start.
+    Returns None if it would last less than two iterations: a warm-up of one iteration would keep
+    its start value for the rest of the training.
     """
     scheduler = deepcopy(scheduler)
     unit = epoch if scheduler.pop('by_epoch', True) else 1
@@ -121,7 +126,7 @@ def stretched_scheduler(scheduler: ConfigDict, factor: float, epoch: int) -> Opt
 
 
 def save_often(cfg: Config) -> None:
-    """Let a run write checkpoints often enough to resume from, and keep the last two."""
+    """Make a run write checkpoints regularly, to resume from, and keep the last two."""
     by_epoch = is_epoch_based(cfg)
     interval = 1 if by_epoch else max(cfg.train_cfg.max_iters // CHECKPOINTS, 1)
     cfg.default_hooks.checkpoint.update(by_epoch=by_epoch, interval=interval, max_keep_ckpts=2)

@@ -1,4 +1,4 @@
-"""Timing networks turn and turn about, so that a machine that drifts drifts for all."""
+"""Timing of networks in interleaved rounds, so that a drift of the machine affects all alike."""
 
 import functools
 import statistics
@@ -19,10 +19,10 @@ from acmix_mm.analysis.complexity import predict
 from acmix_mm.benchmark import seconds_of
 from acmix_mm.engine.config import build_network
 
-# Rounds of turns: as many as fit into the seconds, within these bounds.
+# Rounds, in which each network runs once, continue for this long, within these bounds.
 SECONDS = 20.
-ROUNDS = (7, 51)
-# Training steps of each network that are timed, after some that are not.
+MIN_ROUNDS, MAX_ROUNDS = 7, 51
+# Training steps of each network that are timed, after the warm-up.
 STEPS, WARM_UP_STEPS = 20, 3
 
 
@@ -35,7 +35,7 @@ class Spread(NamedTuple):
 
 
 class Latency(NamedTuple):
-    """Seconds of one prediction, and their ratio to the reference's in the same round."""
+    """Seconds of one prediction, and the ratio to the reference's in the same round."""
 
     seconds: Spread
     ratio: Spread
@@ -47,11 +47,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def latencies(models: dict[str, ConfigDict], shape: tuple[int, int]) -> dict[str, Latency]:
-    """Time the predictions of networks on one picture, without what selects boxes.
+    """Measure the latency of networks on one image, without the selection of boxes.
 
     Args:
-        models: configs by name, the reference first.
-        shape: (height, width) of the picture.
+        models: model configs by name, the reference first.
+        shape: (height, width) of the image.
     """
     device = get_device()
     image = torch.rand(1, 3, *shape, device=device)
@@ -61,8 +61,8 @@ def latencies(models: dict[str, ConfigDict], shape: tuple[int, int]) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     with torch.no_grad():
-        for turn in range(ROUNDS[1]):
-            if turn >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
+        for finished in range(MAX_ROUNDS):
+            if finished >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:
                 break
             for name, run in runs.items():
                 seconds[name].append(seconds_of(run, device))
@@ -71,17 +71,17 @@ def latencies(models: dict[str, ConfigDict], shape: tuple[int, int]) -> dict[str
             for name, each in seconds.items()}
 
 
-def picture_shape(cfg: Config) -> tuple[int, int]:
-    """(height, width) of the first validation picture, as the network sees it."""
+def validation_image_size(cfg: Config) -> tuple[int, int]:
+    """Return the (height, width) of the first validation image, as the network receives it."""
     sample = DATASETS.build(cfg.val_dataloader.dataset)[0]
     preprocessor = MODELS.build(cfg.model.data_preprocessor)
     return tuple(preprocessor(pseudo_collate([sample]))['inputs'].shape[-2:])
 
 
 def iteration_seconds(cfg: Config, models: dict[str, ConfigDict]) -> dict[str, float]:
-    """The mean time of a training iteration of each network, loading of its data included.
+    """Measure the mean time of a training iteration of each network, data loading included.
 
-    All are fed from one data loader, the config's own, so that they wait for it as in training.
+    All networks read from the config's own data loader, and wait for it as they do in training.
     """
     device = get_device()
     set_random_seed(0)
@@ -93,6 +93,7 @@ def iteration_seconds(cfg: Config, models: dict[str, ConfigDict]) -> dict[str, f
     seconds = dict.fromkeys(trainers, 0.)
     for step in range(WARM_UP_STEPS + STEPS):
         for name, (network, optimizer) in trainers.items():
+            # torch.utils.benchmark.Timer would add two warm-up steps to every step that it times.
             start = time.perf_counter()
             network.train_step(next(batches), optimizer)
             if device != 'cpu':
@@ -103,7 +104,7 @@ def iteration_seconds(cfg: Config, models: dict[str, ConfigDict]) -> dict[str, f
 
 
 def iter_batches(cfg: Config) -> Iterator[Any]:
-    """Batches of the config's training data, epoch after epoch."""
+    """Yield batches of the config's training data, epoch after epoch."""
     dataloader = Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0)
     while True:
         yield from dataloader

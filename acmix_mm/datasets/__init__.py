@@ -1,1 +1,1 @@
-"""Generated data, to try the tools on."""
+"""A generated dataset to try the tools on."""

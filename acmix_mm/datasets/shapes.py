@@ -1,4 +1,4 @@
-"""Pictures of circles, squares and triangles, with masks, in COCO's and in ADE20K's layout."""
+"""A generated dataset of circles, squares and triangles, in COCO's and ADE20K's layouts."""
 
 import json
 import os
@@ -13,14 +13,20 @@ import numpy as np
 from acmix_mm.utils.errors import UsageError
 
 CLASSES = ('circle', 'square', 'triangle')
-# Corners of each class, on the unit circle; a circle is a polygon of many.
+# Number of polygon corners of each class, all on a circle.
 CORNERS = {'circle': 40, 'square': 4, 'triangle': 3}
-# ADE20K's layout: label 0 is ignored, the background is a class of its own.
+# In ADE20K's layout label 0 is ignored, so that the background is a class of its own.
 SEGMENTATION_CLASSES = ('background', *CLASSES)
 
 
 class Shape(NamedTuple):
-    """A filled polygon: label indexes ``CLASSES``, corners are (n, 2) x and y in pixels."""
+    """A filled polygon.
+
+    Attributes:
+        label: index into ``CLASSES``.
+        corners: (num_corners, 2), x and y in pixels.
+        color: BGR.
+    """
 
     label: int
     corners: np.ndarray
@@ -29,27 +35,26 @@ class Shape(NamedTuple):
 
 def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image_size: int = 192,
                  seed: int = 0) -> None:
-    """Write the dataset below ``root``, whole or not at all.
+    """Write the dataset to ``root``; if that fails, nothing is left behind.
 
-    COCO's layout: ``train2017/``, ``val2017/``, ``annotations/instances_*2017.json``; ADE20K's:
-    ``images/{training,validation}/``, ``annotations/{training,validation}/``. Both hold the same
-    pictures. The same arguments give the same files.
+    COCO's layout is ``train2017/``, ``val2017/`` and ``annotations/instances_*2017.json``; ADE20K's
+    is ``images/{training,validation}/`` and ``annotations/{training,validation}/``. Both contain
+    the same images. The same arguments give the same files.
 
     Args:
-        root: folder to make; its parents are made too.
-        train_images: number of training pictures.
-        val_images: number of validation pictures.
-        image_size: side of a picture, in pixels; at least 64.
-        seed: of the generator.
+        root: folder to create, with its parents.
+        train_images: number of training images.
+        val_images: number of validation images.
+        image_size: height and width of an image in pixels, at least 64.
+        seed: seed of the random number generator.
 
     Raises:
-        UsageError: ``root`` exists and is not empty, or cannot be written, or the pictures are too
-            small or too few.
+        UsageError: ``root`` is not empty or cannot be written, or an argument is invalid.
     """
     if image_size < 64:
-        raise UsageError(f'Shapes need pictures of at least 64 pixels, got {image_size}.')
+        raise UsageError(f'image_size must be at least 64 pixels, got {image_size}.')
     if min(train_images, val_images) < 1:
-        raise UsageError('Training and validation need a picture each, got '
+        raise UsageError('train_images and val_images must be at least 1, got '
                          f'{train_images} and {val_images}.')
     target = Path(root)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -74,16 +79,16 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
 
 def write_split(root: Path, coco_split: str, ade_split: str, count: int, image_size: int,
                 rng: np.random.Generator) -> None:
-    """Draw and write ``count`` pictures and their annotations in both layouts."""
+    """Draw ``count`` images and write them and their annotations in both layouts."""
     folders = [root / coco_split, root / 'images' / ade_split, root / 'annotations' / ade_split]
     for folder in folders:
         folder.mkdir(parents=True)
     images, annotations = [], []
     for index in range(count):
-        picture, labels, shapes = draw(image_size, rng)
+        image, labels, shapes = draw(image_size, rng)
         name = f'{index:05d}'
         for folder in folders[:2]:
-            cv2.imwrite(str(folder / f'{name}.jpg'), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
+            cv2.imwrite(str(folder / f'{name}.jpg'), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
         cv2.imwrite(str(folders[2] / f'{name}.png'), labels)
         images.append(dict(id=index, file_name=f'{name}.jpg', height=image_size, width=image_size))
         for shape in shapes:
@@ -102,24 +107,25 @@ def write_split(root: Path, coco_split: str, ade_split: str, count: int, image_s
 
 
 def draw(image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[Shape]]:
-    """Draw one picture of two to six shapes that do not overlap.
+    """Draw an image of two to six shapes that do not overlap.
 
     Returns:
-        The picture (size, size, 3) uint8; its labels (size, size) uint8, in the numbering of
-        ADE20K's layout; and the shapes.
+        The image, (image_size, image_size, 3), uint8, BGR; its labels, (image_size, image_size),
+        uint8, numbered as in ADE20K's layout; and the shapes.
     """
     background = rng.integers(0, 90, 3)
     noise = rng.normal(0, 12, (image_size, image_size, 3))
-    picture = np.clip(background + noise, 0, 255).astype(np.uint8)
+    image = np.clip(background + noise, 0, 255).astype(np.uint8)
     labels = np.ones((image_size, image_size), np.uint8)
     shapes, occupied = [], []
-    wanted = rng.integers(2, 7)
-    for _ in range(20 * wanted):
-        if len(shapes) == wanted:
+    num_shapes = rng.integers(2, 7)
+    for _ in range(20 * num_shapes):
+        if len(shapes) == num_shapes:
             break
         radius = rng.uniform(0.06, 0.2) * image_size
         center = rng.uniform(radius + 1, image_size - radius - 1, 2)
-        if any(np.hypot(*(center - other)) < radius + size + 2 for other, size in occupied):
+        if any(np.hypot(*(center - other)) < radius + other_radius + 2
+               for other, other_radius in occupied):
             continue
         occupied.append((center, radius))
         label = int(rng.integers(len(CLASSES)))
@@ -128,9 +134,9 @@ def draw(image_size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         outline = center + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
         color = rng.integers(130, 256, 3)
         shape = Shape(label, outline, tuple(int(channel) for channel in color))
-        # cv2 takes fixed-point corners: 4 bits behind the point.
+        # cv2 takes fixed-point coordinates, here with 4 fractional bits.
         points = np.round(outline * 16).astype(np.int32)
-        cv2.fillPoly(picture, [points], shape.color, cv2.LINE_AA, shift=4)
+        cv2.fillPoly(image, [points], shape.color, cv2.LINE_AA, shift=4)
         cv2.fillPoly(labels, [points], SEGMENTATION_CLASSES.index(CLASSES[label]) + 1, shift=4)
         shapes.append(shape)
-    return picture, labels, shapes
+    return image, labels, shapes

@@ -1,4 +1,4 @@
-"""Exporting the network of a config: torch.export, ONNX, and a check against ONNX Runtime."""
+"""Exporting the model of a config to ONNX, verified with ONNX Runtime."""
 
 import contextlib
 import inspect
@@ -18,27 +18,27 @@ from sympy import Integer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from acmix_mm import backbones
+from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
+from acmix_mm.checkpoints.reading import read_checkpoint
 from acmix_mm.engine.cli import file_to_write
 from acmix_mm.engine.config import build_model
-from acmix_mm.engine.runner import load_weights
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.engine.runner import load_all_weights
+from acmix_mm.layers.base import OperatorLayer
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
 
-Size = tuple[int, int]
 OPSET = 20
-# Largest difference from torch's outputs, over the largest output, with which a file is kept.
-TOLERANCE = 1e-3
-TIED = ('This network ties itself to the sizes of an example; for pictures of one size pass '
-        '--fixed-size and --shape H W.')
+# A file is kept only if no output differs from torch's by more, relative to the largest value.
+MAX_RELATIVE_ERROR = 1e-3
+SPECIALISED = ('This network cannot be exported with dynamic sizes; for images of one size pass '
+               '--fixed-size and --shape H W.')
 
 
 class ClassMap(nn.Module):
-    """A segmentor as it is deployed: pictures in, the class of each pixel out.
+    """A segmentor with the interface of MMDeploy's exports.
 
-    Maps normalised pictures (batch, 3, height, width) to (batch, 1, height, width), int64, as
-    MMDeploy's exports do; and, to be compared, to the logits behind it.
+    Maps normalised images (batch, 3, height, width) to the class of each pixel, (batch, 1, height,
+    width), int64, and, for verification, to the logits (batch, classes, height, width).
     """
 
     def __init__(self, segmentor: nn.Module) -> None:
@@ -50,19 +50,20 @@ class ClassMap(nn.Module):
         return logits.argmax(1, keepdim=True), logits
 
     def logits(self, image: Tensor) -> Tensor:
-        """(batch, classes, height, width), as MMSegmentation's inference on whole pictures."""
+        """Compute the logits as MMSegmentation's inference on whole images does."""
         logits = self.segmentor.encode_decode(image, [dict(img_shape=image.shape[2:])])
         if logits.shape[1] > 1:
             return logits
-        # One logit for two classes: the second one's, from a threshold of its probability on.
+        # A single logit is that of the second of two classes, which is predicted from a threshold
+        # of its probability on.
         threshold = torch.tensor(self.segmentor.decode_head.threshold).logit().item()
         return torch.cat([torch.full_like(logits, threshold), logits], 1)
 
 
 class PadToStrides(nn.Module):
-    """Pad (batch, channels, height, width) at its bottom and right to multiples of the strides."""
+    """Pad (batch, channels, height, width) at the bottom and right to multiples of the strides."""
 
-    def __init__(self, strides: Size, value: float) -> None:
+    def __init__(self, strides: tuple[int, int], value: float) -> None:
         super().__init__()
         self.strides, self.value = strides, value
 
@@ -72,25 +73,22 @@ class PadToStrides(nn.Module):
         return F.pad(x, (0, right, 0, bottom), value=self.value)
 
 
-class AveragesBySize(nn.Module):
-    """Adaptive average pooling as two products with small matrices, which are made of the sizes.
+class MatrixAdaptiveAvgPool2d(nn.Module):
+    """Adaptive average pooling as two matrix products; ONNX has no adaptive pooling."""
 
-    ONNX has no adaptive pooling.
-    """
-
-    def __init__(self, output_size: Size) -> None:
+    def __init__(self, output_size: tuple[int, int]) -> None:
         super().__init__()
         self.output_size = output_size
 
     def forward(self, x: Tensor) -> Tensor:
-        down, across = (self.averaging(extent, bins, x) for extent, bins in
-                        zip(x.shape[2:], self.output_size))
-        return down @ x @ across.T
+        rows, columns = (self.pooling_matrix(extent, bins, x)
+                         for extent, bins in zip(x.shape[2:], self.output_size))
+        return rows @ x @ columns.T
 
     @staticmethod
-    def averaging(extent: int, bins: int, like: Tensor) -> Tensor:
-        """(bins, extent): a row takes the mean of positions ⌊bin · extent / bins⌋ to
-        ⌈(bin + 1) · extent / bins⌉, the last excluded.
+    def pooling_matrix(extent: int, bins: int, like: Tensor) -> Tensor:
+        """Matrix (bins, extent) whose row i averages the positions from ⌊i · extent / bins⌋ to
+        ⌈(i + 1) · extent / bins⌉, the last excluded, as torch's adaptive pooling does.
         """
         index = torch.arange(bins, device=like.device)[:, None]
         start, stop = index * extent // bins, ((index + 1) * extent + bins - 1) // bins
@@ -99,10 +97,10 @@ class AveragesBySize(nn.Module):
         return inside.to(like.dtype) / (stop - start)
 
 
-class WholeUpsample(nn.Module):
-    """Interpolation by whole factors."""
+class IntegerUpsample(nn.Module):
+    """Interpolation by integer factors."""
 
-    def __init__(self, factors: Size, mode: str, align_corners: Optional[bool]) -> None:
+    def __init__(self, factors: tuple[int, int], mode: str, align_corners: Optional[bool]) -> None:
         super().__init__()
         self.factors, self.mode, self.align_corners = factors, mode, align_corners
 
@@ -111,27 +109,28 @@ class WholeUpsample(nn.Module):
         return F.interpolate(x, size=size, mode=self.mode, align_corners=self.align_corners)
 
 
-def traceable(network: nn.Module) -> nn.Module:
-    """A copy whose modules leave sizes open.
-
-    Torch's and OpenMMLab's own round sizes in ways that tie torch.export to those of its example.
-    """
+def with_dynamic_modules(network: nn.Module) -> nn.Module:
+    """Copy a network and replace its modules as :func:`dynamic_module` does."""
     copy = deepcopy(network)
     for parent in list(copy.modules()):
         for name, child in parent.named_children():
-            setattr(parent, name, open_sized(child))
+            setattr(parent, name, dynamic_module(child))
     return copy
 
 
-def open_sized(module: nn.Module) -> nn.Module:
-    """What computes the same as ``module`` and leaves sizes open, or ``module`` where it does."""
+def dynamic_module(module: nn.Module) -> nn.Module:
+    """Return a module equal to ``module`` that torch.export can trace with dynamic sizes.
+
+    Modules of torch and OpenMMLab that round sizes make torch.export specialise on the sizes of its
+    example; those listed here are replaced, all others are returned as they are.
+    """
     if isinstance(module, AdaptivePadding) and (
             module.padding == 'corner' and module.kernel_size == module.stride):
         return PadToStrides(module.stride, 0.)
     if isinstance(module, nn.MaxPool2d):
         kernel, stride, padding = (sides if isinstance(sides, tuple) else (sides, sides) for sides
                                    in (module.kernel_size, module.stride, module.padding))
-        # Where it gives ⌈extent / stride⌉ positions, as it does here with whole strides.
+        # Whether the output has ⌈extent / stride⌉ positions, as it has after padding to the stride.
         rounds_up = all(side - 2 * pad == (step if module.ceil_mode else 1)
                         for side, step, pad in zip(kernel, stride, padding))
         if rounds_up:
@@ -139,42 +138,35 @@ def open_sized(module: nn.Module) -> nn.Module:
                                  nn.MaxPool2d(kernel, stride, padding))
     if isinstance(module, nn.AdaptiveAvgPool2d):
         size = module.output_size
-        return AveragesBySize(size if isinstance(size, tuple) else (size, size))
+        return MatrixAdaptiveAvgPool2d(size if isinstance(size, tuple) else (size, size))
     factors = getattr(module, 'scale_factor', None)
     if type(module).__name__ == 'Upsample' and factors is not None:
         factors = factors if isinstance(factors, tuple) else (factors, factors)
         if all(factor == int(factor) for factor in factors):
-            return WholeUpsample(tuple(map(int, factors)), module.mode, module.align_corners)
+            return IntegerUpsample(tuple(map(int, factors)), module.mode, module.align_corners)
     return module
 
 
 def smallest_side(network: nn.Module) -> int:
-    """Height and width from which on all pictures take the same steps through a network.
+    """Return the smallest image height and width from which all sizes take the same code path.
 
-    A map is larger than a window (Swin), as large as two cells (PVT), and never a single position.
+    Every map must be at least as large as ``min_dynamic_size`` of the layer that reads it, and no
+    output may have a height or width of 1.
     """
-    def needed(layer: nn.Module) -> int:
-        if isinstance(layer, WindowACmix):
-            return layer.window_size + 1
-        return 2 * layer.sr_ratio if isinstance(layer, ReducedACmix) else 2
+    large_enough: list[bool] = []
 
-    suffices = True
-
-    def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal suffices
-        axes = (1, 2) if isinstance(layer, (WindowACmix, ReducedACmix)) else (2, 3)
-        suffices &= min(inputs[0].shape[axis] for axis in axes) >= needed(layer)
+    def measure(layer: OperatorLayer, inputs: tuple[Tensor, ...]) -> None:
+        large_enough.append(min(layer.map_size(inputs[0])) >= layer.min_dynamic_size)
 
     on_shapes = deepcopy(network).to('meta')
     for layer in on_shapes.modules():
-        if isinstance(layer, (ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix)):
+        if isinstance(layer, OperatorLayer):
             layer.register_forward_pre_hook(measure)
 
     def is_enough(side: int) -> bool:
-        nonlocal suffices
-        suffices = True
+        large_enough.clear()
         outs = on_shapes(torch.empty(1, 3, side, side, device='meta'))
-        return suffices and all(min(out.shape[2:]) >= 2 for out in outs)
+        return all(large_enough) and all(min(out.shape[2:]) >= 2 for out in outs)
 
     low, high = 1, 2
     with torch.no_grad():
@@ -186,110 +178,111 @@ def smallest_side(network: nn.Module) -> int:
     return high
 
 
-def export_program(network: nn.Module, fixed: Optional[Size] = None) -> ExportedProgram:
-    """Trace a network with torch.export, into torch's own operations.
+def export_program(network: nn.Module,
+                   fixed_shape: Optional[tuple[int, int]] = None) -> ExportedProgram:
+    """Trace a network with torch.export.
 
     Args:
-        network: in evaluation mode; takes (batch, 3, height, width).
-        fixed: (height, width), for one picture of this size; if None batch, height and width are
-            open, the last two from :func:`smallest_side` on.
+        network: a network in evaluation mode that takes images (batch, 3, height, width).
+        fixed_shape: (height, width) of the only image that the program takes; if None batch, height
+            and width are dynamic, the last two from :func:`smallest_side` on.
 
     Raises:
-        UsageError: it asks for sizes in a way that cannot be left open.
+        UsageError: the network cannot be traced with dynamic sizes.
     """
-    if fixed is not None:
+    if fixed_shape is not None:
         with torch.no_grad():
-            return torch.export.export(network, (torch.zeros(1, 3, *fixed),))
+            return torch.export.export(network, (torch.zeros(1, 3, *fixed_shape),))
     side = smallest_side(network)
-    # Odd, unlike, and no multiple of anything: a condition that happens to hold would be kept.
+    # Odd and different: torch.export would keep a condition that holds for the example by chance.
     example = torch.zeros(2, 3, side * 3 // 2 | 1, side * 2 | 1)
     axes = {0: Dim('batch'), 2: Dim('height', min=side), 3: Dim('width', min=side)}
     try:
         with torch.no_grad():
-            # Some conditions hold for all sizes, and torch cannot prove it: it writes them into the
-            # program, and translations leave them out.
-            program = torch.export.export(traceable(network), (example,), dynamic_shapes=(axes,),
+            # Conditions that torch cannot prove become assertions in the program, which ONNX drops.
+            program = torch.export.export(with_dynamic_modules(network), (example,),
+                                          dynamic_shapes=(axes,),
                                           prefer_deferred_runtime_asserts_over_guards=True)
     except (torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
-        raise UsageError(f'{TIED} torch.export says: {" ".join(str(error).split()):.300} …'
-                         ) from error
-    check_conditions(program, side)
+        raise UsageError(f'{SPECIALISED} torch.export reports: '
+                         f'{" ".join(str(error).split()):.300} …') from error
+    check_assertions(program, side)
     return program
 
 
-def check_conditions(program: ExportedProgram, side: int) -> None:
-    """Try the conditions that torch could not prove, at many sizes.
+def check_assertions(program: ExportedProgram, side: int) -> None:
+    """Check at many sizes the assertions that torch could not prove.
 
     Raises:
-        UsageError: one of them does not hold, and the program is right for some sizes alone.
+        UsageError: an assertion fails, so that the program is correct only for some sizes.
     """
     name, = program.graph_signature.user_inputs
     image = next(node.meta['val'] for node in program.graph.nodes if node.name == name)
     symbols = [image.shape[axis].node.expr for axis in (0, 2, 3)]
-    conditions = {node.args[0].meta['val'].node.expr for node in program.graph.nodes
+    assertions = {node.args[0].meta['val'].node.expr for node in program.graph.nodes
                   if node.target is torch.ops.aten._assert_scalar.default}
     draw = Random(0).randrange
     for size in ((1, side, side), *((draw(1, 9), side + draw(999), side + draw(999))
                                     for _ in range(31))):
         given = {symbol: Integer(extent) for symbol, extent in zip(symbols, size)}
-        for condition in conditions:
-            if not condition.xreplace(given):
-                raise UsageError(f'{TIED} Of {size[0]} × 3 × {size[1]} × {size[2]} this does not '
-                                 f'hold: {condition}.')
+        for assertion in assertions:
+            if not assertion.xreplace(given):
+                raise UsageError(f'{SPECIALISED} For an input of {size[0]} × 3 × {size[1]} × '
+                                 f'{size[2]} this does not hold: {assertion}.')
 
 
 def network_of(cfg: Config, checkpoint: Optional[str], backbone_only: bool) -> nn.Module:
-    """The network of a config that is to be exported, in evaluation mode.
+    """Build the network of a config for export, in evaluation mode.
 
     Args:
-        cfg: a segmentation config, or with ``backbone_only`` also one of detection.
-        checkpoint: the trained model; for a backbone alone anything that its ``init_cfg`` takes,
-            too. If None the weights are random.
-        backbone_only: leave out all but the backbone.
+        cfg: a segmentation config or, with ``backbone_only``, also a detection config.
+        checkpoint: weights of the whole model; for a backbone anything that its ``init_cfg``
+            accepts. If None the weights are random.
+        backbone_only: return only the backbone.
 
     Raises:
-        UsageError: the config is of another kind.
-        CheckpointError: the checkpoint cannot be read or does not fit.
+        UsageError: this network cannot be exported.
+        CheckpointError: the checkpoint cannot be read or does not match the model.
     """
     model = build_model(cfg)
-    ours = tuple(getattr(backbones, name) for name in backbones.__all__)
-    if not isinstance(getattr(model, 'backbone', None), ours):
-        raise UsageError(f'The config {cfg.filename} has none of the backbones '
-                         f'{", ".join(backbones.__all__)}, which are what this exports.')
+    if not isinstance(getattr(model, 'backbone', None), ACmixBackbone):
+        names = ', '.join(backbone.__name__ for backbone in BACKBONES.values())
+        raise UsageError(f'The config {cfg.filename} has none of the backbones that can be '
+                         f'exported: {names}.')
     if backbone_only:
         if checkpoint is not None:
             model.backbone.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
             model.backbone.init_weights()
         return model.backbone
     if getattr(model, 'decode_head', None) is None:
-        raise UsageError(f'The config {cfg.filename} is of a detector, whose heads are left to '
-                         'MMDeploy; pass --backbone-only for its backbone.')
+        raise UsageError(f'The config {cfg.filename} is of a detector, whose heads only MMDeploy '
+                         'exports; pass --backbone-only to export its backbone.')
     if model.test_cfg.get('mode') == 'slide':
-        raise UsageError('This config tests in a sliding window, and an export takes whole '
-                         'pictures; if they may be whole, pass --cfg-options '
+        raise UsageError('This config tests in a sliding window, but an exported model takes whole '
+                         'images; to test on whole images, pass --cfg-options '
                          'model.test_cfg.mode=whole.')
     model.auxiliary_head = None
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        load_all_weights(model, read_checkpoint(checkpoint), checkpoint)
     return ClassMap(model)
 
 
-def export_onnx(network: nn.Module, out: str, shape: Size, fixed_size: bool) -> str:
-    """Write a network to an ONNX file, once ONNX Runtime computes there what torch does.
+def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size: bool) -> str:
+    """Export a network to ONNX; the file is kept only if ONNX Runtime computes what torch does.
 
     Args:
-        network: see :func:`network_of`.
-        out: the file, which is there only if all went well.
-        shape: (height, width) of the pictures it is made for; open sizes are checked at two others
-            as well.
-        fixed_size: whether to take one picture of this size only.
+        network: a network from :func:`network_of`.
+        out: path of the file.
+        shape: (height, width) of the images to verify with; dynamic sizes are verified at two
+            further sizes.
+        fixed_size: whether the model takes only one image of this size.
 
     Returns:
-        What was written, in words.
+        A description of the file.
 
     Raises:
-        UsageError: a package is missing, the folder does not exist, the shape is too small for open
-            sizes, or the outputs differ from torch's.
+        UsageError: a package is missing, the directory does not exist, the shape is too small for
+            dynamic sizes, or the outputs differ from torch's.
     """
     check_exporter()
     path = file_to_write(out)
@@ -297,45 +290,55 @@ def export_onnx(network: nn.Module, out: str, shape: Size, fixed_size: bool) -> 
     if not fixed_size:
         side = smallest_side(network)
         if min(shape) < side:
-            raise UsageError(f'Open sizes of this network begin at {side}×{side}, and the shape is '
-                             f'{shape[0]}×{shape[1]}: name a larger one with --shape H W, or pass '
-                             '--fixed-size for pictures of that size alone.')
+            raise UsageError(f'The dynamic sizes of this network begin at {side}×{side}, but the '
+                             f'shape is {shape[0]}×{shape[1]}: pass a larger --shape H W, or '
+                             '--fixed-size for images of exactly that size.')
         between = (side + shape[0]) // 2 | 1, (side + 2 * shape[1]) // 3 | 1
         sizes += [(2, side, side + 1), (1, *between)]
-    print('Tracing with torch.export; this and the next step take minutes …', flush=True)
+    print('Tracing with torch.export; this step and the next may take minutes …', flush=True)
     program = export_program(network, shape if fixed_size else None)
-    print(f'Translating {len(program.graph.nodes)} steps into ONNX …', flush=True)
-    with atomic_write(path) as beside:
+    print(f'Translating {len(program.graph.nodes)} graph nodes to ONNX …', flush=True)
+    with atomic_write(path) as temporary:
         onnx = translate(program, network, None if fixed_size else side)
-        onnx.save(beside, external_data=False)
+        onnx.save(temporary, external_data=False)
         for size in sizes:
-            check(network, str(beside), size)
+            compare_outputs(network, str(temporary), size)
         if isinstance(network, ClassMap):
-            # The logits have been compared, and are not part of what is deployed.
+            # The logits serve only verification.
             onnx.model.graph.outputs.pop()
-            onnx.save(beside, external_data=False)
-            check(network, str(beside), sizes[-1])
-        described = describe(str(beside))
+            onnx.save(temporary, external_data=False)
+            compare_outputs(network, str(temporary), sizes[-1])
+        description = describe(str(temporary))
     if not fixed_size:
-        described += f'\n  height and width from {side} on, batch from 1 on'
-    return f'Wrote {path}: {path.stat().st_size / 1e6:.1f} MB, opset {OPSET}\n{described}'
+        description += f'\n  height and width from {side} on, batch from 1 on'
+    return f'Wrote {path}: {path.stat().st_size / 1e6:.1f} MB, opset {OPSET}\n{description}'
 
 
 def check_exporter() -> None:
-    """Raise UsageError unless all that an export to ONNX needs is there."""
+    """Check that the packages needed for an export to ONNX are installed.
+
+    Raises:
+        UsageError: a package is missing, or torch is too old.
+    """
     missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if not find_spec(name)]
     if missing:
-        raise UsageError(f'An export to ONNX needs {", ".join(missing)}: run '
+        raise UsageError(f'Export to ONNX needs {", ".join(missing)}; run '
                          'pip install onnx onnxruntime onnxscript.')
     if 'prefer_deferred_runtime_asserts_over_guards' not in inspect.signature(
             torch.export.export).parameters:
-        raise UsageError(f'An export to ONNX needs a newer torch than {torch.__version__}; it is '
+        raise UsageError(f'Export to ONNX needs a newer torch than {torch.__version__}; it is '
                          'tested with 2.11.')
 
 
 def translate(program: ExportedProgram, network: nn.Module,
               side: Optional[int]) -> torch.onnx.ONNXProgram:
-    """Translate a traced program into ONNX; its sizes are open from ``side`` on, or fixed."""
+    """Translate a traced program to ONNX.
+
+    Args:
+        program: the traced program.
+        network: the network that was traced.
+        side: smallest height and width of dynamic sizes, or None for a fixed size.
+    """
     names = ['output', 'logits'] if isinstance(network, ClassMap) else [
         f'feature{index}' for index in range(len(program.graph_signature.user_outputs))]
     with quiet():
@@ -350,7 +353,7 @@ def translate(program: ExportedProgram, network: nn.Module,
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to itself what the exporter says of its own workings."""
+    """Silence the exporter's warnings about its own internals."""
     logger = logging.getLogger('onnxscript')
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -362,13 +365,19 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check(network: nn.Module, path: str, size: Sequence[int]) -> None:
-    """Compare ONNX Runtime with torch on pictures of (batch, height, width), and print how it went.
+def compare_outputs(network: nn.Module, path: str, size: Sequence[int]) -> None:
+    """Compare ONNX Runtime with torch on random images, and print the differences.
 
-    Of a class map the difference is what the class that was chosen lacks to the best logit.
+    For a class map, the logit of the predicted class is compared with the largest logit: two nearly
+    equal logits may be ordered differently.
+
+    Args:
+        network: the exported network.
+        path: path of the ONNX file.
+        size: (batch, height, width).
 
     Raises:
-        UsageError: they differ by more than ``TOLERANCE``, relative to the largest output.
+        UsageError: an output differs by more than ``MAX_RELATIVE_ERROR``.
     """
     batch, height, width = size
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -381,30 +390,30 @@ def check(network: nn.Module, path: str, size: Sequence[int]) -> None:
         logits = expected[1]
         pairs[0] = logits.gather(1, actual[0]), logits.amax(1, keepdim=True)
     differences = [((each - other).abs().max() / other.abs().max()).item() for each, other in pairs]
-    print(f'  {batch} × 3 × {height} × {width}, largest relative difference: ' + ', '.join(
+    print(f'  {batch} × 3 × {height} × {width}, maximum relative difference: ' + ', '.join(
         f'{output.name} {difference:.1e}'
         for output, difference in zip(session.get_outputs(), differences)), flush=True)
-    if not all(difference <= TOLERANCE for difference in differences):
-        raise UsageError(f'At {height}×{width} ONNX Runtime computes something else than torch, by '
-                         f'more than {TOLERANCE:g}; nothing was written.')
+    if not all(difference <= MAX_RELATIVE_ERROR for difference in differences):
+        raise UsageError(f'At {height}×{width} the outputs of ONNX Runtime differ from those of '
+                         f'torch by more than {MAX_RELATIVE_ERROR:g}; nothing was written.')
 
 
 def open_session(path: str) -> Any:
-    """Open a file in ONNX Runtime, on the CPU."""
+    """Open an ONNX file in ONNX Runtime on the CPU."""
     import onnxruntime
     return onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
 
 
 def describe(path: str) -> str:
-    """Inputs and outputs of an ONNX file: name, type and axes."""
+    """Describe the inputs and outputs of an ONNX file: name, type and axes."""
     session = open_session(path)
     return '\n'.join(f'  {each.name}: {each.type} ({", ".join(map(str, each.shape))})'
                      for each in (*session.get_inputs(), *session.get_outputs()))
 
 
 def normalisation(cfg: Config) -> str:
-    """How the input has to be normalised, in words."""
-    given = cfg.model.get('data_preprocessor') or {}
-    order = 'RGB' if given.get('bgr_to_rgb') else 'BGR'
-    return (f'{order} pictures of 0 to 255, less {given.get("mean")}, divided by '
-            f'{given.get("std")}')
+    """Describe how the input must be normalised."""
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    order = 'RGB' if preprocessor.get('bgr_to_rgb') else 'BGR'
+    return (f'{order} images with values from 0 to 255, minus {preprocessor.get("mean")}, divided '
+            f'by {preprocessor.get("std")}')

@@ -1,4 +1,8 @@
-"""Publishing a checkpoint: its weights, and where they come from."""
+"""Publishing a checkpoint: its weights, config, classes and package versions.
+
+MMEngine's ``CheckpointHook(published_keys=...)`` publishes only checkpoints of its own run, when
+that run ends; this module publishes any existing checkpoint.
+"""
 
 import contextlib
 import hashlib
@@ -15,73 +19,74 @@ from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
-# What is kept of MMEngine's account of a run. The rest is about the machine, or for going on.
-KEPT = ('cfg', 'dataset_meta', 'epoch', 'iter', 'seed', 'time', 'mmengine_version', 'versions')
+# The entries of a checkpoint's meta to keep; the others describe the machine or serve resuming.
+PUBLISHED_META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'seed', 'time', 'mmengine_version',
+                  'versions')
 
 
 def publish(source: str, target: str) -> Path:
-    """Write the weights of a training checkpoint to ``target``, its hash in the name.
+    """Write the weights of a training checkpoint to a file named after ``target`` and its hash.
 
-    The file holds ``state_dict``, under EMA the averaged weights, which MMEngine saves there; and
-    ``meta``: ``KEPT`` of the training's, and ``published_with``, the versions that wrote it. It is
-    read back as data, and compared, before it gets its name.
+    The file contains ``state_dict``, which with EMA holds the averaged weights, and ``meta``: the
+    entries ``PUBLISHED_META`` of the training checkpoint, and the package versions
+    ``published_with``. It is read back and compared before it gets its final name.
 
     Args:
-        source: a checkpoint of MMEngine.
-        target: name of the file to write; its ending is replaced by ``-<8 digits>.pth``.
+        source: checkpoint written by MMEngine.
+        target: path of the file to write; a ``.pth`` suffix is replaced by ``-<hash>.pth``, with
+            the first 8 hexadecimal digits of the file's SHA-256.
 
     Returns:
-        The file: after ``target``, the first 8 digits of its SHA-256 and ``.pth``.
+        The path of the published file.
 
     Raises:
-        UsageError: the folder of ``target`` does not exist, or torch is too old.
-        CheckpointError: the source cannot be read, holds code, or has no weights.
+        UsageError: the directory of ``target`` does not exist, or torch is too old.
+        CheckpointError: the source cannot be read, contains code, or has no weights.
     """
     if not HAS_ALLOW_LIST:
-        raise UsageError('Publishing reads a training checkpoint as data, which takes torch 2.6 or '
-                         f'newer; this is {torch.__version__}.')
+        raise UsageError('Publishing reads a training checkpoint without running code from it, '
+                         f'which needs torch 2.6 or newer; this is torch {torch.__version__}.')
     path = file_to_write(target)
     checkpoint = read_checkpoint(source)
     weights = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping) or not weights or not all(
             isinstance(weight, Tensor) for weight in weights.values()):
         raise CheckpointError(f"The checkpoint {source} has no weights under 'state_dict'; name "
-                              'one that training has written.')
+                              'one that was written by training.')
     meta = checkpoint.get('meta')
-    meta = {key: meta[key] for key in KEPT if isinstance(meta, Mapping) and key in meta}
+    meta = {key: meta[key] for key in PUBLISHED_META if isinstance(meta, Mapping) and key in meta}
     meta['published_with'] = versions()
 
     content = io.BytesIO()
-    # A tensor that is a part of a larger one would take all of it along.
+    # Without clone() a view would be saved with the whole storage that it belongs to.
     torch.save(dict(meta=meta, state_dict={key: weight.detach().clone()
                                            for key, weight in weights.items()}), content)
     digits = hashlib.sha256(content.getbuffer()).hexdigest()[:8]
     published = path.with_name(f'{path.name.removesuffix(".pth")}-{digits}.pth')
-    with atomic_write(published) as beside:
-        beside.write_bytes(content.getbuffer())
-        check_published(beside, weights)
+    with atomic_write(published) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        check_published(temporary, weights)
     return published
 
 
 def check_published(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless ``path`` loads back as plain data, with the same weights."""
+    """Check that ``path`` loads as plain data and contains the same weights.
+
+    Raises:
+        CheckpointError: the weights differ.
+    """
     with no_allowed_classes():
         loaded = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
-    if loaded.keys() != weights.keys() or not all(
-            torch.equal(as_bytes(loaded[key]), as_bytes(weight))
-            for key, weight in weights.items()):
-        raise CheckpointError(f'What was written to {path} reads back differently; nothing was '
-                              'published. Is the disk in order?')
-
-
-def as_bytes(weight: Tensor) -> Tensor:
-    """What a tensor holds, uint8: bytes are equal where it holds NaN, too."""
-    return weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    try:
+        torch.testing.assert_close(loaded, weights, rtol=0, atol=0, equal_nan=True)
+    except AssertionError as error:
+        raise CheckpointError(f'The weights read back from {path} differ from those written; '
+                              'nothing was published. Check the disk.') from error
 
 
 @contextlib.contextmanager
 def no_allowed_classes() -> Iterator[None]:
-    """Let torch load what is data to everybody, and not MMEngine's classes as well."""
+    """Make torch.load accept only what it accepts by default, without MMEngine's classes."""
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:

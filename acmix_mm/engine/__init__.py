@@ -1,1 +1,1 @@
-"""What the tools do: functions around MMEngine's config and runner."""
+"""Loading configs, training and testing with MMEngine, and the tools' command line."""

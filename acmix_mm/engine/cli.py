@@ -1,4 +1,4 @@
-"""What the command-line tools share: options, and errors as plain messages."""
+"""Command-line options and error handling shared by the tools."""
 
 import argparse
 import logging
@@ -17,7 +17,7 @@ from acmix_mm.utils.errors import UsageError
 
 
 class KeyValue(DictAction):
-    """MMEngine's KEY=VALUE pairs, refused in words where there is no pair."""
+    """MMEngine's ``DictAction``, which raises a bare ValueError for a value without ``=``."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
                  values: Sequence[str], option_string: Optional[str] = None) -> None:
@@ -27,34 +27,51 @@ class KeyValue(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that change a config; MMDetection's, and two for own data."""
-    parser.add_argument('--work-dir', metavar='DIR',
-                        help='where logs and checkpoints go (default: work_dirs/NAME OF CONFIG)')
-    parser.add_argument('--data-root', metavar='DIR',
-                        help="read all data from below DIR, laid out as the config's own")
-    parser.add_argument('--classes', nargs='+', metavar='NAME',
-                        help='names of the classes, in the order of their labels')
+def positive_int(text: str) -> int:
+    """Convert an argument to a positive integer, for argparse's ``type``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'must be a positive integer, got {text!r}')
+    return int(text)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, as MMDetection's tools have it."""
     parser.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE',
                         help='override settings of the config, e.g. train_dataloader.batch_size=4; '
-                        'lists as "[1,2]", tuples as "(1,2)", without spaces')
+                        'write lists as "[1,2]" and tuples as "(1,2)", without spaces')
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that change a config: MMDetection's, and two for custom datasets."""
+    parser.add_argument('--work-dir', metavar='DIR',
+                        help='directory for logs and checkpoints (default: work_dirs/CONFIG_NAME)')
+    parser.add_argument('--data-root', metavar='DIR',
+                        help="read all data from DIR, which has the same layout as the config's "
+                        'data_root')
+    parser.add_argument('--classes', nargs='+', metavar='NAME',
+                        help='class names, in label order')
+    add_cfg_options(parser)
     parser.set_defaults(launcher='none', local_rank=0)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing share: on the config, and of distributed jobs."""
+    """Add the options shared by training and testing: config overrides and distributed launch."""
     add_config_arguments(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-                        help='how a distributed job was started')
+                        help='launcher of a distributed job')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help=argparse.SUPPRESS)
 
 
 def config_from(args: argparse.Namespace) -> Config:
-    """Load the config that the common options describe.
+    """Load the config described by the common options.
 
     Raises:
-        UsageError: mmcv does not work, or the options do not fit.
+        UsageError: mmcv does not work, or an option does not match the config.
     """
     check_mmcv()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -63,8 +80,7 @@ def config_from(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        name = os.path.splitext(os.path.basename(args.config))[0]
-        cfg.work_dir = os.path.join('work_dirs', name)
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
     if args.data_root is not None:
         set_data_root(cfg, args.data_root)
     if args.classes is not None:
@@ -73,36 +89,37 @@ def config_from(args: argparse.Namespace) -> Config:
 
 
 def file_to_write(name: str) -> Path:
-    """The path of a file that a tool is to write.
+    """Return the path of an output file, after checking that its directory is writable.
 
     Raises:
-        UsageError: its folder does not exist, or nothing can be written there.
+        UsageError: the directory does not exist or is not writable.
     """
     path = Path(name)
     if not path.parent.is_dir():
-        raise UsageError(f'The folder {path.parent} does not exist; make it, or name another file.')
+        raise UsageError(f'The directory {path.parent} does not exist; create it, or name another '
+                         'file.')
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f'Nothing can be written to the folder {path.parent}; name another file.')
+        raise UsageError(f'The directory {path.parent} is not writable; name another file.')
     return path
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool; print an error that the user can mend as one message and exit with status 1."""
+    """Run a tool's main function; print a user-facing error and exit with status 1."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit('Interrupted.')
     except UsageError as error:
-        # One process of a node speaks for all.
+        # Only one process per node prints the message.
         sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
-    leave_gloo()
+    exit_after_gloo()
 
 
-def leave_gloo() -> None:
-    """End a finished process of a distributed CPU run at once.
+def exit_after_gloo() -> None:
+    """Exit immediately if this is a process of a distributed CPU job.
 
-    Gloo's threads now and then outlive the interpreter, and abort a process that has done its
-    work ("terminate called without an active exception"); torchrun then reports a failure.
+    Gloo's threads sometimes outlive the interpreter and abort a finished process ("terminate
+    called without an active exception"), which torchrun then reports as a failure.
     """
     running = distributed.is_available() and distributed.is_initialized()
     if running and distributed.get_backend() == 'gloo':

@@ -1,4 +1,4 @@
-"""Loading a config, and pointing it at one's own data and classes."""
+"""Loading configs, and adapting them to custom datasets and classes."""
 
 import contextlib
 import inspect
@@ -24,10 +24,12 @@ def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
     """Read a config file and merge ``--cfg-options`` into it.
 
     Raises:
-        UsageError: the file, or a base that it inherits from, is missing.
+        UsageError: the file, one of its base configs or a package that it imports is missing, or
+            an option does not match the config.
     """
     if not os.path.isfile(path):
-        raise UsageError(f'The config {path} does not exist; the shipped ones are in configs/.')
+        raise UsageError(f'The config {path} does not exist; the configs provided here are in '
+                         'configs/.')
     try:
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:
@@ -40,34 +42,37 @@ def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
         try:
             cfg.merge_from_dict(options)
         except (KeyError, IndexError, TypeError) as error:
-            raise UsageError(f'--cfg-options do not fit the config {path}: {error}') from error
+            raise UsageError(f'--cfg-options do not match the config {path}: {error}') from error
     return cfg
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Build the model of a config for predictions in one process; nothing is downloaded.
+    """Build the model of a config for inference in one process, without downloading weights.
 
     Raises:
-        UsageError: the config has none.
+        UsageError: the config has no model, or an invalid one.
     """
     enter_scope(cfg)
     return build_network(cfg.model)
 
 
 def enter_scope(cfg: Config) -> None:
-    """Make the registries that a config's model is built from the default ones.
+    """Make the config's registries the default ones, so that its model can be built.
 
     Raises:
         UsageError: the config has no model.
     """
     if not cfg.get('model'):
-        raise UsageError(f'The config {cfg.filename} has no model; name one that trains one.')
+        raise UsageError(f'The config {cfg.filename} has no model; name a config that trains one.')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
 
 
 @contextlib.contextmanager
-def explained_arguments() -> Iterator[None]:
-    """Make what our modules refuse, and arguments that no module has, a message without a trace.
+def constructor_errors_as_usage_errors() -> Iterator[None]:
+    """Turn constructor errors into UsageError.
+
+    These are a ValueError raised in this package and a TypeError about a constructor's arguments;
+    other exceptions are bugs and pass unchanged.
 
     Raises:
         UsageError: a network cannot be built from its config.
@@ -76,42 +81,42 @@ def explained_arguments() -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        by_ours = isinstance(error, ValueError) and PACKAGE in Path(raised_in).parents
-        by_call = isinstance(error, TypeError) and raised_in == build_functions.__file__
-        if by_ours or by_call:
+        invalid_value = isinstance(error, ValueError) and PACKAGE in Path(raised_in).parents
+        invalid_call = isinstance(error, TypeError) and raised_in == build_functions.__file__
+        if invalid_value or invalid_call:
             raise UsageError(f"The config's model cannot be built: {error}") from error
         raise
 
 
 def build_network(network: dict[str, Any]) -> nn.Module:
-    """Build a model, or a backbone, for predictions in one process.
+    """Build a model or a backbone for inference in one process.
 
     Raises:
-        UsageError: it does not take its arguments.
+        UsageError: an argument is invalid.
     """
-    with explained_arguments():
+    with constructor_errors_as_usage_errors():
         built = revert_sync_batchnorm(MODELS.build(network))
-    # MMDetection's Swin returns nothing from eval().
+    # MMDetection's Swin returns None from eval().
     built.eval()
     return built
 
 
-def datasets(cfg: Config, splits: Sequence[str] = SPLITS) -> Iterator[ConfigDict]:
-    """Yield the dataset configs that read files, from inside whatever wraps them."""
-    def inside(dataset: ConfigDict) -> Iterator[ConfigDict]:
-        inner = dataset.get('datasets', [dataset['dataset']] if 'dataset' in dataset else [])
-        for wrapped in inner:
-            yield from inside(wrapped)
-        if not inner:
+def dataset_configs(cfg: Config, splits: Sequence[str] = SPLITS) -> Iterator[ConfigDict]:
+    """Yield the dataset configs of the given splits, those inside dataset wrappers included."""
+    def unwrap(dataset: ConfigDict) -> Iterator[ConfigDict]:
+        wrapped = dataset.get('datasets', [dataset['dataset']] if 'dataset' in dataset else [])
+        for each in wrapped:
+            yield from unwrap(each)
+        if not wrapped:
             yield dataset
 
     for split in splits:
         dataloader = cfg.get(f'{split}_dataloader')
         if dataloader is not None:
-            yield from inside(dataloader['dataset'])
+            yield from unwrap(dataloader['dataset'])
 
 
-def evaluators(cfg: Config) -> Iterator[ConfigDict]:
+def evaluator_configs(cfg: Config) -> Iterator[ConfigDict]:
     """Yield the metric configs of validation and test."""
     for split in ('val', 'test'):
         evaluator = cfg.get(f'{split}_evaluator') or []
@@ -119,34 +124,34 @@ def evaluators(cfg: Config) -> Iterator[ConfigDict]:
 
 
 def set_data_root(cfg: Config, data_root: str) -> None:
-    """Read every dataset and annotation file from below ``data_root``.
+    """Make every dataset and evaluator of a config read its files from ``data_root``.
 
     Raises:
-        UsageError: the config has several roots, so that one cannot stand for all.
+        UsageError: the datasets of the config have no data root or more than one.
     """
-    old_roots = {dataset.get('data_root') for dataset in datasets(cfg)}
+    old_roots = {dataset.get('data_root') for dataset in dataset_configs(cfg)}
     if len(old_roots) != 1 or None in old_roots:
-        raise UsageError('--data-root stands for the one data_root of a config, and this one has '
-                         f'{sorted(map(str, old_roots))}; set each with --cfg-options '
+        raise UsageError('--data-root replaces a data_root shared by all datasets, but this config '
+                         f'has {sorted(map(str, old_roots))}; set each with --cfg-options '
                          'train_dataloader.dataset.data_root=… and so on.')
     old_root = os.path.join(old_roots.pop(), '')
-    for dataset in datasets(cfg):
+    for dataset in dataset_configs(cfg):
         dataset.data_root = data_root
-    for evaluator in evaluators(cfg):
+    for evaluator in evaluator_configs(cfg):
         for key, value in evaluator.items():
             if isinstance(value, str) and value.startswith(old_root):
                 evaluator[key] = os.path.join(data_root, value[len(old_root):])
 
 
 def set_classes(cfg: Config, classes: Sequence[str]) -> None:
-    """Name the classes of every dataset, and size every head of the model for them.
+    """Set the classes of every dataset, and ``num_classes`` of every head of the model.
 
     Raises:
         UsageError: an annotation file has other classes, or has them in another order.
     """
-    for dataset in datasets(cfg):
+    for dataset in dataset_configs(cfg):
         if cfg.get('default_scope') == 'mmseg':
-            make_open_to_classes(dataset)
+            accept_any_classes(dataset)
         elif dataset.type == 'CocoDataset':
             check_categories(dataset, classes)
         dataset.metainfo = dict(classes=tuple(classes))
@@ -164,55 +169,61 @@ def set_classes(cfg: Config, classes: Sequence[str]) -> None:
 
 
 def check_categories(dataset: ConfigDict, classes: Sequence[str]) -> None:
-    """Raise UsageError unless ``classes`` are categories of COCO annotations, in their order.
+    """Check that ``classes`` are categories of a COCO annotation file, in the order of the file.
 
-    MMDetection leaves out what it does not find, and numbers labels by the order in the file.
+    MMDetection silently drops unknown classes, and numbers labels in the order of the file.
+
+    Raises:
+        UsageError: a class is unknown, or the order differs.
     """
     path = Path(dataset.get('data_root') or '', dataset.ann_file)
     if not path.is_file():
-        return  # check_data says so
+        return  # reported by check_data
     names = [category['name'] for category in json.loads(path.read_text())['categories']]
-    strange = [name for name in classes if name not in names]
-    if strange:
-        raise UsageError(f'--classes names {", ".join(strange)}, which {path} does not have; it '
-                         f'has {" ".join(names)}.')
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise UsageError(f'--classes names {", ".join(unknown)}, but the classes of {path} are '
+                         f'{" ".join(names)}.')
     in_order = [name for name in names if name in classes]
     if list(classes) != in_order:
         raise UsageError(f'Labels follow the order of {path}: pass --classes {" ".join(in_order)}.')
 
 
-def make_open_to_classes(dataset: ConfigDict) -> None:
-    """Make a segmentation dataset read any classes, its files laid out as before.
+def accept_any_classes(dataset: ConfigDict) -> None:
+    """Change a segmentation dataset to ``BaseSegDataset``, keeping its file suffixes.
 
-    MMSegmentation's named datasets accept only subsets of their own classes; ``BaseSegDataset``
-    accepts any.
+    MMSegmentation's named datasets accept only subsets of their own classes.
     """
     with DATASETS.switch_scope_and_registry('mmseg') as registry:
-        named = registry.get(dataset.type)
+        dataset_class = registry.get(dataset.type)
     for name in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
-        default = inspect.signature(named.__init__).parameters[name].default
+        default = inspect.signature(dataset_class.__init__).parameters[name].default
         dataset.setdefault(name, default)
     dataset.type = 'BaseSegDataset'
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
-    """Raise UsageError, naming path, layout and remedy, if data of ``splits`` is missing."""
+    """Check that the data of the given splits exists.
+
+    Raises:
+        UsageError: a file or folder is missing.
+    """
     expected: dict[str, None] = {}
-    for dataset in datasets(cfg, splits):
+    for dataset in dataset_configs(cfg, splits):
         root = dataset.get('data_root') or ''
         prefixes = dataset.get('data_prefix') or {}
         for path in (dataset.get('ann_file'), *prefixes.values()):
             if path:
                 expected[os.path.join(root, path)] = None
     if set(splits) & {'val', 'test'}:
-        for evaluator in evaluators(cfg):
+        for evaluator in evaluator_configs(cfg):
             if evaluator.get('ann_file'):
                 expected[evaluator.ann_file] = None
     local = [path for path in expected if '://' not in path]
     missing = [path for path in local if not Path(path).exists()]
     if missing:
         raise UsageError(
-            f'The data of this config is not there: {missing[0]} does not exist.\n'
+            f'The data of this config is missing: {missing[0]} does not exist.\n'
             f'  Expected: {", ".join(local)}\n'
-            '  Data kept elsewhere: pass --data-root DIR, the folder that holds these.\n'
-            '  No data at hand: `make demo` writes a small set and trains on it.')
+            '  If the data is elsewhere, pass --data-root DIR, the folder that contains these.\n'
+            '  If you have no data, `make demo` generates a small dataset and trains on it.')

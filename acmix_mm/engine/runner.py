@@ -1,4 +1,4 @@
-"""Training and testing with MMEngine's runner, for detection and segmentation alike."""
+"""Training and testing detectors and segmentors with MMEngine's runner."""
 
 import contextlib
 import os
@@ -14,100 +14,99 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from acmix_mm.checkpoints.loading import summary
 from acmix_mm.checkpoints.reading import (
     HAS_ALLOW_LIST,
     LOAD_ERRORS,
     allow_mmengine_checkpoints,
     explain_load_error,
     is_path,
-    read_checkpoint,
-    summary,
     weights_only,
 )
-from acmix_mm.engine.config import check_data, explained_arguments
+from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
 from acmix_mm.environment import versions
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 
 class DataOnlyRunner(Runner):
-    """MMEngine's runner, which takes checkpoints as data and says plainly what is wrong with one.
+    """MMEngine's runner; checkpoints run no code, and errors in config or checkpoint are explained.
     """
 
-    # Whether a checkpoint must have all of the model's weights, as for a test.
-    takes_whole_checkpoints_only = False
+    # Whether a checkpoint must contain all weights of the model, as it must for testing.
+    requires_all_weights = False
 
     def build_model(self, model: Union[nn.Module, dict]) -> nn.Module:
-        """Build as :meth:`Runner.build_model`.
+        """Build the model like :meth:`Runner.build_model`.
 
         Raises:
-            UsageError: it does not take its arguments.
+            UsageError: an argument is invalid.
         """
-        with explained_arguments():
+        with constructor_errors_as_usage_errors():
             return super().build_model(model)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
-        """Load into the model, as :meth:`Runner.load_checkpoint`.
+        """Load a checkpoint into the model like :meth:`Runner.load_checkpoint`.
 
         Raises:
-            CheckpointError: the file is missing, unreachable, damaged, holds code, or is of another
-                network.
+            CheckpointError: the file is missing, unreachable, damaged, contains code, or does not
+                match the model.
         """
         try:
             with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
-        check_fit(self.model, checkpoint, filename, self.takes_whole_checkpoints_only)
+        check_weights(self.model, checkpoint, filename, self.requires_all_weights)
         return checkpoint
 
     def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
-        """Save as :meth:`Runner.save_checkpoint`, and write down which versions trained this."""
+        """Save like :meth:`Runner.save_checkpoint`; ``meta`` also records package versions."""
         super().save_checkpoint(*args, meta={**(meta or {}), 'versions': versions()}, **kwargs)
 
 
-def load_weights(model: nn.Module, source: str) -> None:
-    """Load all weights of a model from a checkpoint of a training run, as data.
+def load_all_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None:
+    """Load a checkpoint or state dict that must contain all weights of a model.
+
+    Other entries are ignored.
+
+    Args:
+        model: the model to load into.
+        checkpoint: the checkpoint, already read.
+        source: where it comes from, for messages.
 
     Raises:
-        CheckpointError: it cannot be read, or is of another network.
+        CheckpointError: the checkpoint does not match the model.
     """
-    fill(model, read_checkpoint(source), source)
-
-
-def fill(model: nn.Module, checkpoint: Mapping, source: str) -> None:
-    """Give a model all of its weights, from a checkpoint that was read, or a state dict.
-
-    Raises:
-        CheckpointError: they are of another network.
-    """
-    check_fit(model, checkpoint, source, whole=True)
+    check_weights(model, checkpoint, source, require_all=True)
     model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)
 
 
-def check_fit(model: nn.Module, checkpoint: Mapping, source: str, whole: bool) -> None:
-    """Raise CheckpointError where a checkpoint has nothing of a model's weights or, with ``whole``,
-    not all of them.
+def check_weights(model: nn.Module, checkpoint: Mapping, source: str, require_all: bool) -> None:
+    """Check that a checkpoint contains some or, with ``require_all``, all weights of a model.
+
+    Raises:
+        CheckpointError: the weights are missing or have another shape.
     """
     weights = checkpoint.get('state_dict', checkpoint)
-    # What wraps a model, for several processes or for augmented tests, calls it "module".
+    # Wrappers for distributed training and for test-time augmentation call the model "module".
     own = {key.removeprefix('module.'): value for key, value in model.state_dict().items()}
-    unfit = [key for key, value in own.items()
-             if key not in weights or weights[key].shape != value.shape]
-    if len(unfit) == len(own) or (whole and unfit):
-        raise CheckpointError(f'The checkpoint {source} is of another network than the '
-                              f"config's: missing or of another shape: {summary(unfit)}.")
+    missing = [key for key, value in own.items()
+               if key not in weights or weights[key].shape != value.shape]
+    if len(missing) == len(own) or (require_all and missing):
+        raise CheckpointError(f"The checkpoint {source} does not match the config's model; missing "
+                              f'or of another shape: {summary(missing)}.')
 
 
 def train(cfg: Config) -> None:
-    """Train as the config says, after checking that its data and checkpoints are there.
+    """Train a model as configured, after checking that data and checkpoints exist.
 
     Raises:
-        UsageError: something is missing or unreachable; the message says what to do.
+        UsageError: data or a checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
     if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
-        raise UsageError('Mixed precision needs a GPU, and torch sees none: leave out --amp or, '
-                         'where the config asks for it, pass --cfg-options '
+        raise UsageError('Mixed precision needs a GPU, but torch finds none: leave out --amp or, '
+                         'if the config enables it, pass --cfg-options '
                          'optim_wrapper.type=OptimWrapper.')
     with prepared(cfg, checkpoint_sources(cfg)):
         build_runner(cfg).train()
@@ -117,18 +116,23 @@ def test(cfg: Config) -> dict[str, float]:
     """Test the checkpoint ``cfg.load_from`` and return its metrics.
 
     Raises:
-        UsageError: something is missing or unreachable; the message says what to do.
+        UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_data(cfg, ('test',))
     with prepared(cfg, [cfg.load_from]):
         runner = build_runner(cfg)
-        runner.takes_whole_checkpoints_only = True
+        runner.requires_all_weights = True
         return runner.test()
 
 
 @contextlib.contextmanager
 def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
-    """Check the checkpoints, prepare for a CPU, and explain failed downloads and empty data."""
+    """Check checkpoints and prepare CPU runs; explain failed downloads and empty datasets.
+
+    Raises:
+        CheckpointError: a checkpoint of ``sources`` does not exist or cannot be downloaded.
+        UsageError: a dataset is empty, or the launcher needs a GPU.
+    """
     for source in sources:
         if is_path(source) and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
@@ -141,20 +145,20 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
         remote = [source for source in sources if not is_path(source)]
         raise CheckpointError(explain_load_error(' or '.join(remote), error)) from error
     except ValueError as error:
-        # What MMEngine says of a dataset without a picture.
+        # MMEngine fails this way on a dataset without images.
         if str(error) != 'need at least one array to concatenate':
             raise
-        raise UsageError("A dataset is empty: none of its pictures holds one of the config's "
-                         'classes; name those of your data with --classes NAME ….') from error
+        raise UsageError("A dataset is empty: none of its images contains one of the config's "
+                         'classes; name your own classes with --classes NAME ….') from error
 
 
 def build_runner(cfg: Config) -> Runner:
-    """The runner that the config names, or :class:`DataOnlyRunner`."""
+    """Build the runner named by the config, or a :class:`DataOnlyRunner`."""
     return RUNNERS.build(cfg) if 'runner_type' in cfg else DataOnlyRunner.from_cfg(cfg)
 
 
 def checkpoint_sources(node: Any) -> list[str]:
-    """Every checkpoint that a config names, in ``load_from`` and in any ``init_cfg``."""
+    """List the checkpoints that a config names, in ``load_from`` and in any ``init_cfg``."""
     if isinstance(node, (list, tuple)):
         return [source for child in node for source in checkpoint_sources(child)]
     if not isinstance(node, (dict, Config)):
@@ -169,7 +173,7 @@ def checkpoint_sources(node: Any) -> list[str]:
 
 
 def prepare_cpu(cfg: Config) -> None:
-    """Let a distributed run work without a GPU; MMEngine takes one for granted.
+    """Set up a distributed run without GPUs, which MMEngine does not support by itself.
 
     Raises:
         UsageError: the launcher is not torchrun.
@@ -177,8 +181,8 @@ def prepare_cpu(cfg: Config) -> None:
     if cfg.launcher == 'none':
         return
     if cfg.launcher != 'pytorch':
-        raise UsageError(f'--launcher {cfg.launcher} needs GPUs, and torch sees none; on CPUs use '
-                         'tools/dist_train.sh, which goes through torchrun.')
+        raise UsageError(f'--launcher {cfg.launcher} needs GPUs, but torch finds none; on CPUs use '
+                         'tools/dist_train.sh, which uses torchrun.')
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     cfg.setdefault('model_wrapper_cfg', dict(
@@ -189,15 +193,15 @@ def prepare_cpu(cfg: Config) -> None:
 
 
 def show_predictions(cfg: Config, show: bool, show_dir: Optional[str], wait_time: float) -> None:
-    """Draw every prediction of a test: in a window, or as pictures below ``show_dir``.
+    """Draw every prediction of a test in a window, or into image files below ``show_dir``.
 
     Raises:
         UsageError: the config has no visualization hook.
     """
     hook = cfg.default_hooks.get('visualization')
     if hook is None:
-        raise UsageError('--show and --show-dir draw through the hook default_hooks.visualization, '
-                         'and the config has none.')
+        raise UsageError('--show and --show-dir need the hook default_hooks.visualization, which '
+                         'this config does not have.')
     hook.draw = True
     hook.interval = 1
     if show:
@@ -210,25 +214,25 @@ def show_predictions(cfg: Config, show: bool, show_dir: Optional[str], wait_time
 
 
 def save_predictions(cfg: Config, out: str) -> None:
-    """Write the predictions of a test to ``out``: a pickle of detections, or a folder of maps.
+    """Save the predictions of a test: detections as a pickle, segmentations as a folder of maps.
 
     Raises:
-        UsageError: detections are to go into something else than a pickle.
+        UsageError: the output file for detections is not a pickle.
     """
     if cfg.default_scope == 'mmseg':
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
         return
     if not out.endswith(('.pkl', '.pickle')):
-        raise UsageError(f'--out writes detections as a pickle: name a .pkl file, not {out}.')
+        raise UsageError(f'--out writes detections as a pickle; name a .pkl file, not {out}.')
     metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     cfg.test_evaluator = [*metrics, dict(type='DumpDetResults', out_file_path=out)]
 
 
 def augment_test(cfg: Config) -> None:
-    """Average predictions over augmented copies of each test image.
+    """Average predictions over augmented copies of each test image (test-time augmentation).
 
-    As the config's ``tta_model`` and ``tta_pipeline`` say; detection configs have none, and get
-    MMDetection's default, both horizontal flips.
+    Uses the config's ``tta_model`` and ``tta_pipeline``. Detection configs without them get
+    MMDetection's default, the image and its horizontal flip.
     """
     if cfg.default_scope == 'mmdet' and 'tta_model' not in cfg:
         cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(
@@ -240,8 +244,8 @@ def augment_test(cfg: Config) -> None:
         flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
         cfg.tta_pipeline = [*load, dict(type='TestTimeAug', transforms=[flips, [pack]])]
     if cfg.tta_model.type == 'DetTTAModel' and cfg.model.get('roi_head', {}).get('mask_head'):
-        warnings.warn('MMDetection merges boxes alone over augmented images: masks are neither '
-                      'predicted nor evaluated under --tta.', stacklevel=2)
+        warnings.warn('MMDetection merges only boxes over augmented images: masks are neither '
+                      'predicted nor evaluated with --tta.', stacklevel=2)
         cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
         cfg.test_evaluator.metric = 'bbox'
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
@@ -249,14 +253,14 @@ def augment_test(cfg: Config) -> None:
 
 
 def scale_learning_rate(cfg: Config) -> None:
-    """Scale the learning rate to the batch size actually used.
+    """Scale the learning rate linearly to the actual batch size.
 
     Raises:
-        UsageError: the config does not say which batch size its learning rate is for.
+        UsageError: the config does not state the batch size that its learning rate is for.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise UsageError('--auto-scale-lr needs to know which batch size the learning rate is for, '
-                         'and the config does not say: pass --cfg-options '
+        raise UsageError('--auto-scale-lr needs the batch size that the learning rate is for, '
+                         'which this config does not state: pass --cfg-options '
                          'auto_scale_lr.base_batch_size=16, for 8 GPUs with 2 images each.')
     cfg.auto_scale_lr.enable = True
 

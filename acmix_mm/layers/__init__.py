@@ -1,4 +1,4 @@
-"""Modules built on the operators, one for each kind of host. They need torch alone."""
+"""Modules built on the operators. They only need torch."""
 
 from acmix_mm.layers.acmix_conv import ACmixConv2d, acmix_or_pointwise
 from acmix_mm.layers.involution import Involution2d, involution_or_pointwise

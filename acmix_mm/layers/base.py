@@ -1,51 +1,148 @@
-"""What the ACmix layers of all hosts share: the light fully connected layer, the shifts, and the
-rates of the two paths.
-
-Its parameters are modules of their own, not ``nn.Conv2d``: a network that re-initialises all its
-convolutions would otherwise wipe out the shift kernels, as the authors' ResNet does.
+"""Base classes of the layers: :class:`OperatorLayer`, which reports its cost, and
+:class:`TwoPathLayer`, which adds attention and convolution.
 """
 
-import math
-from typing import Optional
+from typing import ClassVar, Optional, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmix_mm.layers.point_attention import PointAttention
+from acmix_mm.layers.shift_path import FullyConnected, Shifts
 from acmix_mm.ops import shift_conv, shift_sum
 
+OPERATOR_CLASSES = PROJECTIONS, ATTENTION, CONVOLUTION, REST = (
+    'projections', 'attention', 'convolution path', 'rest')
 MIXES = ('acmix', 'attn', 'conv')
 COMBINATIONS = ('rates', 'convex', 'sum')
-SHIFTS = ('learned', 'random', 'fixed', 'tensor')
 
 
-class TwoPaths(nn.Module):
-    """Base of the ACmix layers: which paths they have, how these are added, and how maps shift.
+class OperatorLayer(nn.Module):
+    """A layer that reports its cost and geometry, for analysis and export.
 
-    Paper: arXiv 2111.14556, section 4; its ablations of both in section 5.4. A layer that has a
-    convolution path names its parts ``fc`` and ``dep_conv``.
+    The cost follows from the papers' equations, because backends may mask, pad or merge steps.
+
+    Attributes:
+        channels_last: whether maps are (batch, height, width, channels) rather than (batch,
+            channels, height, width).
+        parameter_classes: the operator class of each parameter, by the first part of its name;
+            parameters not listed belong to ``REST``.
     """
 
-    def set_paths(self, mix: str, combine: str) -> None:
-        """Say which paths there are and how they are added, before anything else is built.
+    channels_last: ClassVar[bool] = False
+    parameter_classes: ClassVar[dict[str, str]] = {}
+
+    def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
+        """Count the multiply-adds of one call, by operator class.
 
         Args:
-            mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` for that path alone, without
-                rates.
-            combine: how two paths are added: ``'rates'``, rate1 · attention + rate2 · convolution
-                with both learned; ``'convex'``, rate1 · attention + (1 - rate1) · convolution;
-                ``'sum'``, without rates. Learned ones start at one half.
-
-        Raises:
-            ValueError: an argument is none of these.
+            x: the input. Only the shapes are read, so it may be on ``meta``.
+            out: the output.
         """
+        raise NotImplementedError
+
+    def elementwise_operations(self, x: Tensor, out: Tensor) -> int:
+        """Count the elementwise operations of one call as the SAN authors' tool does.
+
+        These are the norms, activations and biases that are computed outside of submodules.
+        """
+        return 0
+
+    def map_size(self, x: Tensor) -> tuple[int, int]:
+        """The (height, width) of a map."""
+        height, width = x.shape[1:3] if self.channels_last else x.shape[2:4]
+        return height, width
+
+    @property
+    def min_dynamic_size(self) -> int:
+        """The height and width from which all maps take the same code path, for export."""
+        return 2
+
+
+class TwoPathLayer(OperatorLayer):
+    """Local attention and convolution on the same projections, added with learned rates.
+
+    Paper: arXiv 2111.14556, section 4; the ablations are in section 5.4.
+
+    A subclass implements :meth:`project`, :meth:`attend` and :meth:`convolve`. In its constructor
+    it builds ``fc`` and ``dep_conv`` (see :mod:`acmix_mm.layers.shift_path`) if it convolves, and
+    calls :meth:`add_rates` after all other parameters.
+
+    Args:
+        mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` for one path alone, without rates
+            and without the parameters of the other path.
+        combine: how both paths are added. ``'rates'``: rate1 · attention + rate2 · convolution with
+            learned rates; ``'convex'``: rate1 · attention + (1 − rate1) · convolution; ``'sum'``:
+            attention + convolution. Learned rates start at one half.
+
+    Raises:
+        ValueError: ``mix`` or ``combine`` is invalid.
+    """
+
+    parameter_classes: ClassVar[dict[str, str]] = {'fc': CONVOLUTION, 'dep_conv': CONVOLUTION}
+    fc: FullyConnected
+    dep_conv: Shifts
+
+    def __init__(self, mix: str = 'acmix', combine: str = 'rates') -> None:
+        super().__init__()
         for name, value, allowed in (('mix', mix, MIXES), ('combine', combine, COMBINATIONS)):
             if value not in allowed:
                 raise ValueError(f'{name} must be one of {", ".join(allowed)}, got {value!r}.')
         self.mix = mix
         self.combine = combine
 
+    def forward(self, x: Tensor) -> Tensor:
+        projected = self.project(x)
+        if not self.convolves:
+            out = self.attend(*projected)
+        elif not self.attends:
+            out = self.convolve(*projected)
+        else:
+            out = self.combine_paths(self.attend(*projected), self.convolve(*projected))
+        return self.finish(out, x)
+
+    def project(self, x: Tensor) -> tuple:
+        """Project the input to queries, keys and values.
+
+        Returns:
+            The arguments of both :meth:`attend` and :meth:`convolve`.
+        """
+        raise NotImplementedError
+
+    def attend(self, *projected: Tensor) -> Tensor:
+        """Compute the attention path, scaled by its rate."""
+        raise NotImplementedError
+
+    def convolve(self, *projected: Tensor) -> Tensor:
+        """Compute the convolution path, scaled by its rate; see :meth:`shift_and_sum`."""
+        raise NotImplementedError
+
+    def combine_paths(self, attention: Tensor, convolution: Tensor) -> Tensor:
+        """Add the two paths. May overwrite ``convolution``."""
+        return attention + convolution
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """Turn the sum of the paths into the output; linear except for dropout.
+
+        Args:
+            out: the sum, or one of the paths.
+            x: the input of the layer.
+        """
+        return out
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layer has the attention path."""
+        return self.mix != 'conv'
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the layer has the convolution path."""
+        return self.mix != 'attn'
+
     def add_rates(self) -> None:
-        """Register the rates that are learned."""
+        """Register the learned rates."""
         names = {'rates': ('rate1', 'rate2'), 'convex': ('rate1',), 'sum': ()}[self.combine]
         for name in names if self.mix == 'acmix' else ():
             self.register_parameter(name, nn.Parameter(torch.empty(1)))
@@ -59,134 +156,125 @@ class TwoPaths(nn.Module):
 
     @property
     def attention_rate(self) -> Optional[Tensor]:
-        """What the attention path is multiplied by, (1,), α in the paper; None is one."""
+        """The factor of the attention path, (1,), α in the paper; None for one."""
         return getattr(self, 'rate1', None)
 
     @property
     def convolution_rate(self) -> Optional[Tensor]:
-        """What the convolution path is multiplied by, (1,), β in the paper; None is one."""
+        """The factor of the convolution path, (1,), β in the paper; None for one."""
         rate = self.attention_rate
-        return 1 - rate if rate is not None and self.combine == 'convex' else getattr(
-            self, 'rate2', None)
+        if rate is not None and self.combine == 'convex':
+            return 1 - rate
+        return getattr(self, 'rate2', None)
 
     @property
     def can_stand_in(self) -> bool:
-        """Whether the layer can be its convolution path alone, with any kernel for every head."""
-        has_path = self.mix == 'conv' or (self.mix == 'acmix' and self.combine != 'sum')
-        return has_path and self.dep_conv.is_learned and not self.dep_conv.is_shared
+        """Whether some parameters make the layer its convolution path alone, with any kernels."""
+        can_convolve_alone = self.mix == 'conv' or (self.mix == 'acmix' and self.combine != 'sum')
+        return can_convolve_alone and self.dep_conv.is_learned and not self.dep_conv.is_shared
 
-    def shift_and_sum(self, maps: Tensor, **geometry: int) -> Tensor:
-        """The convolution path, times its rate.
+    def shift_and_sum(self, maps: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
+        """Compute the convolution path from its maps, scaled by its rate.
 
         Args:
-            maps: queries, keys and values, as :func:`acmix_mm.ops.shift_conv` takes them.
-            geometry: ``stride`` and ``dilation``.
+            maps: queries, keys and values, (batch, num_maps, head_dims, height, width).
+            stride: see :func:`acmix_mm.ops.shift_conv`.
+            dilation: see there.
 
         Returns:
-            (batch, embed_dims, out height, out width).
+            (batch, channels, out height, out width).
         """
-        # The rate scales small weights in place of the map.
+        # Scaling the small weights is cheaper than scaling the map.
         rate, kernels = self.convolution_rate, self.dep_conv.kernels
         if kernels is None:
-            bias = self.fc.bias
-            out = shift_sum(maps, scaled(rate, self.fc.matrix), scaled(rate, bias), **geometry)
+            out = shift_sum(maps, scaled(rate, self.fc.matrix), scaled(rate, self.fc.bias),
+                            stride=stride, dilation=dilation)
             return out.repeat_interleave(self.dep_conv.num_heads, 1)
-        return shift_conv(maps, self.fc.matrix, scaled(rate, kernels), self.fc.bias, **geometry)
+        return shift_conv(maps, self.fc.matrix, scaled(rate, kernels), self.fc.bias,
+                          stride=stride, dilation=dilation)
+
+    def shift_multiply_adds(self, channels: int, outputs: int) -> int:
+        """Count the multiply-adds of fc and shifts; moving maps without kernels costs none.
+
+        Args:
+            channels: channels of queries, keys and values together, summed over the positions that
+                the fc mixes.
+            outputs: number of output positions.
+        """
+        num_shifts = len(self.fc.matrix)
+        kernels = self.dep_conv.kernels
+        shifts = 0 if kernels is None else num_shifts**2 * len(kernels) * outputs
+        return num_shifts * channels + shifts
+
+    @torch.no_grad()
+    def path_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what each path contributes to the output.
+
+        Args:
+            x: the input of the layer, which should be in evaluation mode.
+
+        Returns:
+            Attention and convolution, each scaled by its rate and in the shape of the output; their
+            sum is the output.
+
+        Raises:
+            ValueError: the layer has one path only.
+        """
+        if self.mix != 'acmix':
+            raise ValueError(f'{type(self).__name__} with mix={self.mix!r} has one path only.')
+        convolution = self.finish(self.convolve(*self.project(x)), x)
+        return self(x) - convolution, convolution
+
+    @torch.no_grad()
+    def attention_of_point(self, x: Tensor, row: int, column: int) -> PointAttention:
+        """Compute the attention weights of one position.
+
+        Args:
+            x: the input of the layer for one image, with a batch of one. The layer should be in
+                evaluation mode.
+            row: row of the position in ``x``. A layer with a stride computes no output at some of
+                the positions.
+            column: its column.
+
+        Raises:
+            ValueError: the layer does not attend.
+        """
+        if not self.attends:
+            raise ValueError(f'{type(self).__name__} with mix={self.mix!r} does not attend.')
+        return self.point_attention(x, row, column)
+
+    def point_attention(self, x: Tensor, row: int, column: int) -> PointAttention:
+        """Implement :meth:`attention_of_point` for a layer that attends."""
+        raise NotImplementedError
 
 
+@overload
+def scaled(rate: Optional[Tensor], weight: Tensor) -> Tensor: ...
+@overload
+def scaled(rate: Optional[Tensor], weight: Optional[Tensor]) -> Optional[Tensor]: ...
 def scaled(rate: Optional[Tensor], weight: Optional[Tensor]) -> Optional[Tensor]:
-    """A rate, None for one, times a weight, None for none."""
+    """Multiply a weight by a rate. No rate stands for one, and no weight stays None."""
     return weight if rate is None or weight is None else rate * weight
 
 
-class FullyConnected(nn.Module):
-    """The light layer that mixes num_maps maps into k², shared by all head channels.
-
-    The maps are the heads of queries, keys and values, 3 · num_heads where all have equal width.
-    ``weight`` is (k², num_maps, 1, 1), as the authors' 1×1 convolution stores it; ``bias`` is (k²,)
-    or None.
-    """
-
-    def __init__(self, num_maps: int, kernel_size: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(kernel_size**2, num_maps, 1, 1))
-        self.bias = nn.Parameter(torch.empty(kernel_size**2)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw as ``nn.Conv2d`` does: uniform within ±1 / sqrt(num_maps)."""
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as (k², num_maps)."""
-        return self.weight[:, :, 0, 0]
+def scaled_linear(rate: Optional[Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
+    """Compute rate · linear(x) by scaling the small weight instead of the map."""
+    return F.linear(x, scaled(rate, linear.weight), scaled(rate, linear.bias))
 
 
-class Shifts(nn.Module):
-    """The shifts of the k² maps into which the fc mixes, each by its own offset of the k×k grid.
-
-    Paper: arXiv 2111.14556, section 4.2. ``weight``, where there is one, is (head_dims · groups,
-    k², k, k): kernel j of every channel starts as the pure shift of map j, one at tap j and zero
-    elsewhere.
-
-    Args:
-        head_dims: channels of a head.
-        num_heads: output heads.
-        kernel_size: k, odd.
-        shift: ``'learned'``: kernels that start as shifts; ``'random'``: that start as the weights
-            of ``nn.Conv2d`` do; ``'fixed'``: that stay shifts; ``'tensor'``: no kernels, the maps
-            are moved.
-        groups: groups of kernels: one for every output head (None), or 1, shared by them all.
+def split_heads(name: str, channels: int, num_heads: int) -> int:
+    """Return the channels of a head.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: ``num_heads`` does not divide ``channels``, the argument called ``name``.
     """
+    if channels % num_heads:
+        raise ValueError(f'num_heads must divide {name}, got {num_heads} heads for {channels} '
+                         'channels.')
+    return channels // num_heads
 
-    def __init__(self, head_dims: int, num_heads: int, kernel_size: int, shift: str = 'learned',
-                 groups: Optional[int] = None) -> None:
-        super().__init__()
-        if shift not in SHIFTS:
-            raise ValueError(f'shift must be one of {", ".join(SHIFTS)}, got {shift!r}.')
-        if groups not in (None, 1, num_heads):
-            raise ValueError('shift_groups must be 1, or None for one group for each of the '
-                             f'{num_heads} heads, got {groups}.')
-        self.num_heads = num_heads
-        self.shift = shift
-        self.is_learned = shift in ('learned', 'random')
-        self.is_shared = groups == 1 < num_heads
-        if shift == 'tensor':
-            return
-        weight = torch.empty(head_dims * (groups or num_heads), kernel_size**2, kernel_size,
-                             kernel_size)
-        if shift == 'fixed':
-            self.register_buffer('weight', weight, persistent=False)
-        else:
-            self.weight = nn.Parameter(weight)
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Put the kernels at their start."""
-        if self.shift == 'tensor':
-            return
-        num_shifts, kernel_size = self.weight.shape[1:3]
-        if self.shift == 'random':
-            bound = 1 / math.sqrt(num_shifts * kernel_size**2)
-            nn.init.uniform_(self.weight, -bound, bound)
-            return
-        one_hot = torch.eye(num_shifts).unflatten(1, (kernel_size, kernel_size))
-        with torch.no_grad():
-            self.weight.copy_(one_hot)
-
-    @property
-    def kernels(self) -> Optional[Tensor]:
-        """Kernels of all output channels, (head_dims · num_heads, k², k, k); None where maps are
-        moved.
-        """
-        if self.shift == 'tensor':
-            return None
-        # Output channels go (head_dims, num_heads).
-        return self.weight.repeat_interleave(self.num_heads, 0) if self.is_shared else self.weight
+def check_odd(name: str, size: int) -> None:
+    """Raise ValueError unless ``size`` is odd."""
+    if size % 2 == 0:
+        raise ValueError(f'{name} must be odd, got {size}.')

@@ -1,45 +1,41 @@
-"""What all layers have in common that stand in for a padded convolution."""
+"""The arguments of the layers that replace a padded ``nn.Conv2d``."""
 
-from typing import Optional, Union
+import inspect
+from typing import Any, Callable, Optional, Union
 
 from torch import nn
+
+from acmix_mm.layers.base import check_odd
 
 Size = Union[int, tuple[int, int]]
 
 
-class PaddedConvolution(nn.Module):
-    """The arguments of ``nn.Conv2d`` that such a layer takes, checked and kept under their names.
+class PaddedConvolution:
+    """Mixin that checks the arguments of ``nn.Conv2d`` and stores them under the same names.
 
-    OpenMMLab's ``ConvModule`` reads them off a convolution.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: side of the kernel, odd.
-        stride: distance of output positions, the same along both axes.
-        padding: None, or ``dilation · (kernel_size // 2)``, what keeps the size at stride 1.
-        dilation: distance of taps.
-        groups: 1; the argument is there because builders of convolutions pass it.
-
-    Raises:
-        ValueError: an argument is outside of what is said above.
+    OpenMMLab's ``ConvModule`` reads these attributes from a convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size,
-                 padding: Optional[Size], dilation: Size, groups: int) -> None:
-        super().__init__()
+    def set_geometry(self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size,
+                     padding: Optional[Size], dilation: Size, groups: int) -> None:
+        """Check and store the arguments.
+
+        Raises:
+            ValueError: ``kernel_size`` is even, a size is not square, ``groups`` is not 1, or
+                ``padding`` is neither None nor ``dilation · (kernel_size // 2)``.
+        """
         layer = type(self).__name__
         kernel = one_side('kernel_size', kernel_size)
-        step, spread = one_side('stride', stride), one_side('dilation', dilation)
+        step, spacing = one_side('stride', stride), one_side('dilation', dilation)
         if groups != 1:
             raise ValueError(f'{layer} has no groups, got groups={groups}; allowed is 1.')
         check_odd('kernel_size', kernel)
-        keeps_size = spread * (kernel // 2)
+        keeps_size = spacing * (kernel // 2)
         if padding is not None and one_side('padding', padding) != keeps_size:
             raise ValueError(f'{layer} pads to keep the size: kernel_size={kernel} with '
-                             f'dilation={spread} allows padding={keeps_size}, got {padding}.')
+                             f'dilation={spacing} allows padding={keeps_size}, got {padding}.')
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = (kernel,) * 2, (step,) * 2, (spread,) * 2
+        self.kernel_size, self.stride, self.dilation = (kernel,) * 2, (step,) * 2, (spacing,) * 2
         self.padding, self.output_padding = (keeps_size,) * 2, (0, 0)
         self.groups, self.transposed = groups, False
 
@@ -48,8 +44,22 @@ class PaddedConvolution(nn.Module):
                 f'stride={self.stride}, dilation={self.dilation}')
 
 
+def layer_or_pointwise(layer: Callable[..., nn.Module], in_channels: int, out_channels: int,
+                       kernel_size: Size, *args: Any, **kwargs: Any) -> nn.Module:
+    """Build a layer, or ``nn.Conv2d`` without the layer's own options for a 1×1 kernel.
+
+    OpenMMLab's modules build all their convolutions from one ``conv_cfg``, 1×1 ones included.
+    """
+    if one_side('kernel_size', kernel_size) != 1:
+        return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
+    options = (inspect.signature(layer).parameters.keys()
+               - inspect.signature(nn.Conv2d).parameters.keys())
+    kwargs = {name: value for name, value in kwargs.items() if name not in options}
+    return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+
+
 def one_side(name: str, size: Size) -> int:
-    """The one number of a square size.
+    """Return the side of a square size.
 
     Raises:
         ValueError: the size is not square.
@@ -58,9 +68,3 @@ def one_side(name: str, size: Size) -> int:
     if len(sides) != 1:
         raise ValueError(f'{name} must be the same along both axes, got {size}.')
     return sides.pop()
-
-
-def check_odd(name: str, size: int) -> None:
-    """Raise ValueError unless ``size`` is odd."""
-    if size % 2 == 0:
-        raise ValueError(f'{name} must be odd, got {size}.')

@@ -1,6 +1,7 @@
-"""ACmix in a SAN host: patch-wise attention and the convolution path on the same q, k, v."""
+"""ACmix in a SAN host: patch-wise attention and convolution on the same projections."""
 
-from typing import Callable, Optional
+from collections.abc import Sequence
+from typing import Any, Callable, ClassVar, Optional, cast
 
 import torch
 import torch.distributed as dist
@@ -9,67 +10,78 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from acmix_mm.layers.base import FullyConnected, Shifts, TwoPaths, scaled
+from acmix_mm.layers.base import (
+    ATTENTION,
+    CONVOLUTION,
+    PROJECTIONS,
+    TwoPathLayer,
+    check_odd,
+    scaled,
+)
+from acmix_mm.layers.point_attention import PointAttention, gather, neighbours, scatter
+from acmix_mm.layers.shift_path import FullyConnected, Shifts
 from acmix_mm.ops import patch_aggregation, patch_features
 from acmix_mm.ops.reflection import reflection_pad
 
-# Output channels that share one attention weight, in all published SANs.
+# Output channels that share an attention weight, in all published SANs.
 SHARE_CHANNELS = 8
 
 
-class PatchwiseACmix(TwoPaths):
-    """Mix patch-wise attention with a 3×3 convolution over the same projections.
+class PatchwiseACmix(TwoPathLayer):
+    """Patch-wise attention and a 3×3 convolution on the same projections.
 
     Papers: arXiv 2111.14556, section 4.1, and arXiv 2004.13621, section 3.2 (patch-wise
-    self-attention, concatenation); out = rate1 · attention + rate2 · convolution. The weights of
-    attention are made of the query and all keys around it: norm, ReLU, linear, norm, ReLU, linear,
-    without softmax. Queries and keys have fewer channels than values: cut into pieces as wide as
-    the queries, all three are 2 + value_heads maps for the fc, with value_heads = out_channels /
-    rel_channels, and value_heads output heads. As in the other hosts, the convolution path's
-    channels go (channel, head), attention's (head, channel), and they are added as they are.
+    self-attention, concatenation); out = rate1 · attention + rate2 · convolution. The attention
+    weights are a function of the query and all keys around it: norm, ReLU, linear, norm, ReLU,
+    linear, without softmax. Queries and keys have fewer channels than values. Values are split
+    into value_heads = out_channels / rel_channels heads as wide as the queries, which makes 2 +
+    value_heads maps for the fc, and value_heads output heads. As in the other hosts, the
+    convolution path's channels are in the order (channel, head), the attention path's in (head,
+    channel), and both are added as they are.
 
-    The authors of ACmix published no code for SAN. This form is this project's choice;
-    :class:`acmix_mm.backbones.ACmixSAN` says how its counts compare with the published ones. That
-    the fc has no bias is taken from their ResNet.
+    Maps (batch, in_channels, height, width), from 1×1 on, to (batch, out_channels, height, width).
 
-    Parameters of the attention path have the SAN authors' names: ``conv1``, ``conv2``, ``conv3``
-    (q, k, v), ``conv_w``; those of the convolution path the ACmix authors': ``fc``, ``dep_conv``,
-    ``rate1``, ``rate2``.
+    The authors of ACmix published no code for SAN, so this design is our own;
+    :class:`acmix_mm.backbones.ACmixSAN` compares its counts with the published ones. As in their
+    ResNet, the fc has no bias.
+
+    Parameters of the attention path are named as in the SAN authors' code: ``conv1``, ``conv2``,
+    ``conv3`` (q, k, v), ``conv_w``; those of the convolution path as in the ACmix authors' code:
+    ``fc``, ``dep_conv``, ``rate1``, ``rate2``.
 
     Args:
         in_channels: channels of the input.
         rel_channels: channels of queries and of keys; divides ``out_channels``.
         out_channels: channels of values and of the output, a multiple of ``SHARE_CHANNELS``.
-        kernel_size: side of attention's neighbourhood, odd; it is mirrored at the edges.
-        norm: makes the batch norms on the way to the weights from their channels.
-        mix: ``'acmix'`` for both paths; ``'attn'`` or ``'conv'`` builds that path alone, and no
-            rates.
-        combine: how the paths are added; see :class:`acmix_mm.layers.base.TwoPaths`.
-        shift: how the convolution path shifts; see :class:`acmix_mm.layers.base.Shifts`.
-        shift_groups: groups of its kernels: one for every head (None), or 1.
+        kernel_size: side of attention's neighbourhood, odd; with reflection padding at the edges.
+        norm: builds the batch norms in ``conv_w`` from their number of channels.
+        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        ValueError: an argument is invalid.
     """
+
+    parameter_classes: ClassVar[dict[str, str]] = {
+        **TwoPathLayer.parameter_classes,
+        'conv1': PROJECTIONS, 'conv2': PROJECTIONS, 'conv3': PROJECTIONS, 'conv_w': ATTENTION}
 
     def __init__(self, in_channels: int, rel_channels: int, out_channels: int, kernel_size: int,
                  norm: Callable[[int], nn.Module] = nn.BatchNorm2d, mix: str = 'acmix',
                  combine: str = 'rates', shift: str = 'learned',
                  shift_groups: Optional[int] = None) -> None:
-        super().__init__()
-        self.set_paths(mix, combine)
+        super().__init__(mix, combine)
         if out_channels % rel_channels or out_channels % SHARE_CHANNELS:
             raise ValueError(f'rel_channels and {SHARE_CHANNELS} must divide out_channels, got '
                              f'{rel_channels} for {out_channels} channels.')
-        if kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size must be odd, got {kernel_size}.')
+        check_odd('kernel_size', kernel_size)
         self.rel_channels = rel_channels
         self.kernel_size = kernel_size
 
         self.conv1 = nn.Conv2d(in_channels, rel_channels, 1)
         self.conv2 = nn.Conv2d(in_channels, rel_channels, 1)
         self.conv3 = nn.Conv2d(in_channels, out_channels, 1)
-        if mix != 'conv':
+        if self.attends:
             around = rel_channels * (kernel_size**2 + 1)
             groups = out_channels // SHARE_CHANNELS
             self.conv_w = nn.Sequential(
@@ -78,53 +90,82 @@ class PatchwiseACmix(TwoPaths):
             if not isinstance(self.conv_w[0], _BatchNorm):
                 raise ValueError('The keys around a position take a batch norm, got '
                                  f'{type(self.conv_w[0]).__name__}.')
-        if mix != 'attn':
+        if self.convolves:
             value_heads = out_channels // rel_channels
             self.fc = FullyConnected(2 + value_heads, kernel_size=3, bias=False)
             self.dep_conv = Shifts(rel_channels, value_heads, 3, shift, shift_groups)
         self.add_rates()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, in_channels, height, width) to out_channels, at any size from 1×1."""
+    def project(self, x: Tensor) -> tuple[Tensor]:
+        """Return queries, keys and values, (batch, 2 · rel_channels + out_channels, height, width).
+        """
         projections = (self.conv1, self.conv2, self.conv3)
-        qkv = F.conv2d(x, torch.cat([conv.weight for conv in projections]),
-                       torch.cat([conv.bias for conv in projections]))
-        if self.mix != 'conv':
-            out = attention = self.attend(qkv)
-        if self.mix != 'attn':
-            out = convolution = self.convolve(qkv)
-        if self.mix == 'acmix':
-            out = attention + convolution
-        return out
+        biases = [conv.bias for conv in projections if conv.bias is not None]
+        return F.conv2d(x, torch.cat([conv.weight for conv in projections]), torch.cat(biases)),
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """The attention path, times its rate: (batch, 2 · rel_channels + out_channels, height,
-        width) to out_channels.
-        """
         q, k, v = qkv.split((self.rel_channels, self.rel_channels, self.conv3.out_channels), 1)
-        norm, _, mixing, *to_features, last = self.conv_w
+        norm, _, mixing, *to_features, last = cast(Any, self.conv_w)
         scale, shift = norm_of_neighbourhoods(norm, q, k, self.kernel_size)
         out = patch_features(q, k, scale, shift, mixing.weight.flatten(1), self.kernel_size)
         for module in to_features:
             out = module(out)
-        # The rate scales the small weight in place of the map.
+        # Scaling the small weight is cheaper than scaling the map.
         rate = self.attention_rate
         return patch_aggregation(v, out, scaled(rate, last.weight.flatten(1)),
                                  scaled(rate, last.bias), self.kernel_size)
 
     def convolve(self, qkv: Tensor) -> Tensor:
-        """The convolution path, times its rate, on what :meth:`attend` takes."""
         return self.shift_and_sum(qkv.unflatten(1, (-1, self.rel_channels)))
+
+    def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
+        """Two linear layers on each query and the keys around it compute the attention weights."""
+        positions, channels = out[:, 0].numel(), out.shape[1]
+        projected = positions * (2 * self.rel_channels + channels)
+        counts = {PROJECTIONS: x.shape[1] * projected}
+        if self.attends:
+            linear = sum(module.weight.numel() for module in self.conv_w
+                         if isinstance(module, nn.Conv2d))
+            counts[ATTENTION] = positions * (linear + self.kernel_size**2 * channels)
+        if self.convolves:
+            counts[CONVOLUTION] = self.shift_multiply_adds(projected, positions)
+        return counts
+
+    def elementwise_operations(self, x: Tensor, out: Tensor) -> int:
+        """Three for each normed channel, ReLU included, and one for each bias.
+
+        The modules of ``conv_w`` are not counted on their own, because only some are called.
+        """
+        modules = list(self.modules())
+        normed = sum(module.num_features for module in modules if isinstance(module, _BatchNorm))
+        biases = sum(module.bias.numel() for module in modules
+                     if isinstance(module, nn.Conv2d) and module.bias is not None)
+        return out[:, 0].numel() * (3 * normed + biases)
+
+    def point_attention(self, x: Tensor, row: int, column: int) -> PointAttention:
+        """Apply ``conv_w`` to the query and all keys around it (arXiv 2004.13621, section 3.2).
+
+        There is no softmax: weights may be negative and sum to any value. Channel c of the values
+        takes the weights of group c mod groups.
+        """
+        size = x.shape[2:]
+        rows, columns = (neighbours(centre, extent, self.kernel_size, x.device)
+                         for centre, extent in zip((row, column), size))
+        keys = gather(self.conv2(x)[0], rows, columns)
+        features = torch.cat([self.conv1(x)[0, :, row, column], keys.flatten()])
+        weights = self.conv_w(features[None, :, None, None]).flatten()
+        weights = weights.unflatten(0, (-1, self.kernel_size, self.kernel_size))
+        return PointAttention(scatter(weights, rows, columns, size), 1, self.kernel_size**2, False)
 
 
 def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
                            kernel_size: int) -> tuple[Tensor, Tensor]:
-    """What a batch norm over queries and copies of the keys around them multiplies by and adds.
+    """Scale and shift of a batch norm over queries and copies of the keys around them.
 
-    In training this takes the statistics of the maps, and updates the running ones, as the norm
-    would if it were given the copies. A neighbour's statistics are those of the map as far as that
-    neighbour sees it: means over windows of the padded map, each of the map's own size. A
-    ``SyncBatchNorm`` takes those of all processes.
+    In training, they follow from the statistics of the maps, and the running statistics are
+    updated as if the norm had been given the copies. The statistics of a neighbour are those of
+    the part of the padded map that it reads: means over windows as large as the map. A
+    ``SyncBatchNorm`` uses the statistics of all processes.
 
     Args:
         norm: over channels + key channels · kernel_size² channels.
@@ -135,7 +176,7 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
     Returns:
         scale and shift, (channels of ``norm``,), at least float32.
     """
-    # What takes the place of a batch norm to freeze it may well be in training mode.
+    # A frozen norm that replaces a batch norm may be in training mode.
     is_learning = norm.training and isinstance(norm, _BatchNorm)
     if is_learning or norm.running_mean is None:
         means, variances = zip(*(statistics(reflection_pad(maps, reach), q.shape[2:])
@@ -146,6 +187,7 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
         if is_learning and norm.running_mean is not None:
             update_running_statistics(norm, mean, variance, count)
     else:
+        assert norm.running_var is not None
         mean, variance = norm.running_mean, norm.running_var
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is None:
@@ -154,19 +196,23 @@ def norm_of_neighbourhoods(norm: _BatchNorm, q: Tensor, k: Tensor,
     return scale, norm.bias - mean * scale
 
 
-def statistics(padded: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel over each window of ``size``, row-major, windows fastest.
+def statistics(padded: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel over each window of ``size``.
 
-    padded: (batch, channels, height, width). Returns two of (channels · windows,), at least
-    float32.
+    Args:
+        padded: (batch, channels, height, width).
+        size: (height, width) of the windows, which start at every position.
+
+    Returns:
+        Two of (channels · windows,), in row-major order of windows, at least float32.
     """
     def window_means(maps: Tensor) -> Tensor:
-        # Along one axis after the other: the shorter sums are both cheaper and more exact.
+        # Averaging one axis at a time is cheaper and more accurate.
         means = F.avg_pool2d(F.avg_pool2d(maps, (size[0], 1), 1), (1, size[1]), 1)
         return means.mean(0).flatten(1)
 
     padded = padded.to(torch.promote_types(padded.dtype, torch.float32))
-    # Far from zero, the mean of squares less the squared mean would cancel.
+    # Centring avoids cancellation in the variance if the mean is far from zero.
     centre = padded.detach().mean((0, 2, 3))[:, None]
     centred = padded - centre[:, :, None]
     mean = window_means(centred)
@@ -176,20 +222,23 @@ def statistics(padded: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def of_all_processes(mean: Tensor, variance: Tensor, count: int,
                      group: Optional[dist.ProcessGroup]) -> tuple[Tensor, Tensor, int]:
-    """Mean and variance over the positions of all processes of a group, and how many those are."""
+    """Combine the mean, variance and number of positions of all processes of a group."""
     group = group or dist.group.WORLD
-    total = torch.tensor(count, device=mean.device)
-    dist.all_reduce(total, group=group)
-    share = count / total.item()
+    counted = torch.tensor(count, device=mean.device)
+    dist.all_reduce(counted, group=group)
+    total = int(counted.item())
+    share = count / total
     joint_mean = all_reduce(share * mean, group=group)
     deviation = variance + (mean - joint_mean).square()
-    return joint_mean, all_reduce(share * deviation, group=group), total.item()
+    return joint_mean, all_reduce(share * deviation, group=group), total
 
 
 @torch.no_grad()
 def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor,
                               count: int) -> None:
-    """Move the running statistics of ``norm`` to those of a batch, as its forward pass does."""
+    """Update the running statistics of ``norm`` from a batch, as its forward pass does."""
+    assert norm.num_batches_tracked is not None
+    assert norm.running_mean is not None and norm.running_var is not None
     norm.num_batches_tracked += 1
     momentum = norm.momentum
     if momentum is None:

@@ -36,7 +36,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Backend(NamedTuple):
     """One implementation of an operator.
 
-    Args:
+    Attributes:
         name: its name, unique within the operator.
         run: the implementation; takes checked arguments.
         unavailable: returns why this machine cannot run it, or None if it can.

@@ -1,1 +1,1 @@
-"""Errors and file writing shared by all packages."""
+"""Errors, atomic file writes and Markdown tables, shared by all packages."""

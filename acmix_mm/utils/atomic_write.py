@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic file writes."""
 
 import contextlib
 import os
@@ -11,20 +11,20 @@ from acmix_mm.utils.errors import UsageError
 
 @contextlib.contextmanager
 def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; what was written there then takes its place.
+    """Yield a temporary path next to ``path``, and move what was written there to ``path``.
 
-    If the writing fails, what was at ``path`` stays, and nothing else does.
+    If the block raises, ``path`` is left as it was and the temporary file is removed.
 
     Raises:
-        UsageError: the file system does not take the file.
+        UsageError: the file cannot be written.
     """
     target = Path(path)
-    # With the ending of the target, by which some choose a format.
-    beside = target.with_name(f'.partial.{target.name}')
+    # Keeps the suffix of the target: some writers choose the file format by it.
+    temporary = target.with_name(f'.partial.{target.name}')
     try:
-        yield beside
-        os.replace(beside, target)
+        yield temporary
+        os.replace(temporary, target)
     except OSError as error:
         raise UsageError(f'{path} cannot be written ({error.strerror}).') from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

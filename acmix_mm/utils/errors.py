@@ -1,9 +1,9 @@
-"""The errors that a user can mend; the tools print them as one message, without a trace."""
+"""User-facing errors; the tools print their message without a traceback."""
 
 
 class UsageError(Exception):
-    """Something given from outside does not fit: the message names it and the remedy."""
+    """An argument, a setting or a file is invalid; the message names it and the remedy."""
 
 
 class CheckpointError(UsageError):
-    """A checkpoint is missing, unreachable, damaged, unsafe, or of another network."""
+    """A checkpoint is missing, unreachable, damaged, unsafe, or does not match the model."""

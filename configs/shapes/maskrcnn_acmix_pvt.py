@@ -1,4 +1,4 @@
-# A small ACmix-PVT in the place of the small ACmix-Swin.
+# A small ACmix-PVT instead of the small ACmix-Swin.
 _base_ = './maskrcnn_acmix_swin.py'
 model = dict(
     backbone=dict(

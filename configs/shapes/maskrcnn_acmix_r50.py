@@ -1,4 +1,4 @@
-# A small ACmix-ResNet in the place of the small ACmix-Swin.
+# A small ACmix-ResNet instead of the small ACmix-Swin.
 _base_ = './maskrcnn_acmix_swin.py'
 model = dict(
     backbone=dict(

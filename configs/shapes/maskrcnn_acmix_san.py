@@ -1,5 +1,5 @@
-# A small ACmix-SAN in the place of the small ACmix-Swin. Its attention has no softmax and relies
-# on what its batch norms have learned of pictures: they see more of them here.
+# A small ACmix-SAN instead of the small ACmix-Swin. Its attention has no softmax and depends on
+# batch norm statistics, so that batches are larger here.
 _base_ = './maskrcnn_acmix_swin.py'
 model = dict(
     backbone=dict(

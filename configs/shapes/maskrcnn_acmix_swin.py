@@ -1,4 +1,4 @@
-# A small ACmix-Swin Mask R-CNN on the data of tools/make_shapes.py: minutes on two CPU cores.
+# A small ACmix-Swin Mask R-CNN for tools/make_shapes.py's data; trains in minutes on two CPU cores.
 _base_ = '../maskrcnn_acmix_swin_t.py'
 
 model = dict(
@@ -31,7 +31,7 @@ image, truth, resize, pack = (
     dict(type='Resize', scale=(192, 192), keep_ratio=True),
     dict(type='PackDetInputs'))
 train_pipeline = [image, truth, resize, dict(type='RandomFlip', prob=0.5), pack]
-# Pictures are drawn at their own size: so is the ground truth.
+# Loaded after resizing, the ground truth keeps the original size, at which it is drawn.
 test_pipeline = [image, resize, truth, pack]
 train_dataloader = dict(
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))

@@ -1,4 +1,4 @@
-# A small dilated ACmix-ResNet in the place of the small ACmix-Swin.
+# A small dilated ACmix-ResNet instead of the small ACmix-Swin.
 _base_ = './upernet_acmix_swin.py'
 model = dict(
     backbone=dict(

@@ -1,4 +1,4 @@
-# A small ACmix-Swin UperNet on the data of tools/make_shapes.py: minutes on two CPU cores.
+# A small ACmix-Swin UperNet for tools/make_shapes.py's data; trains in minutes on two CPU cores.
 _base_ = '../upernet_acmix_swin_t.py'
 
 crop_size = (192, 192)

@@ -1,19 +1,17 @@
-"""ACmix-PVT against MMDetection's plain PVT, and by the counts that its authors publish."""
+"""ACmix-PVT against MMDetection's plain PVT and the published counts."""
 
-import functools
 import inspect
 
 import mmdet.models.backbones.pvt as mmdet_pvt
 import pytest
 import torch
 from helpers import relative_error
+from helpers.weights import randomised
 from torch.utils.flop_counter import FlopCounterMode
 
-import acmix_mm.layers.base as conv_path
 from acmix_mm.backbones import ACmixPyramidVisionTransformer
 from acmix_mm.layers import ReducedACmix
-from acmix_mm.layers.reduced_acmix import spread
-from acmix_mm.ops import shift_conv
+from acmix_mm.ops import use_backend
 from acmix_mm.utils.errors import CheckpointError
 
 SMALL = dict(embed_dims=8, num_layers=[1, 2, 1, 1], pretrain_img_size=64)
@@ -22,22 +20,10 @@ TINY = dict(embed_dims=4, num_stages=2, num_layers=[1, 2], num_heads=[1, 2], pat
             out_indices=(0, 1), pretrain_img_size=32)
 
 
-def randomised(model, scale=0.2):
-    """Give every parameter a value that matters, norms and rates near one."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = scale * torch.randn(parameter.shape, generator=generator)
-            near_one = name.endswith(('rate1', 'rate2')) or (
-                parameter.dim() == 1 and name.endswith('weight'))
-            parameter.copy_(1 + noise if near_one else noise)
-    return model
-
-
 @pytest.mark.parametrize('size', [(64, 64), (96, 64), (65, 99), (32, 71)], ids=str)
 @pytest.mark.parametrize('v2', [False, True], ids=['v1', 'v2'])
-def test_attention_alone_equals_plain_pvt(size, v2):
-    """On the same weights; position embeddings are interpolated to sizes other than 64."""
+def test_attention_equals_plain_pvt(size, v2):
+    """With the same weights; position embeddings are interpolated to sizes other than 64."""
     arguments = dict(SMALL)
     if v2:
         arguments.update(patch_sizes=[7, 3, 3, 3], paddings=[3, 1, 1, 1], norm_after_stage=True,
@@ -51,7 +37,7 @@ def test_attention_alone_equals_plain_pvt(size, v2):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_alone_has_the_gradients_of_plain_pvt():
+def test_gradients_of_attention_equal_plain_pvt():
     plain = randomised(mmdet_pvt.PyramidVisionTransformer(**TINY, drop_path_rate=0.)).double()
     ours = ACmixPyramidVisionTransformer(**TINY, mix='attn', drop_path_rate=0.).double()
     ours.load_state_dict(plain.state_dict())
@@ -64,7 +50,7 @@ def test_attention_alone_has_the_gradients_of_plain_pvt():
     assert not expected
 
 
-def test_takes_the_arguments_of_plain_pvt():
+def test_has_the_arguments_of_plain_pvt():
     theirs = inspect.signature(mmdet_pvt.PyramidVisionTransformer.__init__).parameters
     own = inspect.signature(ACmixPyramidVisionTransformer.__init__).parameters
     for name, parameter in theirs.items():
@@ -84,7 +70,7 @@ def test_any_size(mix):
             assert out.isfinite().all()
 
 
-def test_checkpointing_changes_nothing_but_memory():
+def test_recomputation_does_not_change_gradients():
     x = torch.randn(1, 3, 40, 36, requires_grad=True)
     gradients = []
     for with_cp in (False, True):
@@ -95,47 +81,6 @@ def test_checkpointing_changes_nothing_but_memory():
                                              [x, *model.parameters()], allow_unused=True))
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(plain, recomputed)
-
-
-def test_position_takes_the_keys_and_values_of_its_cell():
-    reduced = torch.arange(6.).view(1, 2, 3, 1)
-    rows = torch.tensor([0, 0, 0, 1, 1, 1, 1])  # the seventh belongs to no whole cell
-    columns = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
-    expected = (3. * rows[:, None] + columns)[None, ..., None]
-    assert torch.equal(spread(reduced, (7, 9), 3), expected)
-
-
-@pytest.mark.parametrize('sr_ratio', [1, 2, 4])
-@pytest.mark.parametrize('size', [(8, 8), (9, 5), (1, 3)], ids=str)
-def test_layer_follows_its_equation(sr_ratio, size):
-    """Against softmax written out and the reference form of the convolution path."""
-    layer = randomised(ReducedACmix(12, 3, sr_ratio)).double()
-    x = torch.randn(2, *size, 12, dtype=torch.float64)
-    reduced = layer.reduce(x)
-    weight, bias = layer.attn.in_proj_weight, layer.attn.in_proj_bias
-    q = x @ weight[:12].T + bias[:12]
-    k, v = (reduced @ weight[12:].T + bias[12:]).chunk(2, 3)
-    heads = [each.flatten(1, 2).unflatten(2, (3, 4)).transpose(1, 2) for each in (q, k, v)]
-    weights = (heads[0] @ heads[1].transpose(2, 3) / 2).softmax(3)
-    attention = layer.attn.out_proj((weights @ heads[2]).transpose(1, 2).reshape(x.shape))
-    full = [q, spread(k, size, sr_ratio), spread(v, size, sr_ratio)]
-    maps = torch.cat([each.unflatten(3, (3, 4)) for each in full], 3).permute(0, 3, 4, 1, 2)
-    convolution = shift_conv(maps, layer.fc.matrix, layer.dep_conv.weight, layer.fc.bias,
-                             backend='reference').permute(0, 2, 3, 1)
-    expected = layer.rate1 * attention + layer.rate2 * convolution
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_paths_add_up():
-    both = randomised(ReducedACmix(12, 3, 2)).eval()
-    x = torch.randn(2, 7, 6, 12)
-    parts = []
-    for mix in ('attn', 'conv'):
-        part = ReducedACmix(12, 3, 2, mix=mix).eval()
-        assert not part.load_state_dict(both.state_dict(), strict=False).missing_keys
-        assert not [name for name, _ in part.named_parameters() if 'rate' in name]
-        parts.append(part(x))
-    torch.testing.assert_close(both(x), both.rate1 * parts[0] + both.rate2 * parts[1])
 
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
@@ -160,14 +105,13 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(('mix', 'num_layers', 'backend', 'parameters', 'multiply_adds'), COUNTS)
-def test_counts_with_a_head_of_1000_classes(mix, num_layers, backend, parameters, multiply_adds,
-                                            monkeypatch):
-    """At 224×224, the convolution path as it runs and in the paper's two steps."""
-    monkeypatch.setattr(conv_path, 'shift_conv', functools.partial(shift_conv, backend=backend))
+def test_counts_with_a_classifier_of_1000_classes(mix, num_layers, backend, parameters,
+                                                  multiply_adds):
+    """At 224×224, for the default backend and for the paper's two steps."""
     with torch.device('meta'):
         model = ACmixPyramidVisionTransformer(num_layers=num_layers, mix=mix)
         image = torch.empty(1, 3, 224, 224)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend(backend):
         model(image)
     # The plain network's published parameters include the last norm.
     head = 2 * 512 + 512 * 1000 + 1000
@@ -178,7 +122,7 @@ def test_counts_with_a_head_of_1000_classes(mix, num_layers, backend, parameters
 
 
 def authors_names(state_dict):
-    """A state dict in MMDetection's naming, as the code of PVT's authors would have saved it."""
+    """Rename a state dict from MMDetection's names to those of PVT's authors."""
     renamed = {}
     for key, value in state_dict.items():
         _, stage, part, *rest = key.split('.')
@@ -213,7 +157,7 @@ def pretrained(path, **arguments):
 
 
 @pytest.mark.parametrize('naming', ['authors', 'MMDetection'])
-def test_plain_pvt_computes_the_same_at_first(naming, tmp_path):
+def test_initial_outputs_equal_the_loaded_plain_pvt(naming, tmp_path):
     plain = randomised(mmdet_pvt.PyramidVisionTransformer(**TINY)).eval()
     state_dict = plain.state_dict()
     if naming == 'authors':
@@ -254,9 +198,9 @@ def test_own_checkpoint_round_trip(tmp_path):
         assert torch.equal(value, model.state_dict()[key]), key
 
 
-def test_refuses_checkpoints_of_other_networks(tmp_path):
+def test_checkpoints_of_other_networks_raise(tmp_path):
     torch.save({'conv1.weight': torch.zeros(1)}, tmp_path / 'other.pth')
-    with pytest.raises(CheckpointError, match='of none of the networks that are known'):
+    with pytest.raises(CheckpointError, match='of no known network'):
         pretrained(tmp_path / 'other.pth')
     plain = mmdet_pvt.PyramidVisionTransformer(**{**TINY, 'num_layers': [2, 2]})
     torch.save(plain.state_dict(), tmp_path / 'deeper.pth')
@@ -284,11 +228,6 @@ def test_half_precision_and_autocast():
     (dict(init_cfg=dict(type='Normal')), 'take init_cfg=dict'),
     (dict(init_cfg=dict(type='Pretrained', checkpoint='a'), pretrained='b'), 'give one'),
 ])
-def test_refuses(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ACmixPyramidVisionTransformer(**arguments)
-
-
-def test_layer_refuses_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match='num_heads must divide embed_dims, got 5 heads for 12'):
-        ReducedACmix(12, 5)

@@ -1,4 +1,4 @@
-"""ACmix-Swin against the authors' published code, and against MMDetection's plain Swin."""
+"""ACmix-Swin against the published code and MMDetection's plain Swin."""
 
 import inspect
 
@@ -7,28 +7,16 @@ import mmseg.models.backbones.swin as mmseg_swin
 import pytest
 import torch
 from helpers import relative_error
+from helpers.weights import randomised
 from mmengine.model import kaiming_init
 from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.backbones.swin import ACmixSwinBlock, ACmixSwinTransformer
-from acmix_mm.checkpoints.swin import to_backbone_names
 from acmix_mm.engine.config import load_config
-from acmix_mm.layers import WindowACmix, window_acmix
-from acmix_mm.layers import base as conv_path
+from acmix_mm.layers import WindowACmix
 
 SMALL = dict(embed_dims=24, depths=(2, 2, 2, 2), num_heads=(3, 3, 6, 12))
 TINY = dict(embed_dims=12, depths=(2, 2), num_heads=(3, 6), strides=(4, 2), out_indices=(0, 1))
-
-
-def randomised(model, scale=0.2):
-    """Give every parameter a value that matters, norms and rates near one."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = scale * torch.randn(parameter.shape, generator=generator)
-            near_one = name.endswith(('rate1', 'rate2')) or ('norm' in name and 'weight' in name)
-            parameter.copy_(1 + noise if near_one else noise)
-    return model
 
 
 @pytest.mark.parametrize('name', ['acmix_swin_block_w7', 'acmix_swin_block_sw7'])
@@ -63,7 +51,7 @@ def test_block_equals_published_code(golden, name):
 
 
 def test_network_equals_published_code(golden, tmp_path):
-    """Through the checkpoint file of the authors, as a user loads it."""
+    """Loaded from a checkpoint file of the authors."""
     fixture = golden('acmix_swin_e24')
     meta = fixture.meta
     checkpoint = tmp_path / 'acmix_swin.pth'
@@ -88,7 +76,7 @@ def test_network_equals_published_code(golden, tmp_path):
 
 
 SIZES = [
-    (224, 224),  # whole windows down to the last stage, which is one window: left out below
+    (224, 224),  # whole windows; the last stage is a single window and not compared
     (224, 416),
     (231, 259),
     (64, 96),
@@ -96,11 +84,11 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize('rival', [mmdet_swin, mmseg_swin], ids=['mmdet', 'mmseg'])
+@pytest.mark.parametrize('plain_swin', [mmdet_swin, mmseg_swin], ids=['mmdet', 'mmseg'])
 @pytest.mark.parametrize('size', SIZES, ids=str)
-def test_attention_alone_equals_plain_swin(rival, size):
-    """On the same weights, in every stage whose map is larger than one window."""
-    plain = randomised(rival.SwinTransformer(**SMALL))
+def test_attention_equals_plain_swin(plain_swin, size):
+    """With the same weights, in every stage whose map is larger than one window."""
+    plain = randomised(plain_swin.SwinTransformer(**SMALL))
     ours = ACmixSwinTransformer(**SMALL, mix='attn')
     ours.load_state_dict(plain.state_dict())
     plain.eval()
@@ -115,7 +103,7 @@ def test_attention_alone_equals_plain_swin(rival, size):
     assert compared >= 2
 
 
-def test_attention_alone_has_the_gradients_of_plain_swin():
+def test_gradients_of_attention_equal_plain_swin():
     plain = randomised(mmdet_swin.SwinTransformer(**TINY, drop_path_rate=0.)).double()
     ours = ACmixSwinTransformer(**TINY, mix='attn', drop_path_rate=0.).double()
     ours.load_state_dict(plain.state_dict())
@@ -128,9 +116,9 @@ def test_attention_alone_has_the_gradients_of_plain_swin():
         torch.testing.assert_close(actual.grad, expected.grad)
 
 
-@pytest.mark.parametrize('rival', [mmdet_swin, mmseg_swin], ids=['mmdet', 'mmseg'])
-def test_takes_the_arguments_of_plain_swin(rival):
-    theirs = inspect.signature(rival.SwinTransformer.__init__).parameters
+@pytest.mark.parametrize('plain_swin', [mmdet_swin, mmseg_swin], ids=['mmdet', 'mmseg'])
+def test_has_the_arguments_of_plain_swin(plain_swin):
+    theirs = inspect.signature(plain_swin.SwinTransformer.__init__).parameters
     own = inspect.signature(ACmixSwinTransformer.__init__).parameters
     for name, parameter in theirs.items():
         assert own[name].default == parameter.default, name
@@ -148,65 +136,8 @@ def test_any_size(mix):
             assert out.isfinite().all()
 
 
-@pytest.mark.parametrize('size', [(14, 21), (7, 7), (10, 9), (5, 6), (2, 20), (7, 13), (1, 1)])
-@pytest.mark.parametrize('shift_size', [0, 3])
-def test_layer_equals_reference_forms(size, shift_size, monkeypatch):
-    """The module as it runs against the same module on the reference form of each operator."""
-    layer = randomised(WindowACmix(12, 3, 7, shift_size)).double()
-    x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
-    fast = layer(x)
-    gradient, = torch.autograd.grad(fast.sin().sum(), x)
-    for module, name in ((conv_path, 'shift_conv'), (window_acmix, 'window_attention')):
-        operator = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, operator=operator, **kwargs: operator(
-            *args, **kwargs, backend='reference'))
-    slow = layer(x)
-    torch.testing.assert_close(fast, slow)
-    torch.testing.assert_close(gradient, torch.autograd.grad(slow.sin().sum(), x)[0])
-
-
-def test_paths_add_up():
-    """'acmix' is rate1 times 'attn' plus rate2 times 'conv', on the same weights."""
-    both = randomised(WindowACmix(12, 3, 7, 3)).eval()
-    x = torch.randn(2, 15, 16, 12)
-    parts = []
-    for mix in ('attn', 'conv'):
-        part = WindowACmix(12, 3, 7, 3, mix=mix).eval()
-        result = part.load_state_dict(both.state_dict(), strict=False)
-        assert not result.missing_keys
-        assert not [name for name, _ in part.named_parameters() if 'rate' in name]
-        parts.append(part(x))
-    torch.testing.assert_close(both(x), both.rate1 * parts[0] + both.rate2 * parts[1])
-
-
-def test_left_out_path_has_no_parameters():
-    names = {mix: {name for name, _ in WindowACmix(12, 3, 7, mix=mix).named_parameters()}
-             for mix in ('acmix', 'attn', 'conv')}
-    attending = {'relative_position_bias_table', 'proj.weight', 'proj.bias'}
-    mixing = {'fc.weight', 'fc.bias', 'dep_conv.weight'}
-    shared = {'qkv.weight', 'qkv.bias'}
-    assert names['attn'] == shared | attending
-    assert names['conv'] == shared | mixing
-    assert names['acmix'] == shared | attending | mixing | {'rate1', 'rate2'}
-
-
-def test_convolution_wraps_around_in_shifted_blocks_only():
-    """The edges of the map meet in a shifted block, whatever padding the windows need."""
-    for size in ((14, 14), (16, 9)):
-        reach = {}
-        for shift_size in (0, 3):
-            layer = randomised(WindowACmix(12, 3, 7, shift_size, mix='conv'))
-            x = torch.randn(1, *size, 12, requires_grad=True)
-            layer(x)[0, 0, 0].sum().backward()
-            touched = x.grad[0].abs().sum(-1).nonzero()
-            reach[shift_size] = {tuple(position) for position in touched.tolist()}
-        assert reach[0] == {(0, 0), (0, 1), (1, 0), (1, 1)}
-        rows, columns = (0, 1, size[0] - 1), (0, 1, size[1] - 1)
-        assert reach[3] == {(row, column) for row in rows for column in columns}
-
-
 def test_parameter_counts_equal_published_code():
-    """Counted on the published code with a 1000-class head: 28.65M and 50.35M (field notes)."""
+    """With a classifier of 1000 classes: 28.65M and 50.35M (field notes)."""
     for depths, published in (((2, 2, 6, 2), 28.65), ((2, 2, 18, 2), 50.35)):
         model = ACmixSwinTransformer(depths=depths, out_indices=(3,))
         head = 768 * 1000 + 1000
@@ -214,7 +145,7 @@ def test_parameter_counts_equal_published_code():
         assert round(count / 1e6, 2) == published
 
 
-def test_starts_with_shift_kernels_and_rates_of_one_half():
+def test_initial_shift_kernels_and_rates():
     cfg = load_config('configs/shapes/maskrcnn_acmix_swin.py')
     init_default_scope('mmdet')
     detector = MODELS.build(cfg.model)
@@ -246,7 +177,7 @@ def test_frozen_stages_stay_frozen():
         assert (parameter.grad is None) == name.startswith(frozen), name
 
 
-def test_checkpointing_changes_nothing_but_memory():
+def test_recomputation_does_not_change_gradients():
     x = torch.randn(1, 3, 60, 40, requires_grad=True)
     gradients = []
     for with_cp in (False, True):
@@ -288,25 +219,6 @@ def test_half_precision_and_autocast():
         assert relative_error(out.float(), full) < 0.1
 
 
-def test_patch_merging_order_is_converted():
-    """A weight that picks one pixel and channel in Microsoft's order picks it in MMDetection's."""
-    merging = mmdet_swin.PatchMerging(in_channels=3, out_channels=6)
-    image = torch.arange(2 * 2 * 3.).view(1, 2, 2, 3)
-    # Microsoft joins the pixels (row, column) in the order (0, 0), (1, 0), (0, 1), (1, 1).
-    order = [(row, column, channel) for column in (0, 1) for row in (0, 1) for channel in range(3)]
-    for index, (row, column, channel) in enumerate(order):
-        weight = torch.zeros(6, 12)
-        weight[0, index] = 1
-        _, converted = to_backbone_names({
-            'patch_embed.proj.weight': torch.zeros(1),
-            'layers.0.blocks.0.norm1.weight': torch.zeros(1),
-            'layers.0.downsample.reduction.weight': weight})
-        merging.reduction.weight.data = converted['stages.0.downsample.reduction.weight']
-        merging.norm = torch.nn.Identity()
-        out, _ = merging(image.view(1, 4, 3), (2, 2))
-        assert out[0, 0, 0] == image[0, row, column, channel]
-
-
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(mix='both'), 'mix must be one of acmix, attn, conv'),
     (dict(num_heads=(3, 5, 12, 24)), 'num_heads must divide embed_dims, got 5 heads for 192'),
@@ -314,11 +226,6 @@ def test_patch_merging_order_is_converted():
     (dict(init_cfg=dict(type='Normal')), 'take init_cfg=dict'),
     (dict(init_cfg=dict(type='Pretrained', checkpoint='a'), pretrained='b'), 'give one'),
 ])
-def test_refuses(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ACmixSwinTransformer(**arguments)
-
-
-def test_layer_refuses_shift_of_a_whole_window():
-    with pytest.raises(ValueError, match='shift_size must lie in'):
-        WindowACmix(12, 3, 7, 7)

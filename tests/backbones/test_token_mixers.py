@@ -1,19 +1,17 @@
-"""Every mixer in both skeletons, as configs and checkpoints meet it."""
+"""Every token mixer in ResNet and Swin: configs, checkpoints and training."""
 
 from copy import deepcopy
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.config import ConfigDict
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from acmix_mm.analysis.complexity import complexity_report
 from acmix_mm.backbones.swin import ACmixSwinBlock, ConvolutionMixer
-from acmix_mm.backbones.token_mixers import MIXERS, OPTIONS, mixer_options, with_mixer
+from acmix_mm.backbones.token_mixers import MIXERS, mixer_options, with_mixer
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, Involution2d, WindowACmix
 from acmix_mm.utils.errors import CheckpointError, UsageError
@@ -29,13 +27,13 @@ EACH = pytest.mark.parametrize('mixer', MIXERS)
 
 
 def build(backbone, mixer='acmix', **others):
-    """A backbone with a mixer by its name in comparisons, or with one given as a config."""
+    """Build a backbone with a mixer that is given by name or as a config."""
     options = mixer_options(backbone, mixer) if isinstance(mixer, str) else dict(mixer=mixer)
     return MODELS.build(dict(SMALL[backbone], type=backbone, **{**options, **others}))
 
 
 def mixers_of(model):
-    """The mixers of all blocks, without what follows them."""
+    """The mixers of all blocks, without the layers that follow them."""
     return [getattr(module, 'conv2', None) or getattr(module.attn, 'w_msa', None) or
             module.attn.conv for module in model.modules()
             if type(module).__name__ in ('ACmixBottleneck', 'ACmixSwinBlock')]
@@ -58,7 +56,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(('backbone', 'mixer'), EXPECTED)
-def test_every_block_has_the_mixer_and_all_else_is_alike(backbone, mixer):
+def test_only_the_mixer_of_each_block_changes(backbone, mixer):
     kind, attributes = EXPECTED[backbone, mixer]
     model, usual = build(backbone, mixer), build(backbone)
     mixers = mixers_of(model)
@@ -72,12 +70,12 @@ def test_every_block_has_the_mixer_and_all_else_is_alike(backbone, mixer):
     assert rest == expected
 
 
-def test_table_names_what_the_issue_asks_for():
+def test_mixers():
     assert MIXERS == ('conv', 'attn', 'acmix', 'acmix-conv', 'conv7', 'involution')
     assert set(EXPECTED) == {(backbone, mixer) for backbone in SMALL for mixer in MIXERS}
 
 
-def test_options_are_the_callers_own():
+def test_options_are_copies():
     mixer_options('ACmixSwinTransformer', 'involution')['mixer']['kernel_size'] = 3
     assert mixer_options('ACmixSwinTransformer', 'involution')['mixer']['kernel_size'] == 7
 
@@ -94,7 +92,7 @@ def test_trains_at_any_size(backbone, mixer):
         for index, out in enumerate(outs):
             stride = 4 * 2**index
             assert out.shape[2:] == (-(-height // stride), -(-width // stride))
-            # What follows may read a map without a look at strides.
+            # Some readers of the outputs ignore strides.
             assert out.is_contiguous()
     sum(out.square().sum() for out in outs).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -105,7 +103,7 @@ def test_trains_at_any_size(backbone, mixer):
 
 @BOTH
 @EACH
-def test_checkpoint_of_ones_own_is_loaded_whole(backbone, mixer, tmp_path, said):
+def test_own_checkpoint_is_loaded_completely(backbone, mixer, tmp_path, said):
     trained = build(backbone, mixer)
     with torch.no_grad():
         for value in trained.state_dict().values():
@@ -126,7 +124,8 @@ def test_checkpoint_of_ones_own_is_loaded_whole(backbone, mixer, tmp_path, said)
     *((source, 'involution') for source in ('conv', 'attn', 'acmix', 'acmix-conv')),
     *((source, dict(type='Conv2d')) for source in ('attn', 'acmix', 'involution'))], ids=str)
 @BOTH
-def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, wanted, tmp_path, said):
+def test_checkpoint_of_another_mixer_loads_all_but_the_mixers(backbone, source, wanted, tmp_path,
+                                                              said):
     path = str(tmp_path / 'other.pth')
     other = build(backbone, source)
     torch.save(other.state_dict(), path)
@@ -143,7 +142,7 @@ def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, wante
     for name, value in model.state_dict().items():
         start = fresh if any(part in name for part in left) else theirs
         assert torch.equal(value, start[name]), name
-    assert 'at first it computes what the plain' not in said()
+    assert 'the model starts as the plain' not in said()
 
 
 @BOTH
@@ -153,7 +152,7 @@ def test_of_another_mixers_checkpoint_all_else_is_loaded(backbone, source, wante
     (dict(type='Conv2d', kernel_size=5), dict(type='Conv2d'),
      r'of another shape: .*\.conv2?\.weight \(16, 16, 5, 5\) instead of \(16, 16, 3, 3\)'),
 ], ids=str)
-def test_mixer_that_does_not_fit_is_refused_in_words(backbone, given, wanted, message, tmp_path):
+def test_mixer_that_does_not_fit_raises(backbone, given, wanted, message, tmp_path):
     path = str(tmp_path / 'other.pth')
     torch.save(build(backbone, given).state_dict(), path)
     model = build(backbone, wanted, init_cfg=dict(type='Pretrained', checkpoint=path))
@@ -162,7 +161,7 @@ def test_mixer_that_does_not_fit_is_refused_in_words(backbone, given, wanted, me
 
 
 @BOTH
-def test_recomputing_changes_nothing_but_memory(backbone):
+def test_recomputation_does_not_change_gradients(backbone):
     x = torch.randn(2, 3, 60, 40, requires_grad=True)
     gradients = []
     for with_cp in (False, True):
@@ -177,7 +176,7 @@ def test_recomputing_changes_nothing_but_memory(backbone):
 
 @pytest.mark.parametrize('mixer', ['conv', 'involution'])
 @BOTH
-def test_frozen_stages_hold_their_mixers(backbone, mixer):
+def test_frozen_stages_include_their_mixers(backbone, mixer):
     model = build(backbone, mixer, frozen_stages=1)
     model.train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -196,8 +195,8 @@ def test_frozen_stages_hold_their_mixers(backbone, mixer):
             assert torch.equal(buffer, before[name]), name
 
 
-def test_named_as_a_mixer_acmix_is_what_it_is_without_one():
-    """Of a ResNet, and so is the plain convolution of stages that use no mixer."""
+def test_acmix_as_a_mixer_equals_the_default():
+    """In ResNet; the same holds for the convolution of stages without a mixer."""
     for given, same in ((dict(type='ACmix', bias=True), dict()),
                         (dict(type='Conv2d'), dict(acmix_stages=())),
                         (dict(type='SlidingAttention', bias=True), dict(mix='attn')),
@@ -213,7 +212,7 @@ def test_named_as_a_mixer_acmix_is_what_it_is_without_one():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_mixers_of_a_resnet_take_its_strides_and_dilations():
+def test_mixers_of_a_resnet_have_its_strides_and_dilations():
     model = build('ACmixResNet', dict(type='Involution', kernel_size=5, group_channels=8),
                   strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), acmix_stages=(1, 2, 3))
     kinds = [(type(each), each.stride[0], each.dilation[0], each.padding[0])
@@ -224,7 +223,7 @@ def test_mixers_of_a_resnet_take_its_strides_and_dilations():
     assert {each.stride for each in mixers_of(caffe)} == {(1, 1)}
 
 
-def test_convolution_in_a_swin_is_followed_by_the_linear_layer_and_never_shifted():
+def test_convolution_in_a_swin_is_not_shifted_and_a_linear_layer_follows():
     block = ACmixSwinBlock(
         8, 2, 16, 3, shift=True, qkv_bias=True, qk_scale=None, drop_rate=0., attn_drop_rate=0.,
         drop_path_rate=0., act_cfg=dict(type='GELU'), norm_cfg=dict(type='LN'), with_cp=False,
@@ -243,65 +242,32 @@ def test_convolution_in_a_swin_is_followed_by_the_linear_layer_and_never_shifted
 @BOTH
 @pytest.mark.parametrize(('options', 'message'), [
     (dict(mixer=dict(type='Involution'), mix='attn'),
-     "mix='attn' and acmix_cfg=None say something: give one"),
+     "cannot be combined with mix='attn' and acmix_cfg=None; give one"),
     (dict(mixer=dict(type='Conv2d', kernel_size=4)), 'kernel_size of a mixer must be odd.* got 4'),
     (dict(mixer=dict(type='Involution', group_channels=5)), 'group_channels must divide'),
     (dict(mixer=dict(type='ACmix', num_heads=5)), 'num_heads must divide'),
 ])
-def test_backbones_refuse(backbone, options, message):
+def test_invalid_arguments(backbone, options, message):
     with pytest.raises(ValueError, match=message):
         MODELS.build(dict(SMALL[backbone], type=backbone, **options))
 
 
 @pytest.mark.parametrize(('backbone', 'mixer', 'message'), [
     ('ACmixResNet', 'fft', "no mixer 'fft'; name one of conv, attn, acmix, acmix-conv, conv7"),
-    ('ACmixSAN', 'conv', 'ACmixSAN does not take the mixer conv; it takes attn, acmix, acmix-conv'),
-    ('PVT', 'attn', 'PVT has no mixer to exchange; .* one that has: ACmixResNet, ACmixSwin'),
+    ('ACmixSAN', 'conv',
+     'ACmixSAN does not support the mixer conv; it supports attn, acmix, acmix-conv'),
+    ('PVT', 'attn', 'PVT has no mixer to exchange; .* one that has: ACmixResNet, ACmixSAN, ACmix'),
 ])
-def test_table_refuses_in_one_sentence(backbone, mixer, message):
+def test_unknown_mixers_and_backbones_raise(backbone, mixer, message):
     with pytest.raises(UsageError, match=message):
         mixer_options(backbone, mixer)
 
 
-@pytest.mark.parametrize(('type_', 'mix'), [
-    ('SlidingAttention', 'attn'), ('ACmixConvolution', 'conv')])
-def test_conv_cfg_builds_one_path_and_plain_pointwise_convolutions(type_, mix):
-    conv_cfg = dict(type=type_, num_heads=2, attn_kernel_size=5)
-    assert type(build_conv_layer(conv_cfg, 8, 16, 1, bias=False)) is nn.Conv2d
-    module = ConvModule(8, 16, 3, stride=2, padding=2, dilation=2, conv_cfg=conv_cfg,
-                        norm_cfg=dict(type='BN'))
-    assert isinstance(module.conv, ACmixConv2d)
-    assert (module.conv.mix, module.conv.attn_kernel_size) == (mix, 5)
-    assert module(torch.randn(2, 8, 9, 5)).shape == (2, 16, 5, 3)
-
-
-@pytest.mark.parametrize('type_', ['SlidingAttention', 'ACmixConvolution'])
-@pytest.mark.parametrize(('cfg', 'sizes', 'layers'), [
-    (dict(type='mmdet.ResNet', depth=50, base_channels=8), (1, 3, 40, 56), 17),
-    (dict(type='mmdet.FPN', in_channels=[8, 16], out_channels=8, num_outs=3),
-     [(1, 8, 20, 13), (1, 16, 10, 7)], 2),
-    (dict(type='mmseg.UPerHead', in_channels=[8, 16], in_index=[0, 1], channels=8, num_classes=3,
-          norm_cfg=dict(type='BN')), [(2, 8, 20, 13), (2, 16, 10, 7)], 3),
-], ids=lambda value: value['type'] if isinstance(value, dict) else None)
-def test_one_path_serves_as_conv_cfg_across_openmmlab(type_, cfg, sizes, layers):
-    init_default_scope(cfg['type'].split('.')[0])
-    x = [torch.randn(size) for size in sizes] if isinstance(sizes, list) else torch.randn(sizes)
-    conv_cfg = dict(type=type_, num_heads=2, attn_kernel_size=5)
-    plain, ours = MODELS.build(dict(cfg)), MODELS.build(dict(cfg, conv_cfg=conv_cfg))
-    built = [module for module in ours.modules() if isinstance(module, ACmixConv2d)]
-    assert len(built) == layers
-    ours.init_weights()
-    expected, actual = (tree_leaves(module(x)) for module in (plain, ours))
-    assert [each.shape for each in actual] == [each.shape for each in expected]
-    sum(each.square().sum() for each in actual).backward()
-    assert all(module.conv3.weight.grad is not None for module in built)
-
-
 @pytest.mark.parametrize('config', [
     'maskrcnn_acmix_r50', 'upernet_acmix_swin', 'maskrcnn_acmix_pvt', 'maskrcnn_acmix_san'])
-def test_a_config_names_any_mixer_and_the_tool_counts_it(config):
+def test_configs_are_counted_with_every_mixer(config):
     own = load_config(f'configs/shapes/{config}.py')
-    mixers = OPTIONS[own.model.backbone.type]
+    mixers = MODELS.get(own.model.backbone.type).mixers
     reports = set()
     for mixer in mixers:
         cfg = deepcopy(own)
@@ -314,11 +280,11 @@ def test_a_config_names_any_mixer_and_the_tool_counts_it(config):
     dict(mixer=dict(type='Involution', kernel_size=5)), dict(mix='attn'), dict(acmix_stages=[]),
     dict(acmix_cfg=dict(combine='sum')), dict()])
 @EACH
-def test_a_mixer_takes_the_place_of_any_other(present, mixer):
+def test_with_mixer_replaces_any_mixer(present, mixer):
     own = ConfigDict(SMALL['ACmixResNet'], type='ACmixResNet', **present)
     before = deepcopy(own)
-    taken = with_mixer(own, mixer)
+    replaced = with_mixer(own, mixer)
     assert own == before
     usual = mixers_of(build('ACmixResNet', mixer))
-    assert [repr(each) for each in mixers_of(MODELS.build(taken))] == list(map(repr, usual))
-    assert ('acmix_cfg' in taken) == ('acmix_cfg' in present and 'mixer' not in taken)
+    assert [repr(each) for each in mixers_of(MODELS.build(replaced))] == list(map(repr, usual))
+    assert ('acmix_cfg' in replaced) == ('acmix_cfg' in present and 'mixer' not in replaced)

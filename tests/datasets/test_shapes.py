@@ -1,4 +1,4 @@
-"""The generated dataset: its two layouts agree, and a seed gives the same files."""
+"""Tests of the generated dataset."""
 
 import json
 
@@ -17,7 +17,7 @@ def contents(root):
             for path in root.glob('**/*') if path.is_file()}
 
 
-def test_same_seed_same_files(tmp_path):
+def test_the_same_seed_gives_the_same_files(tmp_path):
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
         write_shapes(str(tmp_path / name), train_images=3, val_images=2, image_size=64, seed=seed)
     assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
@@ -28,7 +28,7 @@ def test_same_seed_same_files(tmp_path):
     ('train2017', 'training', 8), ('val2017', 'validation', 4),
 ])
 def test_layouts_agree(shapes, coco_split, ade_split, count):
-    """The masks of COCO's layout, painted into a label map, are ADE20K's."""
+    """COCO's masks, drawn into a label map, give ADE20K's labels."""
     coco = COCO(str(shapes / 'annotations' / f'instances_{coco_split}.json'))
     assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(CLASSES)
     assert len(coco.getImgIds()) == count
@@ -39,19 +39,19 @@ def test_layouts_agree(shapes, coco_split, ade_split, count):
         labels = cv2.imread(str(shapes / 'annotations' / ade_split / name.replace('jpg', 'png')),
                             cv2.IMREAD_UNCHANGED)
         assert labels.shape == (96, 96)
-        painted = np.ones_like(labels)
+        drawn = np.ones_like(labels)
         annotations = coco.loadAnns(coco.getAnnIds(image['id']))
         assert 1 <= len(annotations) <= 6
         for annotation in annotations:
             class_name = CLASSES[annotation['category_id'] - 1]
             mask = coco.annToMask(annotation).astype(bool)
-            painted[mask] = SEGMENTATION_CLASSES.index(class_name) + 1
+            drawn[mask] = SEGMENTATION_CLASSES.index(class_name) + 1
             assert mask.sum() == pytest.approx(annotation['area'], rel=0.2, abs=12)
-        # The two rasterisers may differ along the outlines.
-        assert (painted != labels).mean() < 0.03
+        # pycocotools and OpenCV rasterise outlines differently.
+        assert (drawn != labels).mean() < 0.03
 
 
-def test_nothing_is_half_written(tmp_path, monkeypatch):
+def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError('disk full')
 
@@ -61,7 +61,7 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_refuses_to_overwrite(tmp_path):
+def test_does_not_overwrite_files(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(UsageError, match='is not empty; remove it, or name another'):
         write_shapes(str(tmp_path))

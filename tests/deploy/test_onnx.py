@@ -1,4 +1,4 @@
-"""Exports with open sizes compute what the networks do, in torch and in ONNX Runtime."""
+"""Tests of the export to torch.export and ONNX."""
 
 from copy import deepcopy
 
@@ -6,10 +6,9 @@ import onnxruntime
 import pytest
 import torch
 from helpers import ROOT, relative_error
-from helpers.tools import plain_message
 from torch import nn
 
-from acmix_mm.analysis.complexity import picture_shape
+from acmix_mm.analysis.complexity import padded_image_size
 from acmix_mm.backbones import (
     ACmixPyramidVisionTransformer,
     ACmixResNet,
@@ -18,12 +17,12 @@ from acmix_mm.backbones import (
 )
 from acmix_mm.deploy import onnx as export
 from acmix_mm.deploy.onnx import (
-    AveragesBySize,
     ClassMap,
+    MatrixAdaptiveAvgPool2d,
+    dynamic_module,
     export_onnx,
     export_program,
     network_of,
-    open_sized,
     smallest_side,
     translate,
 )
@@ -47,7 +46,7 @@ NETWORKS = {
 
 
 class SmallSAN(ACmixSAN):
-    """One block, and all poolings; a block more takes seconds to export."""
+    """A SAN with one block and all poolings; each further block takes seconds to export."""
 
     def __init__(self):
         super().__init__(10, base_channels=32)
@@ -67,20 +66,20 @@ def exported(request, tmp_path_factory):
     return network, side, program, onnxruntime.InferenceSession(path)
 
 
-def pictures(side):
-    """Batches at three sizes: the smallest, and two that are no multiples of windows or strides."""
+def images_of_sizes(side):
+    """Batches of the smallest size, and of two sizes that no window or stride divides."""
     return [torch.randn(batch, 3, side + height, side + width)
             for batch, height, width in ((1, 0, 0), (2, 1, 30), (1, 44, 17))]
 
 
-def test_open_sizes_begin_where_said(exported):
+def test_smallest_side(exported):
     network, side, _, _ = exported
     assert smallest_side(network) == side
 
 
 def test_torch_program_equals_network(exported):
     network, side, program, _ = exported
-    for images in pictures(side):
+    for images in images_of_sizes(side):
         with torch.no_grad():
             for actual, expected in zip(program.module()(images), network(images)):
                 assert relative_error(actual, expected) < 1e-5
@@ -90,7 +89,7 @@ def test_onnx_runtime_equals_network(exported):
     network, side, _, session = exported
     names = [output.name for output in session.get_outputs()]
     assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
-    for images in pictures(side):
+    for images in images_of_sizes(side):
         with torch.no_grad():
             outs = network(images)
         assert names == [f'feature{index}' for index in range(len(outs))]
@@ -98,12 +97,12 @@ def test_onnx_runtime_equals_network(exported):
             assert relative_error(torch.from_numpy(actual), expected) < 1e-5
 
 
-def test_programs_hold_torch_operations_alone(exported):
+def test_programs_contain_only_torch_operations(exported):
     _, _, program, _ = exported
     assert not any('acmix' in str(node.target) for node in program.graph.nodes)
 
 
-def test_a_fixed_size_may_be_below_the_smallest(exported):
+def test_fixed_size_may_be_below_the_smallest_side(exported):
     network, side, _, _ = exported
     images = torch.randn(1, 3, side - 5, side - 2)
     program = export_program(network, (side - 5, side - 2))
@@ -119,25 +118,25 @@ def test_a_fixed_size_may_be_below_the_smallest(exported):
     nn.MaxPool2d(2, stride=2, ceil_mode=True),
     nn.Upsample(scale_factor=2, mode='bilinear'),
 ])
-def test_open_sized_modules_equal_torch(module):
-    replaced = open_sized(module)
+def test_dynamic_modules_equal_torch(module):
+    replaced = dynamic_module(module)
     assert replaced is not module
     for height, width in ((1, 1), (4, 6), (7, 13), (12, 5)):
         x = torch.randn(2, 3, height, width) - 5
         torch.testing.assert_close(replaced(x), module(x), rtol=1e-5, atol=1e-5)
 
 
-def test_modules_that_round_otherwise_are_left():
+def test_modules_that_round_differently_are_kept():
     for module in (nn.MaxPool2d(2), nn.MaxPool2d(3, 2), nn.Conv2d(1, 1, 3)):
-        assert open_sized(module) is module
+        assert dynamic_module(module) is module
 
 
-def test_averages_take_bins_of_unlike_width():
+def test_pooling_bins_may_differ_in_width():
     x = torch.arange(5.).view(1, 1, 1, 5)
-    assert AveragesBySize((1, 2))(x).tolist() == [[[[1., 3.]]]]
+    assert MatrixAdaptiveAvgPool2d((1, 2))(x).tolist() == [[[[1., 3.]]]]
 
 
-def test_one_logit_makes_two_classes():
+def test_single_logit_gives_two_classes():
     class Segmentor(nn.Module):
         decode_head = nn.Module()
 
@@ -151,12 +150,13 @@ def test_one_logit_makes_two_classes():
     assert torch.equal(ClassMap(segmentor)(logits)[0], expected)
 
 
-def test_what_cannot_be_left_open_is_said():
+def test_reports_networks_without_dynamic_sizes():
     class Thirds(nn.Module):
         def forward(self, x):
             return [x * 2 if x.shape[2] % 3 else x + 1]
 
-    with pytest.raises(UsageError, match=r'ties itself to the sizes.*--fixed-size.*does not hold'):
+    with pytest.raises(UsageError, match=r'cannot be exported with dynamic sizes.*--fixed-size'
+                       r'.*does not hold'):
         export_program(Thirds())
 
 
@@ -171,8 +171,7 @@ TINY = {'model.backbone.embed_dims': 12, 'model.backbone.depths': [1, 1],
 
 @pytest.fixture(scope='module')
 def segmentor(run_tool, tmp_path_factory):
-    """A tiny UperNet, the folder with its checkpoint and what the tool made of it, and its words.
-    """
+    """A tiny UperNet, the folder with its checkpoint and ONNX file, and the tool's output."""
     folder = tmp_path_factory.mktemp('segmentor')
     torch.manual_seed(0)
     cfg = load_config(str(ROOT / TOOL[1]), TINY)
@@ -186,12 +185,12 @@ def segmentor(run_tool, tmp_path_factory):
 
 
 def test_tool_exports_a_segmentor(segmentor):
-    network, folder, said = segmentor
-    assert said.count('logits ') == 3
-    assert 'input: tensor(float) (batch, 3, height, width)' in said
-    assert 'output: tensor(int64) (batch, 1, height, width)' in said
-    assert 'height and width from 25 on' in said
-    assert 'RGB pictures of 0 to 255, less [123.675, 116.28, 103.53]' in said
+    network, folder, output = segmentor
+    assert output.count('logits ') == 3
+    assert 'input: tensor(float) (batch, 3, height, width)' in output
+    assert 'output: tensor(int64) (batch, 1, height, width)' in output
+    assert 'height and width from 25 on' in output
+    assert 'RGB images with values from 0 to 255, minus [123.675, 116.28, 103.53]' in output
     assert sorted(path.name for path in folder.iterdir()) == ['tiny.onnx', 'tiny.pth']
     session = onnxruntime.InferenceSession(folder / 'tiny.onnx')
     images = torch.randn(2, 3, 71, 98)
@@ -201,7 +200,7 @@ def test_tool_exports_a_segmentor(segmentor):
     assert (torch.from_numpy(classes) == expected.argmax(1, keepdim=True)).float().mean() > 0.999
 
 
-def test_backbone_takes_the_checkpoint_of_a_whole_model(segmentor):
+def test_backbone_loads_the_checkpoint_of_a_whole_model(segmentor):
     network, folder, _ = segmentor
     backbone = network_of(load_config(str(ROOT / TOOL[1]), TINY), str(folder / 'tiny.pth'),
                           backbone_only=True)
@@ -209,44 +208,50 @@ def test_backbone_takes_the_checkpoint_of_a_whole_model(segmentor):
         assert torch.equal(actual, expected)
 
 
-def test_a_fixed_size_is_written(tmp_path):
-    said = export_onnx(NETWORKS['pvt'][0]().eval(), str(tmp_path / 'a.onnx'), (20, 33),
-                       fixed_size=True)
-    assert 'input: tensor(float) (1, 3, 20, 33)' in said
-    assert 'feature1: tensor(float) (1, 16, 2, 4)' in said
+def test_exports_a_fixed_size(tmp_path):
+    output = export_onnx(NETWORKS['pvt'][0]().eval(), str(tmp_path / 'a.onnx'), (20, 33),
+                         fixed_size=True)
+    assert 'input: tensor(float) (1, 3, 20, 33)' in output
+    assert 'feature1: tensor(float) (1, 16, 2, 4)' in output
     assert [path.name for path in tmp_path.iterdir()] == ['a.onnx']
 
 
-def test_a_file_that_differs_is_not_kept(monkeypatch, tmp_path):
+def test_does_not_keep_a_file_whose_outputs_differ(monkeypatch, tmp_path):
     network = NETWORKS['pvt'][0]().eval()
     program = export_program(deepcopy(network), (32, 40))
     nn.init.constant_(network.layers[1][1][1].attn.rate1, 3.)
     monkeypatch.setattr(export, 'export_program', lambda *given: program)
-    with pytest.raises(UsageError, match='computes something else than torch'):
+    with pytest.raises(UsageError, match='outputs of ONNX Runtime differ from those of torch'):
         export_onnx(network, str(tmp_path / 'a.onnx'), (32, 40), fixed_size=True)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(('config', 'given', 'message'), [
-    ('shapes/upernet_acmix_swin', {}, 'begin at 225×225, and the shape is 192×192'),
-    ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; make it'),
+    ('shapes/upernet_acmix_swin', {}, 'begin at 225×225, but the shape is 192×192'),
+    ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; create it'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='none.pth'), 'none.pth does not exist'),
-    ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'), 'is of another network'),
+    ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'),
+     "does not match the config's model"),
     ('shapes/upernet_acmix_swin', dict(options={'model.test_cfg.mode': 'slide'}), 'mode=whole'),
     ('shapes/maskrcnn_acmix_swin', {}, 'is of a detector, .* --backbone-only'),
-    ('maskrcnn_r50_acmix_fpn_mask', {}, 'has none of the backbones ACmixPyramidVision'),
+    ('maskrcnn_r50_acmix_fpn_mask', {},
+     'has none of the backbones that can be exported: ACmixResNet, '),
 ])
-def test_refusals(config, given, message, tmp_path):
+def test_errors(config, given, message, tmp_path):
     torch.save(dict(state_dict=dict(a=torch.zeros(1))), tmp_path / 'other.pth')
     checkpoint = given.get('checkpoint') and str(tmp_path / given['checkpoint'])
     with pytest.raises(UsageError, match=message):
         cfg = load_config(str(ROOT / f'configs/{config}.py'), given.get('options'))
         export_onnx(network_of(cfg, checkpoint, backbone_only=False),
-                    str(tmp_path / given.get('out', 'a.onnx')), picture_shape(cfg),
+                    str(tmp_path / given.get('out', 'a.onnx')), padded_image_size(cfg),
                     fixed_size=False)
     assert [path.name for path in tmp_path.iterdir()] == ['other.pth']
 
 
-def test_refusals_are_one_message(run_tool, tmp_path):
-    done = run_tool(*TOOL, tmp_path / 'a.onnx', '--shape', 512)
-    assert '--shape takes two positive integers' in plain_message(done)
+def test_shape_needs_two_positive_integers(run_tool, tmp_path):
+    for shape, message in (([512], 'expected 2 arguments'),
+                           ([512, 0], "must be a positive integer, got '0'")):
+        done = run_tool(*TOOL, tmp_path / 'a.onnx', '--shape', *shape)
+        assert done.returncode == 2
+        assert f'error: argument --shape: {message}' in done.stderr
+        assert 'Traceback' not in done.stderr

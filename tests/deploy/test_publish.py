@@ -1,4 +1,4 @@
-"""A published checkpoint: what it keeps, where it works, and what is refused."""
+"""Tests of publishing checkpoints."""
 
 import hashlib
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from acmix_mm.utils.errors import CheckpointError, UsageError
 
 @pytest.fixture(scope='module')
 def trained(shapes, run_tool, tmp_path_factory):
-    """Work directory of two steps of training with EMA, which ended with an evaluation."""
+    """Work directory of two training steps with EMA and a final evaluation."""
     folder = tmp_path_factory.mktemp('trained')
     config = folder / 'ema.py'
     config.write_text(f"_base_ = '{ROOT / SEGMENTATION}'\n"
@@ -32,7 +32,7 @@ def trained(shapes, run_tool, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def published(trained, run_tool, tmp_path_factory):
-    """The published file, and what the tool said."""
+    """The published file, and the output of the tool."""
     folder = tmp_path_factory.mktemp('published')
     done = run_tool('tools/publish_model.py', trained / 'iter_2.pth', folder / 'upernet.pth')
     assert done.returncode == 0, done.stderr
@@ -40,15 +40,15 @@ def published(trained, run_tool, tmp_path_factory):
     return file, done.stdout
 
 
-def test_name_ends_in_the_hash(published, trained):
-    file, said = published
+def test_file_name_ends_in_the_hash(published, trained):
+    file, output = published
     assert file.name == f'upernet-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth'
     before, after = ((path.stat().st_size / 1e6) for path in (trained / 'iter_2.pth', file))
-    assert f'Wrote {file}: {after:.1f} MB, of {before:.1f} MB.' in said
+    assert f'Wrote {file}: {after:.1f} MB, reduced from {before:.1f} MB.' in output
     assert after < before / 3
 
 
-def test_it_is_plain_data_with_weights_config_classes_and_versions(published, trained):
+def test_contains_only_weights_config_classes_and_versions(published, trained):
     torch.serialization.clear_safe_globals()
     checkpoint = torch.load(published[0], weights_only=True)
     assert set(checkpoint) == {'meta', 'state_dict'}
@@ -63,19 +63,19 @@ def test_it_is_plain_data_with_weights_config_classes_and_versions(published, tr
     whole = torch.load(trained / 'iter_2.pth', weights_only=False)
     for key, average in whole['state_dict'].items():
         assert torch.equal(checkpoint['state_dict'][key], average)
-    # MMEngine saves the averages where the weights are expected, and the weights beside them.
+    # With EMA, MMEngine saves the averages as state_dict and the raw weights as ema_state_dict.
     key = 'decode_head.conv_seg.weight'
     assert not torch.equal(checkpoint['state_dict'][key], whole['ema_state_dict'][f'module.{key}'])
 
 
-def test_it_tests_as_the_training_did(published, trained, shapes, run_tool, tmp_path):
+def test_evaluates_like_the_training_checkpoint(published, trained, shapes, run_tool, tmp_path):
     done = run_tool('tools/test.py', SEGMENTATION, published[0], '--data-root', shapes,
                     '--work-dir', tmp_path, '--cfg-options', *FAST)
     assert done.returncode == 0, done.stderr
     assert logged_metric(tmp_path, 'mIoU') == pytest.approx(logged(trained, 'mIoU')[-1])
 
 
-def test_it_serves_as_init_cfg(published):
+def test_works_as_init_cfg(published):
     cfg = load_config(str(ROOT / SEGMENTATION))
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(published[0]))
     backbone = build_model(cfg).backbone
@@ -85,7 +85,7 @@ def test_it_serves_as_init_cfg(published):
         assert torch.equal(weight, given[key])
 
 
-def test_unlike_tensors_come_back_as_they_were(tmp_path):
+def test_preserves_unusual_tensors(tmp_path):
     weights = OrderedDict(
         whole=torch.arange(4), half=torch.randn(3).bfloat16(), flag=torch.tensor(True),
         broken=torch.tensor([torch.nan, 1.]), turned=torch.randn(2, 3).T,
@@ -104,10 +104,11 @@ def test_unlike_tensors_come_back_as_they_were(tmp_path):
     (dict(state_dict={}), 'b', CheckpointError, "has no weights under 'state_dict'"),
     (dict(optimizer={}), 'b', CheckpointError, "has no weights under 'state_dict'"),
     ([1], 'b', CheckpointError, 'no weights|cannot be read'),
-    (dict(state_dict=dict(a=torch.zeros(1))), 'none/b', UsageError, 'none does not exist; make it'),
-    ('bomb', 'b', CheckpointError, 'is refused and nothing of it was run'),
+    (dict(state_dict=dict(a=torch.zeros(1))), 'none/b', UsageError,
+     'none does not exist; create it'),
+    ('bomb', 'b', CheckpointError, 'is refused and nothing in it was run'),
 ])
-def test_refusals_leave_nothing_behind(content, target, error, message, tmp_path):
+def test_errors_leave_no_file_behind(content, target, error, message, tmp_path):
     if content == 'bomb':
         content = dict(state_dict=dict(a=torch.zeros(1)), meta=Bomb(tmp_path / 'ran'))
     if isinstance(content, bytes):
@@ -120,16 +121,16 @@ def test_refusals_leave_nothing_behind(content, target, error, message, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_reads_back_otherwise_is_not_published(tmp_path, monkeypatch):
+def test_publishes_nothing_if_the_file_reads_back_differently(tmp_path, monkeypatch):
     torch.save(dict(state_dict=dict(a=torch.zeros(3))), tmp_path / 'a.pth')
     save = torch.save
     monkeypatch.setattr(torch, 'save', lambda content, path: save(
         dict(content, state_dict=dict(a=torch.ones(3))), path))
-    with pytest.raises(CheckpointError, match='reads back differently; nothing was published'):
+    with pytest.raises(CheckpointError, match='differ from those written; nothing was published'):
         publish(str(tmp_path / 'a.pth'), str(tmp_path / 'b'))
     assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
-def test_refusal_is_one_message(run_tool, tmp_path):
+def test_tool_prints_one_error_message(run_tool, tmp_path):
     done = run_tool('tools/publish_model.py', tmp_path / 'none.pth', tmp_path / 'b')
     assert f'{tmp_path}/none.pth does not exist' in plain_message(done)

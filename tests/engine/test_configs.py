@@ -1,4 +1,4 @@
-"""Every config builds, trains one step and predicts at a small size, as its plain twin would."""
+"""Tests of the configs: each trains and predicts, and differs little from its baseline."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ from mmengine.registry import MODELS, init_default_scope
 from acmix_mm.engine.config import load_config, set_classes, set_data_root
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py'))
-# In the order of their names; None: MMDetection has no plain config of that host and schedule.
-TWINS = {
+# MMDetection's and MMSegmentation's configs of the plain hosts with the same schedule.
+BASELINES = {
     'configs/maskrcnn_acmix_swin_t.py': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
     'configs/maskrcnn_acmix_swin_t_3x.py':
         'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_amp-ms-crop-3x_coco.py',
@@ -33,8 +33,8 @@ TWINS = {
 }
 
 
-# What makes every parameter matter from the first step on.
-WITHOUT_IDLE_BRANCHES = {
+# Arguments with which every parameter gets a gradient in the first step.
+ALL_BRANCHES_ACTIVE = {
     'ACmixSwinTransformer': dict(drop_path_rate=0.),
     'ACmixPyramidVisionTransformer': dict(drop_path_rate=0.),
     'ACmixResNet': dict(zero_init_residual=False),
@@ -43,15 +43,15 @@ WITHOUT_IDLE_BRANCHES = {
 }
 
 
-def read_twin(name, tmp_path):
-    path = tmp_path / 'twin.py'
+def read_baseline(name, tmp_path):
+    path = tmp_path / 'baseline.py'
     path.write_text(f'_base_ = {name!r}\n')
     return Config.fromfile(str(path)).to_dict()
 
 
-@pytest.mark.parametrize(('path', 'twin'), TWINS.items(), ids=Path)
-def test_states_only_what_differs_from_its_twin(path, twin, tmp_path):
-    ours, plain = load_config(path).to_dict(), read_twin(twin, tmp_path)
+@pytest.mark.parametrize(('path', 'baseline'), BASELINES.items(), ids=Path)
+def test_differs_from_its_baseline_only_in_the_backbone(path, baseline, tmp_path):
+    ours, plain = load_config(path).to_dict(), read_baseline(baseline, tmp_path)
     assert ours.pop('custom_imports') == dict(imports=['acmix_mm'])
     plain_type = plain['model']['backbone'].pop('type')
     assert ours['model']['backbone'].pop('type') == f'ACmix{plain_type}'
@@ -66,10 +66,10 @@ def test_trains_a_step_and_predicts(path):
     cfg = load_config(path)
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
-    cfg.model.backbone.update(WITHOUT_IDLE_BRANCHES[cfg.model.backbone.type])
+    cfg.model.backbone.update(ALL_BRANCHES_ACTIVE[cfg.model.backbone.type])
     if 'size' in cfg.model.data_preprocessor:
         cfg.model.data_preprocessor.size = (96, 96)
-    # Classes are held to annotations where there are some, as the demo leaves them.
+    # The demo may have left annotations in data/, against which the classes would be checked.
     set_data_root(cfg, 'nowhere')
     set_classes(cfg, ['a', 'b', 'c'])
     from mmengine.model import revert_sync_batchnorm
@@ -80,8 +80,8 @@ def test_trains_a_step_and_predicts(path):
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
 
     decay = {id(group['params'][0]): group['weight_decay'] for group in optimizer.param_groups}
-    # MMDetection's RetinaNet with a Swin, alone of them, decays norms and position tables.
-    # Those on generated shapes take the Swin's recipe for all hosts.
+    # Of MMDetection's configs with Swin, only RetinaNet's decays norms and position tables.
+    # The configs for generated shapes use Swin's recipe for all hosts.
     is_swin = 'shapes/' in path or (
         'Swin' in cfg.model.backbone.type and 'retinanet' not in path)
     for name, parameter in model.named_parameters():
@@ -98,9 +98,9 @@ def test_trains_a_step_and_predicts(path):
     assert torch.isfinite(losses['loss'])
     parameters = dict(model.backbone.named_parameters())
     # Softmax cancels the bias of the position encoding.
-    still = [name for name, old in before.items()
+    unchanged = [name for name, old in before.items()
              if torch.equal(parameters[name], old) and not name.endswith('conv_p.bias')]
-    assert not still
+    assert not unchanged
 
     model.eval()
     prediction = model.test_step(dict(inputs=[image], data_samples=[sample]))[0]
@@ -114,8 +114,8 @@ def test_trains_a_step_and_predicts(path):
             assert instances.masks.shape == (len(instances.bboxes), 96, 72)
 
 
-def test_found_from_both_scopes():
-    """A user's config of MMDetection or MMSegmentation needs only the other type name."""
+def test_backbones_are_found_from_both_scopes():
+    """In MMDetection's and MMSegmentation's configs only the type of the backbone must change."""
     import mmdet.registry
     import mmseg.registry
     for registry in (mmdet.registry.MODELS, mmseg.registry.MODELS):
@@ -124,7 +124,7 @@ def test_found_from_both_scopes():
         assert backbone(torch.zeros(1, 3, 32, 32))[0].shape == (1, 24, 4, 4)
 
 
-def test_data_root_moves_every_path():
+def test_data_root_changes_every_path():
     cfg = load_config('configs/maskrcnn_acmix_swin_t.py')
     set_data_root(cfg, 'elsewhere')
     text = cfg.pretty_text
@@ -133,7 +133,7 @@ def test_data_root_moves_every_path():
     assert cfg.test_dataloader.dataset.data_root == 'elsewhere'
 
 
-def test_classes_reach_every_head_and_dataset():
+def test_classes_are_set_for_every_head_and_dataset():
     cfg = load_config('configs/cascade_maskrcnn_acmix_swin_t_3x.py')
     set_classes(cfg, ['date', 'fig'])
     heads = [*cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head]
@@ -150,13 +150,14 @@ def test_classes_reach_every_head_and_dataset():
 
 
 def test_acmix_r50_trains_at_detection_size():
-    """The batch of the config, two pictures of 800×1344, in a process of its own."""
+    """Train on the config's batch, two images of 800×1344, in a separate process."""
     done = subprocess.run([sys.executable, '-c', '''
 import re
 import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from helpers.samples import image_sample
 from acmix_mm.engine.config import load_config
 
 cfg = load_config('configs/maskrcnn_acmix_r50.py')

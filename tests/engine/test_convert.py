@@ -1,4 +1,4 @@
-"""tools/convert_weights.py, as its users call it."""
+"""tools/convert_weights.py and the conversion behind it."""
 
 import inspect
 import json
@@ -24,10 +24,10 @@ from acmix_mm.backbones import (
     ACmixSAN,
     ACmixSwinTransformer,
 )
-from acmix_mm.checkpoints.reading import is_path
-from acmix_mm.checkpoints.recognition import read_pretrained
+from acmix_mm.backbones.base import BACKBONES
+from acmix_mm.checkpoints import is_path, read_pretrained
 from acmix_mm.datasets.shapes import draw
-from acmix_mm.engine.convert import ARCHS, architecture, convert, in_config
+from acmix_mm.engine.convert import ARCHS, convert, format_config, infer_arguments
 from acmix_mm.engine.runner import prepared
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
@@ -42,28 +42,29 @@ SIZES = [
     (ACmixResNet, dict(depth=50, base_channels=8, stem_channels=16, deep_stem=True, avg_down=True,
                        stage_blocks=(1, 1, 1, 1), num_heads=2, acmix_stages=(1, 3))),
     (ACmixSAN, dict(depth=15, base_channels=32)),
+    (ACmixSAN, dict(depth=10, base_channels=32, stage_blocks=(1, 1, 2, 1, 1))),
 ]
 
 
-@pytest.mark.parametrize('mixed', [True, False], ids=['ACmix', 'plain'])
+@pytest.mark.parametrize('is_acmix', [True, False], ids=['ACmix', 'plain'])
 @pytest.mark.parametrize(('network', 'arguments'), SIZES, ids=lambda value: str(value)[:60])
-def test_sizes_are_read_off_the_weights(network, arguments, mixed, tmp_path):
+def test_arguments_follow_from_the_weights(network, arguments, is_acmix, tmp_path):
     plain = dict(acmix_stages=()) if network is ACmixResNet else dict(mix='attn')
-    saved = network(**{**arguments, **({} if mixed else plain)})
+    saved = network(**{**arguments, **({} if is_acmix else plain)})
     torch.save(saved.state_dict(), tmp_path / 'weights.pth')
     found = read_pretrained(str(tmp_path / 'weights.pth'))
-    assert found.is_acmix == mixed
-    backbone = architecture(found)
-    assert MODELS.get(backbone['type']) is network
+    assert found.is_acmix == is_acmix
+    assert BACKBONES[found.host] is network
+    inferred = infer_arguments(found)
     defaults = inspect.signature(network).parameters
-    if not mixed:
-        # A plain network does not say where ACmix is to go.
+    if not is_acmix:
+        # The weights of a plain network do not determine where ACmix goes.
         arguments = {name: value for name, value in arguments.items()
                      if name not in ('num_heads', 'acmix_stages') or network is not ACmixResNet}
-    for name in set(backbone) - {'type'} | set(arguments):
-        told = backbone.get(name, defaults[name].default)
+    for name in {*inferred, *arguments}:
+        actual = inferred.get(name, defaults[name].default)
         expected = arguments.get(name, defaults[name].default)
-        assert told == expected or tuple(told) == tuple(expected), name
+        assert actual == expected or tuple(actual) == tuple(expected), name
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def test_plain_swin_of_timm_by_the_tool(run_tool, tmp_path):
     for heading in ('loaded: ', 'left at the initial value: ', 'dropped: '):
         assert heading in done.stdout
     assert re.search(r'Difference of the outputs .*: 0\.0e\+00, 0\.0e\+00', done.stdout)
-    # What it prints goes into a config as it is, and computes what timm's class does.
+    # The printed config builds a backbone that computes the features of timm's class.
     printed = re.search(r'^  (dict\(type=.*\))$', done.stdout, re.MULTILINE)[1]
     backbone = eval(printed, dict(dict=dict))
     model = MODELS.build(backbone)
@@ -84,7 +85,7 @@ def test_plain_swin_of_timm_by_the_tool(run_tool, tmp_path):
     model.eval()
     x = torch.randn(1, 3, 224, 224)
     *maps, last = plain.forward_intermediates(x, intermediates_only=True, norm=False)
-    # Maps of one window are not shifted here, nor in timm.
+    # Maps of one window are not shifted, in this Swin and in timm's.
     for expected, actual in zip([*maps, last], model(x)):
         normed = torch.nn.functional.layer_norm(expected.movedim(1, 3), expected.shape[1:2])
         assert relative_error(actual, normed.movedim(3, 1)) < 1e-5
@@ -94,7 +95,7 @@ def test_plain_swin_of_timm_by_the_tool(run_tool, tmp_path):
 
 
 @torch.no_grad()
-def test_safetensors_out(tmp_path):
+def test_writes_safetensors(tmp_path):
     plain = mmdet_pvt.PyramidVisionTransformer(**PVT)
     randomised(plain)
     torch.save(plain.state_dict(), tmp_path / 'pvt.pth')
@@ -102,8 +103,9 @@ def test_safetensors_out(tmp_path):
     report = convert(str(tmp_path / 'pvt.pth'), str(target))
     with safe_open(target, 'pt') as file:
         assert "plain PVT, MMDetection's naming" in file.metadata()['recognised']
-    backbone = architecture(read_pretrained(str(target)))
-    assert in_config(backbone, str(target)) in report
+    arguments = infer_arguments(read_pretrained(str(target)))
+    backbone = dict(type='ACmixPyramidVisionTransformer', **arguments)
+    assert format_config(backbone, str(target)) in report
     model = MODELS.build(dict(backbone, init_cfg=dict(type='Pretrained', checkpoint=str(target))))
     model.init_weights()
     model.eval()
@@ -113,7 +115,7 @@ def test_safetensors_out(tmp_path):
 
 
 @torch.no_grad()
-def test_resnet_reports_what_is_lost(tmp_path):
+def test_report_of_the_loss_in_resnet(tmp_path):
     plain = randomised(ACmixResNet(26, base_channels=16, acmix_stages=()))
     torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
     report = convert(str(tmp_path / 'resnet.pth'), str(tmp_path / 'acmix.pth'))
@@ -121,11 +123,11 @@ def test_resnet_reports_what_is_lost(tmp_path):
     converted.load_state_dict(torch.load(tmp_path / 'acmix.pth')['state_dict'])
     converted.eval()
 
-    picture = draw(224, np.random.default_rng(0))[0][..., ::-1]
-    x = (torch.tensor(picture.copy()).permute(2, 0, 1)[None].float() - 114) / 58
-    told = re.search(r'Difference of the outputs .*: (.*)', report)[1].split(', ')
-    assert len(told) == 4
-    for text, expected, actual in zip(told, plain(x), converted(x)):
+    image = draw(224, np.random.default_rng(0))[0][..., ::-1]
+    x = (torch.tensor(image.copy()).permute(2, 0, 1)[None].float() - 114) / 58
+    reported = re.search(r'Difference of the outputs .*: (.*)', report)[1].split(', ')
+    assert len(reported) == 4
+    for text, expected, actual in zip(reported, plain(x), converted(x)):
         lost = (actual - expected).square().mean().sqrt() / expected.std()
         assert float(text) == pytest.approx(lost.item(), rel=0.06)
         assert lost > 0.05
@@ -139,8 +141,20 @@ def test_resnet_reports_what_is_lost(tmp_path):
     assert int(measured[0]) == pytest.approx(100 * lost.item(), abs=0.6)
 
 
+def test_san_of_another_depth(tmp_path):
+    plain = randomised(ACmixSAN(10, base_channels=32, stage_blocks=(1, 1, 2, 1, 1), mix='attn'))
+    torch.save(plain.state_dict(), tmp_path / 'san.pth')
+    report = convert(str(tmp_path / 'san.pth'), str(tmp_path / 'acmix.pth'))
+    assert "type='ACmixSAN', depth=10, base_channels=32, stage_blocks=(1, 1, 2, 1, 1)," in report
+    assert 'generated image: 0.0e+00, 0.0e+00, 0.0e+00, 0.0e+00' in report
+    torch.save({key: value for key, value in plain.state_dict().items()
+                if not key.startswith('layer4.')}, tmp_path / 'four.pth')
+    with pytest.raises(CheckpointError, match='a SAN has five stages, and it has 4'):
+        convert(str(tmp_path / 'four.pth'), str(tmp_path / 'acmix4.pth'))
+
+
 def hub_cache(root, repository, files):
-    """A cache of the Hugging Face hub that holds one repository."""
+    """Write a cache of the Hugging Face hub that holds one repository."""
     folder = root / f'models--{repository.replace("/", "--")}'
     (folder / 'refs').mkdir(parents=True)
     (folder / 'refs' / 'main').write_text('0' * 40)
@@ -152,7 +166,7 @@ def hub_cache(root, repository, files):
 
 @pytest.mark.parametrize('source', ['timm://resnet26.bt_in1k', 'hf-hub:somebody/resnet26'])
 def test_through_timm(source, run_tool, tmp_path):
-    """From a hub's cache, as after a download."""
+    """From a cache of the hub, as after a download."""
     plain = randomised(timm.create_model('resnet26'))
     config = dict(architecture='resnet26', num_classes=1000, pretrained_cfg=dict(num_classes=1000))
     repository = 'somebody/resnet26' if 'somebody' in source else 'timm/resnet26.bt_in1k'
@@ -163,7 +177,7 @@ def test_through_timm(source, run_tool, tmp_path):
     done = run_tool(TOOL, source, tmp_path / 'acmix.pth', **offline)
     assert done.returncode == 0, done.stderr
     weights = torch.load(tmp_path / 'acmix.pth', weights_only=True)['state_dict']
-    # timm's ResNet-26 has stages of two blocks, unlike the one of the paper.
+    # All stages of timm's ResNet-26 have two blocks, unlike those of the paper's.
     last = 'layer4.1.conv3.weight'
     assert torch.equal(weights[last], plain.state_dict()[last])
 
@@ -178,7 +192,7 @@ def test_through_timm(source, run_tool, tmp_path):
     ('weights.pth', True), ('a/b.safetensors', True), ('https://host/a.pth', False),
     ('timm://resnet50', False), ('torchvision://resnet50', False), ('hf-hub:timm/resnet50', False),
 ])
-def test_files_are_looked_for_before_training_and_addresses_are_not(source, expected):
+def test_missing_files_are_reported_before_training(source, expected):
     assert is_path(source) == expected
     refused = pytest.raises(CheckpointError, match='does not exist') if expected else nullcontext()
     with refused, prepared(Config(dict(launcher='none')), [source]):
@@ -188,21 +202,21 @@ def test_files_are_looked_for_before_training_and_addresses_are_not(source, expe
 def test_unknown_timm_model(run_tool, tmp_path):
     done = run_tool(TOOL, 'timm://resnet999', tmp_path / 'acmix.pth')
     assert done.returncode == 1
-    assert done.stderr == ('error: timm has no weights of the name resnet999 (Unknown model '
-                           '(resnet999)); timm.list_pretrained() lists those that it has.\n')
+    assert done.stderr == ('error: timm has no weights named resnet999 (Unknown model '
+                           '(resnet999)); timm.list_pretrained() lists all that it has.\n')
 
 
 @pytest.mark.parametrize(('kind', 'message'), [
-    ('code', 'is refused and nothing of it was run'),
+    ('code', 'is refused and nothing in it was run'),
     ('truncated', 'cannot be read'),
     ('empty', 'cannot be read'),
     ('text', 'cannot be read'),
     ('no weights', 'holds no weights'),
-    ('ResNet', 'is of none of the networks that are known here'),
+    ('ResNet', 'is of no known network'),
     ('wider', 'does not fit'),
     ('missing', 'does not exist'),
 ])
-def test_refusals_leave_nothing_behind(kind, message, tmp_path):
+def test_refusal_writes_nothing(kind, message, tmp_path):
     path = write_bad_checkpoint(kind, tmp_path)
     before = sorted(tmp_path.iterdir())
     for target in ('acmix.pth', 'acmix.safetensors'):
@@ -213,7 +227,7 @@ def test_refusals_leave_nothing_behind(kind, message, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_weights_without_an_architecture(tmp_path):
+def test_weights_that_determine_no_backbone(tmp_path):
     state_dict = mmdet_swin.SwinTransformer(**SWIN).state_dict()
     lacking = 'stages.1.blocks.0.attn.w_msa.relative_position_bias_table'
     torch.save({key: value for key, value in state_dict.items() if key != lacking},
@@ -225,7 +239,7 @@ def test_weights_without_an_architecture(tmp_path):
         convert(str(tmp_path / 'r18.pth'), str(tmp_path / 'acmix.pth'))
     v2 = mmdet_pvt.PyramidVisionTransformerV2(embed_dims=8, num_layers=[1, 1, 1, 1])
     torch.save(v2.state_dict(), tmp_path / 'v2.pth')
-    with pytest.raises(CheckpointError, match='as PVT v2'):
+    with pytest.raises(CheckpointError, match='like PVT v2'):
         convert(str(tmp_path / 'v2.pth'), str(tmp_path / 'acmix.pth'))
     torch.save(state_dict, tmp_path / 'swin.pth')
     with pytest.raises(CheckpointError, match=r'is of a Swin .* --arch asks for pvt-t'):
@@ -233,11 +247,11 @@ def test_weights_without_an_architecture(tmp_path):
     assert not list(tmp_path.glob('*acmix*'))
 
 
-def test_destinations_that_cannot_be(tmp_path):
+def test_invalid_destinations(tmp_path):
     torch.save(mmdet_swin.SwinTransformer(**SWIN).state_dict(), tmp_path / 'swin.pth')
     with pytest.raises(UsageError, match=r'written as \.pth or \.safetensors; .*acmix\.bin'):
         convert(str(tmp_path / 'swin.pth'), str(tmp_path / 'acmix.bin'))
-    with pytest.raises(UsageError, match='absent does not exist; make it'):
+    with pytest.raises(UsageError, match='absent does not exist; create it'):
         convert(str(tmp_path / 'swin.pth'), str(tmp_path / 'absent' / 'acmix.pth'))
     (tmp_path / 'acmix.pth').mkdir()
     with pytest.raises(UsageError, match='cannot be written'):
@@ -245,6 +259,6 @@ def test_destinations_that_cannot_be(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['acmix.pth', 'swin.pth']
 
 
-def test_names_of_the_papers_networks():
+def test_networks_of_the_paper():
     assert list(ARCHS) == ['resnet-26', 'resnet-38', 'resnet-50', 'san-10', 'san-15', 'san-19',
                            'pvt-t', 'pvt-s', 'swin-t', 'swin-s']

@@ -1,4 +1,4 @@
-"""The tools as a user runs them: as processes, from the command line to what they leave behind."""
+"""Tests of the tools, run as processes from the command line."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ from acmix_mm.utils.errors import UsageError
 
 @pytest.fixture(scope='module')
 def detector(shapes, run_tool, tmp_path_factory):
-    """Work directory of a detector that was killed in its second epoch, then resumed."""
+    """Work directory of a detector whose training was killed in the second epoch and resumed."""
     folder = tmp_path_factory.mktemp('detector')
     arguments = ['tools/train.py', DETECTION, '--data-root', shapes, '--work-dir', folder,
                  '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(3)]
@@ -44,13 +44,14 @@ def detector(shapes, run_tool, tmp_path_factory):
     assert process.wait() == -signal.SIGKILL
     assert (folder / 'epoch_1.pth').is_file()
     assert not (folder / 'epoch_2.pth').exists()
-    time.sleep(1)  # so that the resumed run logs into a folder of its own: they are named by second
+    # The folders for logs are named after the second; the resumed run must get another one.
+    time.sleep(1)
     done = run_tool(*arguments[:6], '--resume', *arguments[6:])
     assert done.returncode == 0, done.stderr
     return folder, done
 
 
-def test_resume_goes_on_where_the_killed_run_saved(detector):
+def test_resumes_from_the_last_checkpoint_of_a_killed_run(detector):
     folder, done = detector
     assert f'Load checkpoint from {folder}/epoch_1.pth' in done.stdout
     assert 'resumed epoch: 1, iter: 4' in done.stdout
@@ -66,16 +67,16 @@ def test_resume_goes_on_where_the_killed_run_saved(detector):
 def test_test_evaluates_and_draws(detector, shapes, run_tool, tmp_path):
     folder, _ = detector
     done = run_tool('tools/test.py', DETECTION, folder / 'epoch_3.pth', '--data-root', shapes,
-                    '--work-dir', tmp_path, '--show-dir', tmp_path / 'pictures',
+                    '--work-dir', tmp_path, '--show-dir', tmp_path / 'drawn',
                     '--out', tmp_path / 'out.pkl', '--cfg-options', *FAST, *SMALL_IMAGES)
     assert done.returncode == 0, done.stderr
     for kind in ('bbox', 'segm'):
         metric = logged_metric(tmp_path, f'coco/{kind}_mAP')
         assert metric == pytest.approx(logged(folder, f'coco/{kind}_mAP')[-1], abs=1e-6)
-    pictures = sorted((tmp_path / 'pictures').glob('*.jpg'))
-    assert [picture.name for picture in pictures] == [f'{index:05d}.jpg' for index in range(4)]
-    # Ground truth left, predictions right: twice as wide as the picture of 96.
-    assert cv2.imread(str(pictures[0])).shape == (96, 192, 3)
+    drawn = sorted((tmp_path / 'drawn').glob('*.jpg'))
+    assert [path.name for path in drawn] == [f'{index:05d}.jpg' for index in range(4)]
+    # Ground truth on the left and predictions on the right: twice the image width of 96.
+    assert cv2.imread(str(drawn[0])).shape == (96, 192, 3)
     predictions = pickle.loads((tmp_path / 'out.pkl').read_bytes())
     assert len(predictions) == 4
     assert 'masks' in predictions[0]['pred_instances']
@@ -86,7 +87,7 @@ def test_tta_evaluates_boxes(detector, shapes, run_tool, tmp_path):
     done = run_tool('tools/test.py', DETECTION, folder / 'epoch_3.pth', '--data-root', shapes,
                     '--work-dir', tmp_path, '--tta', '--cfg-options', *FAST, *SMALL_IMAGES)
     assert done.returncode == 0, done.stderr
-    assert 'merges boxes alone' in done.stderr
+    assert 'merges only boxes' in done.stderr
     assert logged_metric(tmp_path, 'coco/bbox_mAP') >= 0
     assert 'segm_mAP' not in done.stdout
 
@@ -105,14 +106,14 @@ def segmentor(shapes, run_tool, tmp_path_factory):
 
 def test_segmentation_evaluates_draws_and_saves(segmentor, shapes, run_tool, tmp_path):
     done = run_tool('tools/test.py', SEGMENTATION, segmentor / 'iter_6.pth', '--data-root', shapes,
-                    '--work-dir', tmp_path, '--show-dir', tmp_path / 'pictures',
+                    '--work-dir', tmp_path, '--show-dir', tmp_path / 'drawn',
                     '--out', tmp_path / 'maps', '--cfg-options', *FAST)
     assert done.returncode == 0, done.stderr
     assert logged_metric(tmp_path, 'mIoU') == pytest.approx(logged(segmentor, 'mIoU')[-1])
-    assert len(list((tmp_path / 'pictures').glob('**/*.png'))) == 4
+    assert len(list((tmp_path / 'drawn').glob('**/*.png'))) == 4
     label_map = cv2.imread(str(tmp_path / 'maps' / '00000.png'), cv2.IMREAD_UNCHANGED)
     assert label_map.shape == (96, 96)
-    # With reduce_zero_label MMSegmentation writes labels as the annotations have them, from 1.
+    # With reduce_zero_label MMSegmentation numbers the labels from 1, like the annotations.
     assert label_map.min() >= 1
     assert label_map.max() <= 4
 
@@ -137,7 +138,7 @@ SEGMENTATION_SIZES = [
 
 @pytest.mark.parametrize(('config', 'options', 'metric'), [
     ('maskrcnn_acmix_r50', DETECTION_SIZES, 'coco/segm_mAP'),
-    # Untrained, it scores everything below its threshold.
+    # An untrained model scores everything below the threshold.
     ('retinanet_acmix_r50', [*DETECTION_SIZES, 'model.test_cfg.score_thr=0.'], 'coco/bbox_mAP'),
     ('maskrcnn_r50_acmix_fpn_mask', DETECTION_SIZES, 'coco/segm_mAP'),
     ('upernet_acmix_r50', SEGMENTATION_SIZES, 'mIoU'),
@@ -168,7 +169,7 @@ def test_two_processes_train_and_test_together(shapes, run_tool, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'Distributed launcher: pytorch' in done.stdout
     assert 'GPU number: 2' in done.stdout
-    # Eight pictures, two at a time in each of two processes.
+    # Eight images, in batches of two in each of two processes.
     assert len(logged(tmp_path, 'loss')) == 2
     trained_alone = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)['state_dict']
     assert not any(key.startswith('module.') for key in trained_alone)
@@ -181,16 +182,16 @@ def test_two_processes_train_and_test_together(shapes, run_tool, tmp_path):
 
 
 @pytest.mark.parametrize('tool', ['train', 'test'])
-def test_checkpoint_with_code_is_refused_and_runs_nothing(tool, shapes, run_tool, tmp_path):
+def test_checkpoint_with_code_is_rejected_without_running_it(tool, shapes, run_tool, tmp_path):
     checkpoint = tmp_path / 'bomb.pth'
     torch.save(dict(state_dict={}, meta=dict(epoch=1, iter=1, trap=Bomb(tmp_path / 'ran'))),
                checkpoint)
     given = {'train': ['tools/train.py', DETECTION, '--resume', checkpoint],
              'test': ['tools/test.py', DETECTION, checkpoint]}[tool]
-    # A work-around that users of MMEngine set for torch 2.6; it must not open the door here.
+    # Users of MMEngine set this as a workaround for torch 2.6; it must have no effect here.
     done = run_tool(*given, '--data-root', shapes, '--work-dir', tmp_path / 'work',
                     '--cfg-options', *FAST, *SMALL_IMAGES, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD='1')
-    assert 'is refused and nothing of it was run' in plain_message(done)
+    assert 'is refused and nothing in it was run' in plain_message(done)
     assert 'posix.system' in done.stderr
     assert not (tmp_path / 'ran').exists()
 
@@ -208,7 +209,7 @@ SCRATCH = ['--cfg-options', 'model.backbone.init_cfg=None', *FAST]
     (['tools/train.py', 'configs/upernet_acmix_swin_t.py', '--data-root', '{tmp}'],
      ['{tmp}/images/training does not exist', 'annotations/validation']),
     (['tools/train.py', 'configs/maskrcnn.py'],
-     ['configs/maskrcnn.py does not exist', 'shipped ones are in configs/']),
+     ['configs/maskrcnn.py does not exist', 'configs provided here are in configs/']),
     (['tools/test.py', DETECTION, '{tmp}/none.pth', *DATA],
      ['{tmp}/none.pth does not exist']),
     (['tools/test.py', DETECTION, '{tmp}/torn.pth', *DATA, '--cfg-options', *FAST],
@@ -225,7 +226,7 @@ SCRATCH = ['--cfg-options', 'model.backbone.init_cfg=None', *FAST]
     ([*COCO, *DATA, *SCRATCH], ['A dataset is empty', '--classes NAME']),
     (['tools/train.py', DETECTION, *DATA, '--amp'], ['needs a GPU', 'leave out --amp']),
     (['tools/train.py', DETECTION, *DATA, '--classes', 'circle', 'sqare', 'triangle'],
-     ['names sqare, which', 'has circle square triangle']),
+     ['names sqare, but', 'are circle square triangle']),
     (['tools/train.py', DETECTION, *DATA, '--classes', 'triangle', 'circle'],
      ['Labels follow the order of', 'pass --classes circle triangle']),
     (['tools/train.py', DETECTION, *DATA, '--auto-scale-lr', '--cfg-options',
@@ -238,7 +239,7 @@ SCRATCH = ['--cfg-options', 'model.backbone.init_cfg=None', *FAST]
      ['--launcher mpi needs GPUs', 'tools/dist_train.sh']),
 ])
 def test_messages(arguments, parts, shapes, run_tool, tmp_path):
-    """What is missing is named, with what to do about it."""
+    """Messages name the problem and the remedy."""
     (tmp_path / 'torn.pth').write_bytes(b'PK\x03\x04 torn')
     places = dict(tmp=tmp_path, shapes=shapes)
     done = run_tool(*(argument.format(**places) for argument in arguments),
@@ -253,23 +254,23 @@ def test_messages(arguments, parts, shapes, run_tool, tmp_path):
     ['configs/shapes/upernet_acmix_swin.py'],
     [DETECTION, '--classes', 'circle', 'square'],
 ])
-def test_checkpoint_of_another_network_is_refused(other, detector, shapes, run_tool, tmp_path):
+def test_checkpoint_of_another_network_is_rejected(other, detector, shapes, run_tool, tmp_path):
     folder, _ = detector
     done = run_tool('tools/test.py', other[0], folder / 'epoch_3.pth', *other[1:],
                     '--data-root', shapes, '--work-dir', tmp_path, '--cfg-options', *FAST)
     message = plain_message(done)
-    assert f'{folder}/epoch_3.pth is of another network' in message
+    assert f"{folder}/epoch_3.pth does not match the config's model" in message
     assert 'missing or of another shape: ' in message
 
 
-def test_options_without_a_value_are_refused(run_tool):
+def test_options_without_a_value_are_rejected(run_tool):
     done = run_tool('tools/train.py', DETECTION, '--cfg-options', 'nonsense')
     assert done.returncode == 2
     assert "--cfg-options takes KEY=VALUE pairs, got 'nonsense'" in done.stderr
     assert 'Traceback' not in done.stderr
 
 
-def test_make_shapes_overwrites_nothing(shapes, run_tool):
+def test_make_shapes_does_not_overwrite(shapes, run_tool):
     message = plain_message(run_tool('tools/make_shapes.py', shapes))
     assert f'{shapes} exists and is not empty' in message
 
@@ -278,8 +279,8 @@ def test_make_shapes_overwrites_nothing(shapes, run_tool):
     ('missing', 'has no operators'),
     ('foreign', 'was built for another torch'),
 ])
-def test_broken_mmcv_is_said(fault, message, tmp_path, run_tool):
-    """A copy of mmcv without its compiled part, or with one that does not load."""
+def test_broken_mmcv_is_reported(fault, message, tmp_path, run_tool):
+    """Use a copy of mmcv whose compiled operators are missing or cannot be loaded."""
     import mmcv
     package = tmp_path / 'mmcv'
     package.mkdir()
@@ -297,12 +298,12 @@ def test_broken_mmcv_is_said(fault, message, tmp_path, run_tool):
         assert 'pip install --no-build-isolation' in done.stderr
 
 
-def test_mmcv_of_another_torch_is_said(tmp_path, monkeypatch):
+def test_mmcv_for_another_torch_is_reported(tmp_path, monkeypatch):
     from acmix_mm import environment
     monkeypatch.setattr(environment, 'BUILT_FOR', tmp_path / 'stamp')
     environment.check_mmcv()
     (tmp_path / 'stamp').write_text('1.0.0\n')
-    with pytest.raises(UsageError, match=r'was built for torch 1\.0\.0, and .* is installed'):
+    with pytest.raises(UsageError, match=r'was built for torch 1\.0\.0, but .* is installed'):
         environment.check_mmcv()
 
 

@@ -1,4 +1,4 @@
-"""Paths and comparisons that the tests share, and the outputs of the authors' published code."""
+"""Paths and comparisons shared by the tests, and outputs of the authors' published code."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ GOLDEN = ROOT.parent / 'shared' / 'golden'
 
 
 class Golden:
-    """Outputs of the authors' published code, and the weights and inputs that they belong to."""
+    """Outputs of the authors' published code, with the weights and inputs that produce them."""
 
     def __init__(self, name):
         sys.path.insert(0, str(GOLDEN))
@@ -38,5 +38,5 @@ class Golden:
 
 
 def relative_error(actual, expected):
-    """Largest difference over the largest expected value."""
+    """The largest absolute difference, relative to the largest absolute expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -1,4 +1,4 @@
-"""Networks and checkpoints, good and bad, that the tests of loading share."""
+"""Networks and checkpoints, valid and invalid, for the tests of loading."""
 
 import argparse
 import pickle
@@ -15,7 +15,7 @@ PVT = dict(embed_dims=4, num_stages=2, num_layers=(1, 1), num_heads=(1, 2), patc
 
 
 def randomised(model, std=0.1):
-    """A network whose every parameter and statistic matters, in evaluation."""
+    """Randomise all parameters and running statistics; switch to evaluation mode."""
     for name, value in model.state_dict().items():
         if value.is_floating_point():
             is_scale = name.endswith(('running_var', 'weight')) and value.dim() == 1
@@ -25,6 +25,24 @@ def randomised(model, std=0.1):
             module.running_var.abs_()
     model.eval()
     return model
+
+
+def load_pretrained(network, path, **arguments):
+    """Build a backbone that loads a checkpoint, in evaluation mode."""
+    model = network(**arguments, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    model.init_weights()
+    return model.eval()
+
+
+def stage_outputs(plain, x):
+    """The outputs of the four stages of a ResNet, which all projects name alike."""
+    maps = []
+    hooks = [getattr(plain, f'layer{stage}').register_forward_hook(
+        lambda module, inputs, out: maps.append(out)) for stage in range(1, 5)]
+    plain(x)
+    for hook in hooks:
+        hook.remove()
+    return maps
 
 
 def write_bad_checkpoint(kind, folder):

@@ -1,6 +1,7 @@
 """Inputs of the operators, and comparison of a backend with the reference."""
 
 import functools
+import itertools
 
 import torch
 from helpers import relative_error
@@ -60,6 +61,27 @@ def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
 def slide(kernel_size, stride=1, dilation=1):
     return functools.partial(sliding_window_attention, kernel_size=kernel_size, stride=stride,
                              dilation=dilation)
+
+def involution_tensors(batch, groups, per_group, height, width, kernel_size, stride=1):
+    size = [-(-extent // stride) for extent in (height, width)]
+    return [torch.randn(batch, groups * per_group, height, width),
+            torch.randn(batch, groups, kernel_size, kernel_size, *size)]
+
+
+def involution_loop(x, kernels, stride, dilation):
+    """Equation 4 of the paper, as loops over positions, channels and neighbours."""
+    batch, channels, height, width = x.shape
+    groups, kernel_size, out_height, out_width = kernels.shape[1], *kernels.shape[3:]
+    out = torch.zeros(batch, channels, out_height, out_width, dtype=x.dtype)
+    for image, channel, row, column in itertools.product(*map(range, out.shape)):
+        group = channel // (channels // groups)
+        for u, v in itertools.product(range(kernel_size), repeat=2):
+            down = stride * row + dilation * (u - kernel_size // 2)
+            across = stride * column + dilation * (v - kernel_size // 2)
+            if 0 <= down < height and 0 <= across < width:
+                out[image, channel, row, column] += (
+                    kernels[image, group, u, v, row, column] * x[image, channel, down, across])
+    return out
 
 
 def results(run, module, x):

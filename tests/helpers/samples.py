@@ -1,11 +1,11 @@
-"""Inputs of whole models."""
+"""Inputs for whole models."""
 
 import torch
 from mmengine.structures import InstanceData, PixelData
 
 
 def image_sample(cfg, height=96, width=72):
-    """A picture of two boxes and its ground truth, in the structure that the model takes."""
+    """An image of two boxes and its ground truth, in the data structure that the model expects."""
     meta = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width),
                 scale_factor=(1.0, 1.0), img_path='', img_id=0)
     image = torch.zeros(3, height, width, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Options that make a run of a tool small, and what it printed and logged."""
+"""Options for small runs of the tools, and what they print and log."""
 
 import json
 import os
@@ -21,17 +21,15 @@ def epochs(count):
             f'param_scheduler.1.T_max={count}']
 
 
-
 def logged(folder, key):
-    """All values of ``key`` in the scalars that the last run in ``folder`` logged."""
+    """All values of ``key`` that the last run in ``folder`` logged."""
     scalars = max(folder.glob('*/vis_data/scalars.json'))
     entries = [json.loads(line) for line in scalars.read_text().splitlines()]
     return [entry[key] for entry in entries if key in entry]
 
 
-
 def plain_message(done):
-    """The one message on stderr, after checking that it is all there is: no stack trace."""
+    """The only error message on stderr, after checking that there is no traceback."""
     assert done.returncode == 1, done.stdout + done.stderr
     assert 'Traceback' not in done.stderr
     message = done.stderr[done.stderr.index('error: '):]
@@ -39,14 +37,15 @@ def plain_message(done):
     return message
 
 
-
 def logged_metric(folder, key):
+    """The metric ``key`` of the last test in ``folder``."""
     metrics = json.loads(max(folder.glob('*/*.json')).read_text())
     return metrics[key]
 
 
-
 class Bomb:
+    """An object that creates the file ``path`` when it is unpickled."""
+
     def __init__(self, path):
         self.path = path
 

@@ -1,19 +1,11 @@
-"""The paper's ablations, by option: how the paths combine, and how maps are shifted."""
+"""The paper's ablations: how the paths are combined and how maps are shifted."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from acmix_mm.analysis.paths import path_energies
-from acmix_mm.backbones import (
-    ACmixPyramidVisionTransformer,
-    ACmixResNet,
-    ACmixSAN,
-    ACmixSwinTransformer,
-)
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
-from acmix_mm.layers.base import COMBINATIONS, SHIFTS
-from acmix_mm.ops import shift_conv, shift_sum
+from acmix_mm.layers.shift_path import SHIFTS
 
 LAYERS = {
     'Swin': (lambda **options: WindowACmix(12, 3, 7, **options), (2, 9, 15, 12)),
@@ -22,17 +14,10 @@ LAYERS = {
     'PVT': (lambda **options: ReducedACmix(12, 3, 2, **options), (2, 9, 15, 12)),
     'SAN': (lambda **options: PatchwiseACmix(16, 4, 16, 3, **options), (2, 16, 9, 15)),
 }
-BACKBONES = {
-    'Swin': (ACmixSwinTransformer, dict(embed_dims=12, depths=(2, 2), num_heads=(3, 6),
-                                        strides=(4, 2), out_indices=(0, 1))),
-    'ResNet': (ACmixResNet, dict(depth=26, base_channels=8, stage_blocks=(1, 1, 1, 1))),
-    'PVT': (ACmixPyramidVisionTransformer, dict(embed_dims=4, num_layers=[1, 1, 1, 1])),
-    'SAN': (ACmixSAN, dict(depth=10, base_channels=32)),
-}
 
 
-def twins(host, *options):
-    """Layers of one host with the same weights where they have the same, in double."""
+def layers_of(host, *options):
+    """Build a layer with each set of options, in double, sharing weights where shapes agree."""
     build, size = LAYERS[host]
     layers = []
     for each in options:
@@ -47,20 +32,20 @@ def twins(host, *options):
 
 
 @pytest.mark.parametrize('host', LAYERS)
-def test_shifts_agree_at_the_start(host):
-    """Moved maps, fixed kernels, and learned ones before they learn, in one or N groups."""
-    layers, x = twins(host, dict(), dict(shift='tensor'), dict(shift='fixed'),
-                      dict(shift_groups=1), dict(shift='fixed', shift_groups=1))
+def test_shifts_agree_at_initialisation(host):
+    """Moved maps, fixed kernels and untrained learned kernels, in one group or one per head."""
+    layers, x = layers_of(host, dict(), dict(shift='tensor'), dict(shift='fixed'),
+                          dict(shift_groups=1), dict(shift='fixed', shift_groups=1))
     expected, *others = (layer(x) for layer in layers)
     for actual in others:
         torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize('host', LAYERS)
-def test_which_shifts_are_learned(host):
+def test_learned_shifts(host):
     for shift in SHIFTS:
         for groups in (None, 1):
-            (layer,), x = twins(host, dict(shift=shift, shift_groups=groups))
+            (layer,), x = layers_of(host, dict(shift=shift, shift_groups=groups))
             layer.train()(x).square().sum().backward()
             learned = [name for name, _ in layer.dep_conv.named_parameters()]
             assert learned == (['weight'] if shift in ('learned', 'random') else [])
@@ -71,16 +56,16 @@ def test_which_shifts_are_learned(host):
                 assert len(layer.dep_conv.weight) % heads == 0
                 assert len(layer.dep_conv.kernels) == len(
                     layer.dep_conv.weight) * (layer.dep_conv.num_heads // heads)
-    (random,), _ = twins(host, dict(shift='random'))
+    (random,), _ = layers_of(host, dict(shift='random'))
     assert 0.05 < random.dep_conv.weight.std() * 9 < 1
-    assert not torch.equal(random.dep_conv.weight, twins(host, dict())[0][0].dep_conv.weight)
+    assert not torch.equal(random.dep_conv.weight, layers_of(host, dict())[0][0].dep_conv.weight)
 
 
 @pytest.mark.parametrize('host', LAYERS)
 @pytest.mark.parametrize('shift', ['learned', 'tensor'])
-def test_paths_combine_as_said(host, shift):
-    """Against the two paths alone."""
-    paths, x = twins(host, *(dict(mix=mix, shift=shift) for mix in ('attn', 'conv')))
+def test_combinations(host, shift):
+    """Against layers with a single path."""
+    paths, x = layers_of(host, *(dict(mix=mix, shift=shift) for mix in ('attn', 'conv')))
     attention, convolution = (layer(x) for layer in paths)
     weights = {**paths[0].state_dict(), **paths[1].state_dict()}
     for combine, expected in (('rates', 0.3 * attention + 0.9 * convolution),
@@ -100,88 +85,3 @@ def test_paths_combine_as_said(host, shift):
             torch.testing.assert_close(energy, path[:1].square().mean(channels)[0].sqrt())
         rates = [name for name, _ in layer.named_parameters() if name.startswith('rate')]
         assert rates == {'rates': ['rate1', 'rate2'], 'convex': ['rate1'], 'sum': []}[combine]
-
-
-@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 3), (2, 2)])
-@pytest.mark.parametrize('size', [(7, 10), (1, 1), (2, 5)], ids=str)
-def test_moved_maps_are_convolved_ones(size, stride, dilation):
-    maps = torch.randn(2, 6, 4, *size, dtype=torch.double)
-    matrix, bias = torch.randn(9, 6, dtype=torch.double), torch.randn(9, dtype=torch.double)
-    shifts = torch.eye(9, dtype=torch.double).view(9, 3, 3).expand(4, -1, -1, -1)
-    for each in (bias, None):
-        moved = shift_sum(maps, matrix, each, stride=stride, dilation=dilation)
-        mixed = torch.einsum('jm,bmdhw->bdjhw', matrix, maps)
-        if each is not None:
-            mixed = mixed + bias[:, None, None]
-        convolved = F.conv2d(mixed.flatten(1, 2), shifts, groups=4, stride=stride,
-                             padding=dilation, dilation=dilation)
-        torch.testing.assert_close(moved, convolved)
-        torch.testing.assert_close(moved, shift_conv(maps, matrix, shifts, each, stride=stride,
-                                                     dilation=dilation, backend='reference'))
-
-
-@pytest.mark.parametrize('host', BACKBONES)
-def test_backbones_take_them(host, tmp_path):
-    network, arguments = BACKBONES[host]
-    options = dict(combine='convex', shift='fixed', shift_groups=1)
-    model = network(**arguments, acmix_cfg=options)
-    outs = model(torch.randn(2, 3, 64, 64))
-    sum(out.square().mean() for out in outs).backward()
-    names = [name for name, _ in model.named_parameters()]
-    assert any(name.endswith('.rate1') for name in names)
-    assert not any(name.endswith(('.rate2', '.dep_conv.weight')) for name in names)
-    torch.save(model.state_dict(), tmp_path / 'weights.pth')
-    loaded = network(**arguments, acmix_cfg=options,
-                     init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth')))
-    loaded.init_weights()
-    for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize('combine', COMBINATIONS)
-@pytest.mark.parametrize('host', ['Swin', 'ResNet'])
-def test_plain_weights_start_them(combine, host, tmp_path, said):
-    """As the host where a rate can leave the new path out, and said so where it cannot."""
-    network, arguments = BACKBONES[host]
-    plain = network(**arguments, **(dict(acmix_stages=()) if host == 'ResNet' else
-                                    dict(mix='attn')))
-    if host == 'ResNet':
-        # Of few channels, so that the path has them exactly.
-        torch.nn.init.zeros_(plain.layer1[0].conv2.weight[:, 2:].data)
-    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
-    model = network(**arguments, acmix_cfg=dict(combine=combine), init_cfg=dict(
-        type='Pretrained', checkpoint=str(tmp_path / 'plain.pth')))
-    model.init_weights()
-    x = torch.randn(1, 3, 64, 64)
-    expected, actual = plain.eval()(x)[0], model.eval()(x)[0]
-    is_same = torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
-    assert is_same == (combine != 'sum')
-    if combine == 'sum':
-        assert ('Without rates' if host == 'Swin' else 'dropped: layer1.0.conv2.weight') in said()
-
-
-@pytest.mark.parametrize('mix', ['attn', 'conv'])
-def test_one_path_keeps_the_one_rate(mix, tmp_path):
-    network, arguments = BACKBONES['Swin']
-    saved = network(**arguments, acmix_cfg=dict(combine='convex')).eval()
-    with torch.no_grad():
-        for name, parameter in saved.named_parameters():
-            if name.endswith('.rate1'):
-                parameter.fill_(1 if mix == 'attn' else 0)
-    torch.save(saved.state_dict(), tmp_path / 'convex.pth')
-    model = network(**arguments, mix=mix, init_cfg=dict(
-        type='Pretrained', checkpoint=str(tmp_path / 'convex.pth')))
-    model.init_weights()
-    x = torch.randn(1, 3, 64, 64)
-    for expected, actual in zip(saved(x), model.eval()(x)):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(('options', 'message'), [
-    (dict(combine='mean'), 'combine must be one of rates, convex, sum'),
-    (dict(shift='roll'), 'shift must be one of learned, random, fixed, tensor'),
-    (dict(shift_groups=2), 'shift_groups must be 1, or None for one group for each of the 3 heads'),
-])
-def test_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
-        ACmixConv2d(8, 12, num_heads=3, **options)

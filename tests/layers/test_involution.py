@@ -1,167 +1,25 @@
-"""Involution against a loop written from its equations, and the layer against what it replaces."""
+"""The Involution2d layer, and as the convolution type of OpenMMLab's modules."""
 
-import functools
-import importlib
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
-from helpers.operators import TOLERANCE, assert_compiled_is_equal, compare
+from helpers.operators import assert_compiled_is_equal, involution_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
-from torch.nn.functional import conv2d
 from torch.utils._pytree import tree_leaves
 
-import acmix_mm.layers.involution as layer_module
-from acmix_mm.analysis.flops import REST, count, total
+from acmix_mm.analysis.flops import count, total
 from acmix_mm.layers import Involution2d
-from acmix_mm.ops import involution
-
-# The package has a function of the same name.
-chunked_module = importlib.import_module('acmix_mm.ops.involution.chunked')
-
-
-def tensors_of(batch, groups, per_group, height, width, kernel_size, stride=1):
-    size = [-(-extent // stride) for extent in (height, width)]
-    return [torch.randn(batch, groups * per_group, height, width),
-            torch.randn(batch, groups, kernel_size, kernel_size, *size)]
-
-
-def loop(x, kernels, stride, dilation):
-    """Equation 4 of the paper for one position, channel and neighbour after the other."""
-    batch, channels, height, width = x.shape
-    groups, kernel_size, out_height, out_width = kernels.shape[1], *kernels.shape[3:]
-    out = torch.zeros(batch, channels, out_height, out_width, dtype=x.dtype)
-    for picture, channel, row, column in itertools.product(*map(range, out.shape)):
-        group = channel // (channels // groups)
-        for u, v in itertools.product(range(kernel_size), repeat=2):
-            down = stride * row + dilation * (u - kernel_size // 2)
-            across = stride * column + dilation * (v - kernel_size // 2)
-            if 0 <= down < height and 0 <= across < width:
-                out[picture, channel, row, column] += (
-                    kernels[picture, group, u, v, row, column] * x[picture, channel, down, across])
-    return out
-
-
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
-@pytest.mark.parametrize(('height', 'width', 'kernel_size', 'stride', 'dilation'), [
-    (1, 1, 3, 1, 1), (2, 1, 5, 2, 1), (4, 5, 3, 1, 1), (5, 4, 3, 2, 1), (4, 3, 3, 1, 2),
-    (5, 7, 3, 2, 3), (3, 4, 1, 3, 1)])
-def test_equals_the_equation(backend, height, width, kernel_size, stride, dilation):
-    tensors = [each.double() for each in tensors_of(2, 2, 2, height, width, kernel_size, stride)]
-    results = []
-    for run in (loop, functools.partial(involution, backend=backend)):
-        leaves = [each.clone().requires_grad_() for each in tensors]
-        out = run(*leaves, stride=stride, dilation=dilation)
-        cotangent = torch.arange(out.numel()).view_as(out).double().sin()
-        results.append([out, *torch.autograd.grad(out, leaves, cotangent)])
-    for expected, actual in zip(*results):
-        torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
-@pytest.mark.parametrize(('batch', 'groups', 'per_group', 'height', 'width', 'kernel_size'), [
-    (1, 1, 1, 1, 1, 7), (2, 2, 8, 1, 12, 7), (1, 4, 4, 3, 2, 7), (2, 1, 16, 9, 8, 5),
-    (2, 2, 4, 33, 30, 3)])
-@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 2), (3, 2)])
-def test_form_equals_reference(dtype, batch, groups, per_group, height, width, kernel_size, stride,
-                               dilation, monkeypatch):
-    # Five rows of the largest map at a time.
-    monkeypatch.setattr(chunked_module, 'CPU_CHUNK', 2 * 8 * 30 * 5)
-    tensors = tensors_of(batch, groups, per_group, height, width, kernel_size, stride)
-    run = functools.partial(involution, stride=stride, dilation=dilation)
-    compare(run, tensors, 'chunked', dtype)
-
-
-def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(chunked_module, 'CPU_CHUNK', 1)
-    for stride, dilation in ((1, 1), (2, 2)):
-        leaves = [each.double().requires_grad_() for each in tensors_of(2, 2, 2, 4, 3, 3, stride)]
-        assert torch.autograd.gradcheck(
-            functools.partial(involution, stride=stride, dilation=dilation), leaves)
-
-
-def test_same_kernel_everywhere_is_a_convolution():
-    x, kernels = torch.randn(2, 6, 7, 5), torch.randn(2, 3, 3)
-    out = involution(x, kernels[None, ..., None, None].expand(2, -1, -1, -1, 7, 5))
-    depthwise = kernels.repeat_interleave(3, 0).unsqueeze(1)
-    torch.testing.assert_close(out, conv2d(x, depthwise, padding=1, groups=6))
-
-
-def test_takes_an_empty_batch():
-    leaves = [each.requires_grad_() for each in tensors_of(0, 2, 2, 4, 3, 3)]
-    out = involution(*leaves)
-    assert out.shape == (0, 4, 4, 3)
-    out.sum().backward()
-
-
-def test_memory():
-    """Forward and backward at 64 channels, 100×168, in a process of its own.
-
-    A copy of the map for each of 49 neighbours takes 201 MiB; the kernels take 13, and so do their
-    gradients.
-    """
-    done = subprocess.run([sys.executable, '-c', '''
-import re
-import torch
-from acmix_mm.ops import involution
-
-def mebibytes(entry):
-    with open('/proc/self/status') as status:
-        return int(re.search(entry + r':\\s+(\\d+) kB', status.read()).group(1)) / 1024
-
-def run(backend, *size):
-    x = torch.randn(1, 64, *size, requires_grad=True)
-    kernels = torch.randn(1, 4, 7, 7, *size, requires_grad=True)
-    with open('/proc/self/clear_refs', 'w') as peak:
-        peak.write('5')
-    idle = mebibytes('VmRSS')
-    involution(x, kernels, backend=backend).sum().backward()
-    return mebibytes('VmHWM') - idle
-
-run('chunked', 16, 16)
-print(run('chunked', 100, 168), run('reference', 100, 168))
-'''], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
-                          check=True)
-    ours, reference = map(float, done.stdout.split())
-    assert 20 < ours < 60
-    assert reference > 400
-
-
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(backend='cuda'), 'has no backend .cuda.; it has chunked, reference'),
-    (dict(x=torch.zeros(4, 5, 6)), 'takes x of shape'),
-    (dict(kernels=torch.zeros(1, 18, 5, 6)), r'needs kernels of shape \(1, groups, k, k, 5, 6\)'),
-    (dict(kernels=torch.zeros(1, 3, 3, 3, 5, 6)), 'groups dividing 4'),
-    (dict(kernels=torch.zeros(1, 0, 3, 3, 5, 6)), 'groups dividing 4'),
-    (dict(stride=2), r'\(1, groups, k, k, 3, 3\)'),
-    (dict(kernels=torch.zeros(1, 2, 4, 4, 5, 6)), 'takes odd kernels, got one of 4'),
-])
-def test_operator_refuses(change, message):
-    given = dict(zip(('x', 'kernels'), tensors_of(1, 2, 2, 5, 6, 3)))
-    with pytest.raises(ValueError, match=message):
-        involution(**{**given, **change})
-
-
-def test_operator_is_registered_rightly():
-    operators, opcheck = torch.ops.acmix_mm, torch.library.opcheck
-    for stride in (1, 2):
-        x, kernels = tensors_of(2, 2, 2, 5, 4, 3, stride)
-        grad = torch.randn(x[:, :, ::stride, ::stride].shape)
-        for each in (x, x.contiguous(memory_format=torch.channels_last)):
-            opcheck(operators.involve_chunked.default, (each, kernels, stride, 1))
-            opcheck(operators.involve_chunked_backward.default, (grad, each, kernels, stride, 1))
+from acmix_mm.layers.base import REST
+from acmix_mm.ops import use_backend
 
 
 @pytest.mark.parametrize('stride', [1, 2])
-def test_layer_compiles(stride):
+def test_compile(stride):
     assert_compiled_is_equal(Involution2d(8, 8, 3, stride=stride, group_channels=4).eval(),
                              torch.randn(2, 8, 9, 7), 'aot_eager')
 
@@ -169,7 +27,7 @@ def test_layer_compiles(stride):
 @settings(max_examples=40, deadline=None)
 @given(size=st.tuples(st.integers(1, 24), st.integers(1, 24)), kernel=st.sampled_from([3, 5, 7]),
        stride=st.integers(1, 4), dilation=st.integers(1, 3), bias=st.booleans())
-def test_has_the_output_size_of_the_convolution(size, kernel, stride, dilation, bias):
+def test_output_size_is_that_of_a_convolution(size, kernel, stride, dilation, bias):
     arguments = (8, 8, kernel, stride, dilation * (kernel // 2), dilation)
     x = torch.randn(2, 8, *size)
     out = Involution2d(*arguments, bias=bias, group_channels=4)(x)
@@ -178,7 +36,7 @@ def test_has_the_output_size_of_the_convolution(size, kernel, stride, dilation, 
 
 
 @pytest.mark.parametrize('stride', [1, 2])
-def test_layer_makes_each_kernel_from_the_average_of_what_it_stands_for(stride):
+def test_kernels_follow_from_the_average_of_each_cell(stride):
     layer = Involution2d(8, 8, 3, stride=stride, group_channels=4, bias=True).double()
     for name, parameter in layer.named_parameters():
         nn.init.normal_(parameter, mean=float('reduce.1' in name))
@@ -194,12 +52,12 @@ def test_layer_makes_each_kernel_from_the_average_of_what_it_stands_for(stride):
         hidden = (norm.weight * hidden + norm.bias).relu()
         made = hidden @ layer.span.weight.flatten(1).T + layer.span.bias
         kernels[..., row, column] = made.view(2, 2, 3, 3)
-    expected = loop(x, kernels, stride, 1) + layer.bias[:, None, None]
+    expected = involution_loop(x, kernels, stride, 1) + layer.bias[:, None, None]
     torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize('stride', [1, 2])
-def test_keeps_the_memory_format_as_a_convolution_does(stride):
+def test_memory_format_is_kept(stride):
     layer = Involution2d(16, 16, stride=stride, bias=True).double()
     x = torch.randn(2, 16, 13, 17, dtype=torch.float64)
     expected, actual = layer(x), layer(x.contiguous(memory_format=torch.channels_last))
@@ -233,7 +91,7 @@ def test_autocast():
     assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
 
 
-def test_state_dict_round_trip_and_names():
+def test_state_dict():
     layer = Involution2d(32, 32)
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     assert shapes == {'reduce.0.weight': (8, 32, 1, 1), 'reduce.1.weight': (8,),
@@ -253,25 +111,25 @@ def test_state_dict_round_trip_and_names():
     (dict(group_channels=5), 'group_channels must divide in_channels, got group_channels=5 for 16'),
     (dict(reduction=32), 'reduction must divide in_channels, got reduction=32 for 16 channels'),
 ])
-def test_layer_refuses(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Involution2d(**{**dict(in_channels=16, out_channels=16), **arguments})
 
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
-def test_counts_alike_in_every_form(backend, monkeypatch):
-    """Stride 2 on 7×5: 4×3 outputs, each of which makes and applies its kernels."""
-    monkeypatch.setattr(layer_module, 'involution', functools.partial(involution, backend=backend))
+def test_counts_do_not_depend_on_the_backend(backend):
+    """Stride 2 on 7×5: each of the 4×3 outputs generates and applies its kernels."""
     layer = Involution2d(16, 16, 5, stride=2, group_channels=8)
     model = nn.Sequential(nn.Conv2d(3, 16, 1), layer)
-    counts = count(model, lambda: model(torch.zeros(2, 3, 7, 5)))
-    made = 16 * 4 + 4 * 2 * 25
-    assert counts[REST].multiply_adds == 2 * 35 * 3 * 16 + 2 * 12 * (made + 16 * 25)
+    with use_backend(backend):
+        counts = count(model, lambda: model(torch.zeros(2, 3, 7, 5)))
+    generation = 16 * 4 + 4 * 2 * 25
+    assert counts[REST].multiply_adds == 2 * 35 * 3 * 16 + 2 * 12 * (generation + 16 * 25)
     assert total(counts) == counts[REST]
-    assert counts[REST].parameters == 3 * 16 + 16 + made + 2 * 4 + 2 * 25
+    assert counts[REST].parameters == 3 * 16 + 16 + generation + 2 * 4 + 2 * 25
 
 
-def test_conv_cfg_builds_involution_and_plain_pointwise_convolutions():
+def test_conv_cfg_builds_involution_or_pointwise_convolution():
     conv_cfg = dict(type='Involution', group_channels=4, reduction=2)
     assert type(build_conv_layer(conv_cfg, 8, 16, 1, bias=False)) is nn.Conv2d
     assert type(build_conv_layer(conv_cfg, 8, 16, kernel_size=(1, 1), stride=2)) is nn.Conv2d
@@ -295,22 +153,22 @@ def test_conv_cfg_builds_involution_and_plain_pointwise_convolutions():
     (dict(type='mmseg.FCNHead', in_channels=8, channels=8, num_classes=3, in_index=0,
           dilation=2, concat_input=False), [(2, 8, 9, 13)], 2),
 ], ids=lambda value: value['type'] if isinstance(value, dict) else None)
-def test_serves_as_conv_cfg_where_channels_stay(cfg, inputs, layers):
-    """Each module builds with involution, computes what its plain twin's shapes say, and trains."""
+def test_conv_cfg_in_necks_and_heads(cfg, inputs, layers):
+    """Modules with involution give the same shapes as with convolutions, and train."""
     init_default_scope(cfg['type'].split('.')[0])
     x = ([torch.randn(size) for size in inputs] if isinstance(inputs, list) else
          torch.randn(inputs))
     conv_cfg = dict(type='Involution', group_channels=4)
-    plain, ours = MODELS.build(dict(cfg)), MODELS.build(dict(cfg, conv_cfg=conv_cfg))
-    built = [module for module in ours.modules() if isinstance(module, Involution2d)]
+    plain, involved = MODELS.build(dict(cfg)), MODELS.build(dict(cfg, conv_cfg=conv_cfg))
+    built = [module for module in involved.modules() if isinstance(module, Involution2d)]
     assert len(built) == layers
-    ours.init_weights()
-    expected, actual = (tree_leaves(module(x)) for module in (plain, ours))
+    involved.init_weights()
+    expected, actual = (tree_leaves(module(x)) for module in (plain, involved))
     assert [each.shape for each in actual] == [each.shape for each in expected]
     sum(each.square().sum() for each in actual).backward()
     assert all(module.span.weight.grad is not None for module in built)
 
 
-def test_conv_cfg_is_refused_where_channels_change():
+def test_conv_cfg_requires_equal_channels():
     with pytest.raises(ValueError, match='Involution mixes no channels'):
         MODELS.build(dict(type='mmdet.ResNet', depth=50, conv_cfg=dict(type='Involution')))

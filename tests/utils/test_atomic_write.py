@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Tests of atomic file writes."""
 
 import pytest
 
@@ -6,29 +6,29 @@ from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
 
 
-def test_takes_the_place_of_the_target(tmp_path):
+def test_replaces_the_target(tmp_path):
     target = tmp_path / 'weights.pth'
     target.write_text('old')
-    with atomic_write(target) as beside:
-        beside.write_text('new')
-        assert (beside.suffix, target.read_text()) == ('.pth', 'old')
+    with atomic_write(target) as temporary:
+        temporary.write_text('new')
+        assert (temporary.suffix, target.read_text()) == ('.pth', 'old')
     assert [path.name for path in tmp_path.iterdir()] == ['weights.pth']
     assert target.read_text() == 'new'
 
 
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
-def test_what_was_there_stays_if_the_writing_fails(error, tmp_path):
+def test_keeps_the_target_when_writing_fails(error, tmp_path):
     target = tmp_path / 'weights.pth'
     target.write_text('old')
-    with pytest.raises(error), atomic_write(target) as beside:
-        beside.write_text('half')
+    with pytest.raises(error), atomic_write(target) as temporary:
+        temporary.write_text('half')
         raise error
     assert [path.name for path in tmp_path.iterdir()] == ['weights.pth']
     assert target.read_text() == 'old'
 
 
-def test_says_what_cannot_be_written(tmp_path):
+def test_reports_a_path_that_cannot_be_written(tmp_path):
     target = tmp_path / 'none' / 'weights.pth'
     with pytest.raises(UsageError, match=rf'{target} cannot be written \(No such file'), \
-            atomic_write(target) as beside:
-        beside.write_text('new')
+            atomic_write(target) as temporary:
+        temporary.write_text('new')

@@ -1,5 +1,8 @@
+"""Tests of Markdown tables."""
+
 from acmix_mm.utils.markdown import table
 
 
-def test_table_has_a_separator_below_the_headings():
-    assert table([('name', 'value'), ('a', '1')]) == '| name | value |\n|---|---|\n| a | 1 |'
+def test_table_has_a_header_and_a_separator():
+    assert table([('mixer', 'mIoU'), ('acmix', '71.2'), ('conv', '70.9')]) == (
+        '| mixer | mIoU |\n|---|---|\n| acmix | 71.2 |\n| conv | 70.9 |')

@@ -5,6 +5,7 @@ It makes no copies of neighbourhoods and saves only its inputs for the backward 
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def involve_chunked(x: Tensor, kernels: Tensor, stride: int, dilation: int) -> T
     maps = _pad_groups(x, kernels, dilation)
     for rows in _chunks(out):
         weights = kernels[..., rows, :].to(maps.dtype).contiguous()
-        total = 0
+        total: Any = 0
         for down, across in itertools.product(range(kernel_size), repeat=2):
             shifted = _shifted(maps, rows, width, dilation * down, dilation * across, stride)
             weight = weights[:, :, None, down, across]

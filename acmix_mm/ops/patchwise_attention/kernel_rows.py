@@ -3,6 +3,8 @@
 For equations that are sums over neighbours, with parameters (groups · kernel_size², …).
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def apply_by_kernel_row(equation: Equation, kernel_size: int, neighbours: Tensor
     across = torch.stack([padded[..., column:column + width] for column in range(kernel_size)], 2)
     rows = [each.unflatten(0, (-1, kernel_size, kernel_size)).unbind(1) for each in parameters]
     own = own.flatten(2)
-    out = sum(equation(across[..., row:row + height, :].flatten(3), own,
-                       *(each.flatten(0, 1) for each in parameters_of_row))
-              for row, parameters_of_row in enumerate(zip(*rows)))
-    return out.unflatten(2, (height, width))
+    parts = (equation(across[..., row:row + height, :].flatten(3), own,
+                      *(each.flatten(0, 1) for each in parameters_of_row))
+             for row, parameters_of_row in enumerate(zip(*rows)))
+    return functools.reduce(torch.add, parts).unflatten(2, (height, width))

@@ -1,5 +1,6 @@
 """Reference implementation of shift_conv, and the paper's shift by tensor operations."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Optional
@@ -14,8 +15,9 @@ def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     """Follow the paper's equations: each tap of the kernels shifts and weights the mixed maps."""
     kernels = shift_weight.unflatten(0, (maps.shape[2], -1)).flatten(3).unbind(3)
     views = _shifted_views(maps, fc_weight, fc_bias, shift_weight.shape[-1], stride, dilation)
-    return sum(torch.einsum('dnj,bjdhw->bdnhw', kernel, view)
-               for kernel, view in zip(kernels, views)).flatten(1, 2)
+    shifted = (torch.einsum('dnj,bdjhw->bdnhw', kernel, view)
+               for kernel, view in zip(kernels, views))
+    return functools.reduce(torch.add, shifted).flatten(1, 2)
 
 
 def shift_sum(maps: Tensor, fc_weight: Tensor, fc_bias: Optional[Tensor] = None, *,
@@ -36,7 +38,7 @@ def shift_sum(maps: Tensor, fc_weight: Tensor, fc_bias: Optional[Tensor] = None,
         (batch, head_dims, ⌈height / stride⌉, ⌈width / stride⌉).
     """
     views = _shifted_views(maps, fc_weight, fc_bias, math.isqrt(len(fc_weight)), stride, dilation)
-    return sum(view[:, tap] for tap, view in enumerate(views))
+    return functools.reduce(torch.add, (view[:, tap] for tap, view in enumerate(views)))
 
 
 def _shifted_views(maps: Tensor, fc_weight: Tensor, fc_bias: Optional[Tensor], kernel_size: int,

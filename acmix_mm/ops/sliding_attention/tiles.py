@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,8 @@ def blocks_of_tiles(q: Tensor, kernel_size: int, stride: int, dilation: int) -> 
     rows, columns = (-(-extent // (tile * stride)) for extent in (height, width))
     at_once = max(BLOCK_LOGITS // (batch * num_heads * tile**2 * span**2), 1)
     mask = tile_mask(tile, span, kernel_size, stride, dilation, q.dtype, q.device)
-    axis = dict(tile=tile, stride=stride, span=span, reach=dilation * (kernel_size // 2),
-                device=q.device)
+    axis: dict[str, Any] = dict(tile=tile, stride=stride, span=span,
+                                reach=dilation * (kernel_size // 2), device=q.device)
     down = [TilesOfAxis(row, 1, height, **axis) for row in range(rows)]
     across = [TilesOfAxis(column, min(at_once, columns - column), width, **axis)
               for column in range(0, columns, at_once)]

@@ -1,0 +1,48 @@
+"""Weights of timm models and of models on the Hugging Face hub, through timm.
+
+Importing ``acmix_mm`` registers these schemes with MMEngine's ``CheckpointLoader``, which reads all
+checkpoints.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from torch import Tensor
+
+from acmix_mm.checkpoints.reading import HUB_SCHEMES, weights_only
+from acmix_mm.utils.errors import CheckpointError
+
+SCHEMES = ('timm://', *HUB_SCHEMES)
+
+
+def load_from_timm(filename: str, map_location: Optional[Any] = None,
+                   logger: Any = None) -> Mapping[str, Tensor]:
+    """Let timm build a model and load its weights, which it downloads if necessary.
+
+    Args:
+        filename: ``timm://MODEL``, or ``hf-hub:OWNER/NAME`` for a timm model on the hub.
+        map_location: ignored; the weights are on the CPU.
+        logger: ignored.
+
+    Raises:
+        ConnectionError: the weights cannot be downloaded.
+        CheckpointError: timm is not installed, or has no weights of this name.
+    """
+    name = filename.removeprefix('timm://')
+    try:
+        import timm
+
+        # Models on the hub may be ACmix models, which this import registers.
+        import acmix_mm.timm  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(f'The weights of {name} are loaded through timm, which cannot be '
+                              f'imported ({error}); pip install timm.') from error
+    try:
+        with weights_only():
+            return timm.create_model(name, pretrained=True).state_dict()
+    except OSError as error:
+        # The hub raises several kinds of OSError, also for files missing from its cache.
+        raise ConnectionError(str(error).split('\n')[0]) from error
+    except RuntimeError as error:
+        raise CheckpointError(f'timm has no weights named {name} ({error}); '
+                              'timm.list_pretrained() lists all that it has.') from error
