@@ -15,7 +15,7 @@ def shift_conv_reference(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     """Follow the paper's equations: each tap of the kernels shifts and weights the mixed maps."""
     kernels = shift_weight.unflatten(0, (maps.shape[2], -1)).flatten(3).unbind(3)
     views = _shifted_views(maps, fc_weight, fc_bias, shift_weight.shape[-1], stride, dilation)
-    shifted = (torch.einsum('dnj,bdjhw->bdnhw', kernel, view)
+    shifted = (torch.einsum('dnj,bjdhw->bdnhw', kernel, view)
                for kernel, view in zip(kernels, views))
     return functools.reduce(torch.add, shifted).flatten(1, 2)
 
