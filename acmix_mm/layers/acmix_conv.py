@@ -57,8 +57,10 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         bias: whether the three projections have a bias.
         num_heads: number of attention heads; divides ``out_channels``.
         attn_kernel_size: side of attention's neighbourhood, odd.
-        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
-        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        mix: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        combine: see the same class.
+        shift: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        shift_groups: see the same class.
 
     Raises:
         ValueError: an argument is invalid.

@@ -55,8 +55,10 @@ class PatchwiseACmix(TwoPathLayer):
         out_channels: channels of values and of the output, a multiple of ``SHARE_CHANNELS``.
         kernel_size: side of attention's neighbourhood, odd; with reflection padding at the edges.
         norm: builds the batch norms in ``conv_w`` from their number of channels.
-        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
-        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        mix: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        combine: see the same class.
+        shift: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        shift_groups: see the same class.
 
     Raises:
         ValueError: an argument is invalid.

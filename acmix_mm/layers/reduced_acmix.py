@@ -46,8 +46,10 @@ class ReducedACmix(TwoPathLayer):
         attn_drop_rate: dropout rate of the attention weights.
         proj_drop_rate: dropout rate of the output.
         norm: builds the norm of the reduced map from its number of channels.
-        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
-        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        mix: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        combine: see the same class.
+        shift: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        shift_groups: see the same class.
 
     Raises:
         ValueError: an argument is invalid.

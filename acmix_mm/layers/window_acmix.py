@@ -45,8 +45,10 @@ class WindowACmix(TwoPathLayer):
         qk_scale: scale of the logits; ``head_dims ** -0.5`` by default.
         attn_drop_rate: dropout rate of the attention weights.
         proj_drop_rate: dropout rate of the output.
-        mix, combine: see :class:`acmix_mm.layers.base.TwoPathLayer`.
-        shift, shift_groups: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        mix: see :class:`acmix_mm.layers.base.TwoPathLayer`.
+        combine: see the same class.
+        shift: see :class:`acmix_mm.layers.shift_path.Shifts`.
+        shift_groups: see the same class.
 
     Raises:
         ValueError: an argument is invalid.
