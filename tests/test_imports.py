@@ -23,7 +23,7 @@ ALLOWED = {
     'environment': {'utils'},
     'engine': {*FOUNDATIONS, 'backbones', 'datasets', 'environment'},
     'analysis': TOOLBOX - {'analysis'},
-    'benchmark': {'ops', 'layers', 'backbones'},
+    'benchmark': {'utils', 'ops', 'layers', 'backbones'},
     'comparison': {*TOOLBOX, 'benchmark'},
     'deploy': TOOLBOX,
     '__init__': {'backbones', 'layers', 'analysis', 'hub'},
