@@ -45,7 +45,7 @@ def test_wheel_imports_in_a_clean_environment(wheel, tmp_path):
     python = tmp_path / 'venv/bin/python'
     subprocess.run([sys.executable, '-m', 'pip', '--python', python, 'install', '-q', '--no-deps',
                     wheel], check=True)
-    done = subprocess.run([python, '-c', 'import acmix_mm; print(acmix_mm.__file__)'],
+    done = subprocess.run([python, '-I', '-c', 'import acmix_mm; print(acmix_mm.__file__)'],
                           cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / 'venv')
@@ -53,7 +53,7 @@ def test_wheel_imports_in_a_clean_environment(wheel, tmp_path):
     site = next((tmp_path / 'venv/lib').glob('python*/site-packages'))
     (site / 'torch.pth').write_text(str(Path(torch.__file__).parents[1]))
     done = subprocess.run(
-        [python, '-c', 'import torch, acmix_mm\nfrom acmix_mm.layers import ACmixConv2d\n'
+        [python, '-I', '-c', 'import torch, acmix_mm\nfrom acmix_mm.layers import ACmixConv2d\n'
          'print(tuple(ACmixConv2d(4, 8)(torch.ones(1, 4, 9, 9)).shape))'],
         cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == '(1, 8, 9, 9)', done.stderr
