@@ -44,7 +44,7 @@ def run_tool():
 
 
 @pytest.fixture
-def said():
+def log_text():
     """A function that returns what MMEngine's current logger has logged, as one string."""
     records = []
 

@@ -42,10 +42,10 @@ def plain(toy, tmp_path):
     return SimpleNamespace(model=model, path=str(path))
 
 
-def test_loads_and_freezes(toy, plain, said):
+def test_loads_and_freezes(toy, plain, log_text):
     model = toy(**SIZES, frozen_stages=1, init_cfg=dict(type='Pretrained', checkpoint=plain.path))
     model.init_weights()
-    assert 'plain Toy' in said() and 'rate1 = 1' in said()
+    assert 'plain Toy' in log_text() and 'rate1 = 1' in log_text()
     for out, expected in zip(model.eval()(image := torch.randn(1, 3, 45, 52)), plain.model(image)):
         assert relative_error(out, expected) < 1e-5
     model.train()

@@ -40,7 +40,7 @@ def test_options(host, tmp_path):
 
 @pytest.mark.parametrize('combine', COMBINATIONS)
 @pytest.mark.parametrize('host', ['Swin', 'ResNet'])
-def test_plain_weights(combine, host, tmp_path, said):
+def test_plain_weights(combine, host, tmp_path, log_text):
     """The model starts as the host if a rate can disable the new path, and warns otherwise."""
     network, arguments = BACKBONES[host]
     plain = network(**arguments, **(dict(acmix_stages=()) if host == 'ResNet' else
@@ -58,7 +58,7 @@ def test_plain_weights(combine, host, tmp_path, said):
     assert is_same == (combine != 'sum')
     if combine == 'sum':
         expected = 'There are no rates' if host == 'Swin' else 'dropped: layer1.0.conv2.weight'
-        assert expected in said()
+        assert expected in log_text()
 
 
 @pytest.mark.parametrize('mix', ['attn', 'conv'])

@@ -103,7 +103,7 @@ def test_trains_at_any_size(backbone, mixer):
 
 @BOTH
 @EACH
-def test_own_checkpoint_is_loaded_completely(backbone, mixer, tmp_path, said):
+def test_own_checkpoint_is_loaded_completely(backbone, mixer, tmp_path, log_text):
     trained = build(backbone, mixer)
     with torch.no_grad():
         for value in trained.state_dict().values():
@@ -114,8 +114,8 @@ def test_own_checkpoint_is_loaded_completely(backbone, mixer, tmp_path, said):
     model = build(backbone, mixer, init_cfg=dict(type='Pretrained', checkpoint=path))
     model.init_weights()
     entries = trained.state_dict()
-    assert f'loaded: {len(entries)} of {len(entries)} entries' in said()
-    assert 'dropped: none' in said()
+    assert f'loaded: {len(entries)} of {len(entries)} entries' in log_text()
+    assert 'dropped: none' in log_text()
     for name, value in model.state_dict().items():
         assert torch.equal(value, entries[name]), name
 
@@ -125,7 +125,7 @@ def test_own_checkpoint_is_loaded_completely(backbone, mixer, tmp_path, said):
     *((source, dict(type='Conv2d')) for source in ('attn', 'acmix', 'involution'))], ids=str)
 @BOTH
 def test_checkpoint_of_another_mixer_loads_all_but_the_mixers(backbone, source, wanted, tmp_path,
-                                                              said):
+                                                              log_text):
     path = str(tmp_path / 'other.pth')
     other = build(backbone, source)
     torch.save(other.state_dict(), path)
@@ -142,7 +142,7 @@ def test_checkpoint_of_another_mixer_loads_all_but_the_mixers(backbone, source, 
     for name, value in model.state_dict().items():
         start = fresh if any(part in name for part in left) else theirs
         assert torch.equal(value, start[name]), name
-    assert 'the model starts as the plain' not in said()
+    assert 'the model starts as the plain' not in log_text()
 
 
 @BOTH

@@ -20,7 +20,7 @@ from acmix_mm.layers import ACmixConv2d
 
 @torch.no_grad()
 @pytest.mark.parametrize('mix', ['acmix', 'conv'])
-def test_resnet_is_exact_for_representable_kernels(mix, tmp_path, said):
+def test_resnet_is_exact_for_representable_kernels(mix, tmp_path, log_text):
     plain = randomised(torchvision.models.ResNet(
         torchvision.models.resnet.Bottleneck, [1, 2, 4, 1]))
     for name, parameter in plain.named_parameters():
@@ -31,7 +31,7 @@ def test_resnet_is_exact_for_representable_kernels(mix, tmp_path, said):
     x = torch.randn(1, 3, 70, 64)
     for expected, actual in zip(stage_outputs(plain, x), model(x)):
         assert relative_error(actual, expected) < 1e-5
-    assert 'layer3.3 0%' in said()
+    assert 'layer3.3 0%' in log_text()
 
 
 def correlated(*shape, factor):
@@ -46,7 +46,7 @@ def correlated(*shape, factor):
 
 
 @torch.no_grad()
-def test_log_gives_the_error_of_resnet_convolutions(tmp_path, said):
+def test_log_gives_the_error_of_resnet_convolutions(tmp_path, log_text):
     """On inputs with the statistics of the previous norm and the assumed correlation."""
     plain = randomised(torchvision.models.ResNet(
         torchvision.models.resnet.Bottleneck, [1, 2, 4, 1]), std=0.3)
@@ -58,7 +58,7 @@ def test_log_gives_the_error_of_resnet_convolutions(tmp_path, said):
     x = x * deviation[:, None, None] + mean[:, None, None]
     expected = plain_block.bn2(plain_block.conv2(x))[..., 1:-1, 1:-1]
     difference = block.bn2(block.conv2(x))[..., 1:-1, 1:-1] - expected
-    logged = float(re.search(r'layer3\.1 (\d+)%', said())[1]) / 100
+    logged = float(re.search(r'layer3\.1 (\d+)%', log_text())[1]) / 100
     variance = expected.var((0, 2, 3)).sum()
     assert abs((difference.var((0, 2, 3)).sum() / variance).sqrt() - logged) < 0.02
     # The running mean of the next norm absorbs the shift of the mean.

@@ -51,7 +51,7 @@ def test_path_with_zero_rate_learns(host, tmp_path):
 
 
 @pytest.mark.parametrize('mix', ['attn', 'conv'])
-def test_single_path_absorbs_its_rate(mix, tmp_path, said):
+def test_single_path_absorbs_its_rate(mix, tmp_path, log_text):
     saved = ACmixSwinTransformer(**SWIN)
     with torch.no_grad():
         for name, parameter in saved.named_parameters():
@@ -64,7 +64,7 @@ def test_single_path_absorbs_its_rate(mix, tmp_path, said):
     x = torch.randn(1, 3, 64, 64)
     for expected, actual in zip(saved.eval()(x), model(x)):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert 'attn.w_msa.rate1 (4×)' in said()
+    assert 'attn.w_msa.rate1 (4×)' in log_text()
 
 
 def test_position_tables_are_interpolated(tmp_path):

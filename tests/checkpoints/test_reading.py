@@ -45,13 +45,13 @@ def training_checkpoint(kind, weights, other):
     ('DDP and torch.compile', ''), ('DeiT', ', the averaged weights in model_ema'),
     ('timm', ', the averaged weights in state_dict_ema'), ('MMEngine', ', its backbone'),
 ])
-def test_finds_the_weights_in_the_checkpoint_of_a_training_run(kind, part, tmp_path, said):
+def test_finds_the_weights_in_the_checkpoint_of_a_training_run(kind, part, tmp_path, log_text):
     plain, other = (randomised(mmdet_swin.SwinTransformer(**SWIN)).state_dict() for _ in range(2))
     torch.save(training_checkpoint(kind, plain, other), tmp_path / 'run.pth')
     model = load_pretrained(ACmixSwinTransformer, tmp_path / 'run.pth', **SWIN).state_dict()
     for key, value in plain.items():
         assert torch.equal(model[key], value), key
-    assert f"recognised as plain Swin, MMDetection's naming{part}." in said()
+    assert f"recognised as plain Swin, MMDetection's naming{part}." in log_text()
 
 
 @pytest.mark.parametrize('content', ['good', 'truncated', 'empty', 'text'])

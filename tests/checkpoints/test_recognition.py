@@ -72,7 +72,7 @@ def wrap(plain):
 
 
 @pytest.mark.parametrize('source', ['Microsoft', 'MMDetection', 'bare', 'detector'])
-def test_plain_swin(source, tmp_path, said):
+def test_plain_swin(source, tmp_path, log_text):
     plain = plain_swin()
     torch.save(wrap(plain)[source], tmp_path / 'swin.pth')
     model = load_pretrained(ACmixSwinTransformer, tmp_path / 'swin.pth', **SWIN)
@@ -83,16 +83,16 @@ def test_plain_swin(source, tmp_path, said):
         if isinstance(module, WindowACmix):
             assert (module.rate1.item(), module.rate2.item()) == (1, 0)
     naming = "Microsoft's" if source == 'Microsoft' else "MMDetection's"
-    assert f'recognised as plain Swin, {naming} naming' in said()
-    assert 'rate1 = 1 and rate2 = 0' in said()
-    assert 'stages.*.blocks.*.attn.w_msa.dep_conv.weight (4×)' in said()
-    dropped = said().split('dropped: ')[1].split('\n')[0]
+    assert f'recognised as plain Swin, {naming} naming' in log_text()
+    assert 'rate1 = 1 and rate2 = 0' in log_text()
+    assert 'stages.*.blocks.*.attn.w_msa.dep_conv.weight (4×)' in log_text()
+    dropped = log_text().split('dropped: ')[1].split('\n')[0]
     assert dropped == ('norm.weight, norm.bias, head.weight, head.bias, '
                        'stages.0.blocks.1.attn_mask' if source == 'Microsoft' else 'none')
 
 
 @torch.no_grad()
-def test_timm_swin(tmp_path, said):
+def test_timm_swin(tmp_path, log_text):
     plain = randomised(timm.create_model(
         'swin_tiny_patch4_window7_224', img_size=112, embed_dim=12, depths=(2, 2),
         num_heads=(3, 6), num_classes=3))
@@ -104,8 +104,8 @@ def test_timm_swin(tmp_path, said):
         # timm has no output norms.
         normed = F.layer_norm(expected.movedim(1, 3), expected.shape[1:2]).movedim(3, 1)
         assert relative_error(actual, normed) < 1e-5
-    assert "recognised as plain Swin, timm's naming" in said()
-    dropped = said().split('dropped: ')[1].split('\n')[0]
+    assert "recognised as plain Swin, timm's naming" in log_text()
+    dropped = log_text().split('dropped: ')[1].split('\n')[0]
     assert dropped == 'norm.weight, norm.bias, head.fc.weight, head.fc.bias'
 
 
@@ -122,7 +122,7 @@ def plain_resnet(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize('kind', ['torchvision', 'timm, deep stem', 'MMDetection'])
-def test_plain_resnets(kind, tmp_path, said):
+def test_plain_resnets(kind, tmp_path, log_text):
     """Without ACmix stages the features are those of the plain network."""
     plain, arguments = plain_resnet(kind)
     randomised(plain)
@@ -132,11 +132,11 @@ def test_plain_resnets(kind, tmp_path, said):
     for expected, actual in zip(stage_outputs(plain, x), model(x)):
         assert relative_error(actual, expected) < 1e-5
     naming = "timm's" if kind == 'timm, deep stem' else "torchvision's"
-    assert f'recognised as plain ResNet, {naming} naming' in said()
+    assert f'recognised as plain ResNet, {naming} naming' in log_text()
 
 
 @pytest.mark.parametrize('naming', ['authors', 'own'])
-def test_acmix_round_trip(naming, tmp_path, said):
+def test_acmix_round_trip(naming, tmp_path, log_text):
     saved = ACmixSwinTransformer(**SWIN).eval()
     with torch.no_grad():
         for name, parameter in saved.named_parameters():
@@ -149,8 +149,8 @@ def test_acmix_round_trip(naming, tmp_path, said):
     x = torch.randn(1, 3, 75, 40)
     for expected, actual in zip(saved(x), model(x)):
         torch.testing.assert_close(actual, expected)
-    assert 'recognised as ACmix-Swin' in said()
-    assert 'rate1 = 1' not in said()
+    assert 'recognised as ACmix-Swin' in log_text()
+    assert 'rate1 = 1' not in log_text()
 
 
 def test_names_the_network_of_another_host(tmp_path):
