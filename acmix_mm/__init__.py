@@ -3,8 +3,10 @@
 Importing this package registers the backbones and the convolution types ``ACmix``,
 ``SlidingAttention``, ``ACmixConvolution`` and ``Involution`` in MMEngine's root registry
 ``MODELS``, where MMDetection and MMSegmentation find them, ``RateHook`` in ``HOOKS``, and the
-checkpoint addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. Without OpenMMLab
-nothing is registered; ``acmix_mm.ops`` and ``acmix_mm.layers`` require torch only.
+checkpoint addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. It also allows torch to
+load the checkpoints that MMEngine writes, as data, so that MMDetection's and MMSegmentation's own
+tools and inferencers can use them. Without OpenMMLab nothing is registered; ``acmix_mm.ops`` and
+``acmix_mm.layers`` require torch only.
 """
 
 from functools import partial
@@ -18,6 +20,7 @@ if find_spec('mmengine') and find_spec('mmcv'):
 
     from acmix_mm import backbones  # noqa: F401
     from acmix_mm.analysis import rate_hook  # noqa: F401
+    from acmix_mm.checkpoints.reading import allow_mmengine_checkpoints
     from acmix_mm.hub import SCHEMES, load_from_timm
     from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
 
@@ -26,3 +29,4 @@ if find_spec('mmengine') and find_spec('mmcv'):
     MODELS.register_module('ACmixConvolution', module=partial(acmix_or_pointwise, mix='conv'))
     MODELS.register_module('Involution', module=involution_or_pointwise)
     CheckpointLoader.register_scheme(SCHEMES, load_from_timm)
+    allow_mmengine_checkpoints()

@@ -64,7 +64,6 @@ def read_checkpoint(source: str) -> Mapping:
     try:
         if source.endswith('.safetensors'):
             return read_safetensors(source)
-        allow_mmengine_checkpoints()
         with weights_only():
             return CheckpointLoader.load_checkpoint(source, map_location='cpu')
     except LOAD_ERRORS as error:
@@ -93,7 +92,7 @@ def read_safetensors(path: str) -> Mapping[str, Tensor]:
 def allow_mmengine_checkpoints() -> None:
     """Allow torch to load the log history in MMEngine's checkpoints, with its NumPy arrays.
 
-    All other classes stay refused.
+    Importing ``acmix_mm`` calls this. All other classes stay refused.
     """
     if not HAS_ALLOW_LIST:
         return

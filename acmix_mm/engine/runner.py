@@ -18,7 +18,6 @@ from acmix_mm.checkpoints.loading import summary
 from acmix_mm.checkpoints.reading import (
     HAS_ALLOW_LIST,
     LOAD_ERRORS,
-    allow_mmengine_checkpoints,
     explain_load_error,
     is_path,
     weights_only,
@@ -136,7 +135,6 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
     for source in sources:
         if is_path(source) and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
-    allow_mmengine_checkpoints()
     if not torch.cuda.is_available():
         prepare_cpu(cfg)
     try:

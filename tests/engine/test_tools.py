@@ -3,10 +3,12 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import pytest
@@ -25,6 +27,14 @@ from helpers.tools import (
 )
 
 from acmix_mm.utils.errors import UsageError
+
+
+def data_options(root):
+    """What ``--data-root`` sets, as config options for MMDetection's own tools."""
+    annotations = f'{root}/annotations/instances_val2017.json'
+    splits = ('train', 'val', 'test')
+    return [*(f'{split}_dataloader.dataset.data_root={root}/' for split in splits),
+            f'val_evaluator.ann_file={annotations}', f'test_evaluator.ann_file={annotations}']
 
 
 @pytest.fixture(scope='module')
@@ -116,6 +126,58 @@ def test_segmentation_evaluates_draws_and_saves(segmentor, shapes, run_tool, tmp
     # With reduce_zero_label MMSegmentation numbers the labels from 1, like the annotations.
     assert label_map.min() >= 1
     assert label_map.max() <= 4
+
+
+def test_mmdetection_uses_the_checkpoint_by_itself(detector, shapes, run_tool, tmp_path):
+    """Through its own API and test tool, which know nothing of this package but the config."""
+    folder, _ = detector
+    image = next((shapes / 'val2017').iterdir())
+    script = tmp_path / 'infer.py'
+    script.write_text(f"""
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+given = {DETECTION!r}, {str(folder / 'epoch_3.pth')!r}
+model = init_detector(*given, device='cpu')
+result = inference_detector(model, {str(image)!r})
+found = DetInferencer(*given, device='cpu')({str(image)!r}, no_save_pred=True)['predictions'][0]
+print(model.dataset_meta['classes'], len(result.pred_instances) == len(found['scores']))
+""")
+    done = run_tool(script)
+    assert "('circle', 'square', 'triangle') True" in done.stdout, done.stderr
+    import mmdet
+    done = run_tool(Path(mmdet.__file__).parent / '.mim/tools/test.py', DETECTION,
+                    folder / 'epoch_3.pth', '--work-dir', tmp_path, '--cfg-options', *FAST,
+                    *SMALL_IMAGES, *data_options(shapes))
+    assert done.returncode == 0, done.stderr
+    assert logged_metric(tmp_path, 'coco/bbox_mAP') == pytest.approx(
+        logged(folder, 'coco/bbox_mAP')[-1])
+
+
+def test_mmdetection_resumes_the_training_by_itself(detector, shapes, run_tool, tmp_path):
+    import mmdet
+    folder, _ = detector
+    shutil.copy(folder / 'epoch_3.pth', tmp_path)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_3.pth'))
+    done = run_tool(Path(mmdet.__file__).parent / '.mim/tools/train.py', DETECTION, '--work-dir',
+                    tmp_path, '--resume', '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(4),
+                    *data_options(shapes))
+    assert done.returncode == 0, done.stderr
+    assert 'resumed epoch: 3, iter: 12' in done.stdout
+    assert (tmp_path / 'epoch_4.pth').is_file()
+
+
+def test_mmsegmentation_uses_the_checkpoint_by_itself(segmentor, shapes, run_tool, tmp_path):
+    image = next((shapes / 'images/validation').iterdir())
+    script = tmp_path / 'infer.py'
+    script.write_text(f"""
+from mmseg.apis import MMSegInferencer, inference_model, init_model
+given = {SEGMENTATION!r}, {str(segmentor / 'iter_6.pth')!r}
+model = init_model(*given, device='cpu')
+labels = inference_model(model, {str(image)!r}).pred_sem_seg.data[0].numpy()
+found = MMSegInferencer(*given, device='cpu')({str(image)!r})['predictions']
+print(model.dataset_meta['classes'], labels.shape, bool((labels == found).all()))
+""")
+    done = run_tool(script)
+    assert "'triangle') (96, 96) True" in done.stdout, done.stderr
 
 
 def test_segmentation_tta(segmentor, shapes, run_tool, tmp_path):
