@@ -44,13 +44,24 @@ class PaddedConvolution:
                 f'stride={self.stride}, dilation={self.dilation}')
 
 
-def layer_or_pointwise(layer: Callable[..., nn.Module], in_channels: int, out_channels: int,
-                       kernel_size: Size, *args: Any, **kwargs: Any) -> nn.Module:
-    """Build a layer, or ``nn.Conv2d`` without the layer's own options for a 1×1 kernel.
+def layer_or_plain(layer: Callable[..., nn.Module], in_channels: int, out_channels: int,
+                   kernel_size: Size, *args: Any, **kwargs: Any) -> nn.Module:
+    """Build a layer, or ``nn.Conv2d`` without the layer's own options for a 1×1 kernel or groups.
 
-    OpenMMLab's modules build all their convolutions from one ``conv_cfg``, 1×1 ones included.
+    OpenMMLab's modules build all their convolutions from one ``conv_cfg``, 1×1 and grouped ones
+    included.
+
+    Args:
+        layer: class of the layer.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the kernel.
+        args: further positional arguments of ``nn.Conv2d``.
+        kwargs: further arguments of ``nn.Conv2d`` and of the layer.
     """
-    if one_side('kernel_size', kernel_size) != 1:
+    given = {**dict(zip(('stride', 'padding', 'dilation', 'groups'), args)), **kwargs}
+    is_grouped = given.get('groups', 1) != 1
+    if not is_grouped and one_side('kernel_size', kernel_size) != 1:
         return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
     options = (inspect.signature(layer).parameters.keys()
                - inspect.signature(nn.Conv2d).parameters.keys())
