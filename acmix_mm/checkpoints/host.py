@@ -7,6 +7,10 @@ from typing import Any, ClassVar, Optional
 
 from torch import Tensor
 
+# Kinds of checkpoints, by the token mixer that their weights belong to.
+PLAIN, ACMIX, ATTENTION, CONVOLUTION_PATH, INVOLUTION = (
+    'plain', 'ACmix', 'attention only', 'the convolution path only', 'involution')
+
 
 class HostCheckpoints(ABC):
     """Checkpoints of one host network, plain and ACmix.
@@ -19,11 +23,18 @@ class HostCheckpoints(ABC):
         acmix_layer: pattern at the start of the name of every ACmix layer, relative to the
             backbone, in each naming with that layer structure; its group ``stage`` is the stage.
         first_stage: number of the first stage in those names.
+        attention_parameters: ends of the names of parameters that only the attention path has.
+            Without any, a convolution path alone cannot be told from ACmix.
+        mixer_parameters: the kind of checkpoint by the end of the name of a parameter that no other
+            kind has, for mixers other than ACmix and its convolution path. The attention of a Swin,
+            PVT or SAN has the parameters of the plain host, so it cannot be told from it.
     """
 
     host: ClassVar[str]
     acmix_layer: ClassVar[re.Pattern[str]]
     first_stage: ClassVar[int] = 0
+    attention_parameters: ClassVar[tuple[str, ...]] = ()
+    mixer_parameters: ClassVar[dict[str, str]] = {'.span.weight': INVOLUTION}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,8 +65,31 @@ class HostCheckpoints(ABC):
     def is_acmix(self, state_dict: Mapping[str, Tensor]) -> bool:
         """Whether weights, under the keys of the backbone, have the parameters of ACmix layers."""
         # Every ACmix layer with a convolution path has the light fully connected layer.
-        return any(key.endswith('.fc.weight') and self.acmix_layer.search(key)
-                   for key in state_dict)
+        return self.has_parameter(state_dict, '.fc.weight')
+
+    def kind(self, state_dict: Mapping[str, Tensor]) -> str:
+        """The kind of checkpoint that weights, under the keys of the backbone, come from.
+
+        Returns:
+            ``PLAIN``, ``ACMIX``, or a description of another token mixer.
+        """
+        if self.is_acmix(state_dict):
+            has_both = not self.attention_parameters or self.has_parameter(
+                state_dict, *self.attention_parameters)
+            return ACMIX if has_both else CONVOLUTION_PATH
+        for end, kind in self.mixer_parameters.items():
+            if self.has_parameter(state_dict, end):
+                return kind
+        return PLAIN
+
+    def has_parameter(self, state_dict: Mapping[str, Tensor], *ends: str) -> bool:
+        """Whether a layer in the place of ACmix has a parameter whose name ends so.
+
+        Args:
+            state_dict: weights under the keys of the backbone.
+            ends: ends of names.
+        """
+        return any(key.endswith(ends) and self.acmix_layer.search(key) for key in state_dict)
 
 
 HOSTS: dict[str, HostCheckpoints] = {}

@@ -16,6 +16,7 @@ class PVTCheckpoints(HostCheckpoints):
 
     host = 'PVT'
     acmix_layer = re.compile(r'layers\.(?P<stage>\d+)\.1\.\d+\.attn\b')
+    attention_parameters = ('.out_proj.weight',)
 
     def to_backbone_keys(self, state_dict: Mapping[str, Tensor],
                          ) -> Optional[tuple[str, dict[str, Tensor]]]:

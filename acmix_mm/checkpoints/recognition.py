@@ -4,7 +4,7 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
-from acmix_mm.checkpoints.host import HOSTS
+from acmix_mm.checkpoints.host import ACMIX, CONVOLUTION_PATH, HOSTS, PLAIN
 from acmix_mm.checkpoints.reading import Weights, read_weights
 from acmix_mm.utils.errors import CheckpointError
 
@@ -14,15 +14,21 @@ class Pretrained(NamedTuple):
 
     Attributes:
         host: name of the host in ``HOSTS``.
-        is_acmix: whether they include the parameters of ACmix; else they are of the plain host.
+        kind: ``PLAIN``, ``ACMIX``, or a description of another token mixer; see
+            :meth:`acmix_mm.checkpoints.host.HostCheckpoints.kind`.
         naming: whose naming the checkpoint uses.
         weights: the weights, under the keys of the backbone, and their source.
     """
 
     host: str
-    is_acmix: bool
+    kind: str
     naming: str
     weights: Weights
+
+    @property
+    def is_acmix(self) -> bool:
+        """Whether the weights include the convolution path of ACmix."""
+        return self.kind in (ACMIX, CONVOLUTION_PATH)
 
     @property
     def source(self) -> str:
@@ -33,7 +39,8 @@ class Pretrained(NamedTuple):
         return self.weights.state_dict
 
     def __str__(self) -> str:
-        network = f'{"ACmix-" if self.is_acmix else "plain "}{self.host}'
+        network = {PLAIN: f'plain {self.host}', ACMIX: f'ACmix-{self.host}'}.get(
+            self.kind, f'{self.host} with {self.kind}')
         return ', '.join(filter(None, [network, f'{self.naming} naming', self.weights.part]))
 
 
@@ -54,7 +61,7 @@ def read_pretrained(source: str, host: Optional[str] = None) -> Pretrained:
         if converted is None:
             continue
         naming, state_dict = converted
-        found = Pretrained(checkpoints.host, checkpoints.is_acmix(state_dict), naming,
+        found = Pretrained(checkpoints.host, checkpoints.kind(state_dict), naming,
                            weights._replace(state_dict=state_dict))
         if host not in (None, found.host):
             raise CheckpointError(f'The checkpoint {source} is of another network ({found}): this '

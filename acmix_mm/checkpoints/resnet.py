@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from torch import Tensor
 
-from acmix_mm.checkpoints.host import HostCheckpoints, count_blocks
+from acmix_mm.checkpoints.host import ATTENTION, PLAIN, HostCheckpoints, count_blocks
 
 # Blocks of the four stages by depth, as in the code of ACmix's authors.
 STAGE_BLOCKS: dict[int, tuple[int, ...]] = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
@@ -19,6 +19,8 @@ class ResNetCheckpoints(HostCheckpoints):
     # Not conv2 alone: conv_cfg=dict(type='ACmix') replaces other convolutions in other ResNets.
     acmix_layer = re.compile(r'layer(?P<stage>\d+)\.\d+\.conv')
     first_stage = 1
+    attention_parameters = ('.conv_p.weight',)
+    mixer_parameters: ClassVar = {**HostCheckpoints.mixer_parameters, '.conv_p.weight': ATTENTION}
 
     def to_backbone_keys(self, state_dict: Mapping[str, Tensor],
                          ) -> Optional[tuple[str, dict[str, Tensor]]]:
@@ -36,6 +38,14 @@ class ResNetCheckpoints(HostCheckpoints):
         # The last norm of the stem is bn1 in timm.
         return "timm's", {re.sub(r'^bn1\.', 'stem.7.', re.sub(r'^conv1\.', 'stem.', key)): value
                           for key, value in state_dict.items()}
+
+    def kind(self, state_dict: Mapping[str, Tensor]) -> str:
+        kind = super().kind(state_dict)
+        # Larger convolutions have the names of the plain host's.
+        is_larger = kind == PLAIN and any(
+            side > 3 for key, value in state_dict.items() for side in value.shape[2:]
+            if re.fullmatch(r'layer\d\.\d+\.conv2\.weight', key))
+        return 'convolutions larger than 3×3' if is_larger else kind
 
     def backbone_arguments(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         if 'layer1.0.conv3.weight' not in state_dict:

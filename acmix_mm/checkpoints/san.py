@@ -18,6 +18,7 @@ class SANCheckpoints(HostCheckpoints):
 
     host = 'SAN'
     acmix_layer = re.compile(r'layer(?P<stage>\d+)\.\d+\.sam\b')
+    attention_parameters = ('.conv_w.0.weight',)
 
     def to_backbone_keys(self, state_dict: Mapping[str, Tensor],
                          ) -> Optional[tuple[str, dict[str, Tensor]]]:

@@ -3,11 +3,11 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from torch import Tensor
 
-from acmix_mm.checkpoints.host import HostCheckpoints, count_blocks
+from acmix_mm.checkpoints.host import ATTENTION, HostCheckpoints, count_blocks
 
 # Microsoft's names and those of the backbone, replaced in this order.
 MICROSOFT = (('layers.', 'stages.'), ('.attn.', '.attn.w_msa.'),
@@ -20,6 +20,9 @@ class SwinCheckpoints(HostCheckpoints):
 
     host = 'Swin'
     acmix_layer = re.compile(r'(?:stages|layers)\.(?P<stage>\d+)\.blocks\.\d+\.attn\b')
+    attention_parameters = ('.relative_position_bias_table', '.conv_p.weight')
+    mixer_parameters: ClassVar = {**HostCheckpoints.mixer_parameters, '.conv_p.weight': ATTENTION,
+                                  '.conv.weight': 'convolution in place of attention'}
 
     def to_backbone_keys(self, state_dict: Mapping[str, Tensor],
                          ) -> Optional[tuple[str, dict[str, Tensor]]]:

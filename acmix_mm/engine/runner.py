@@ -10,6 +10,7 @@ from urllib.error import URLError
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
@@ -24,6 +25,7 @@ from acmix_mm.checkpoints.reading import (
 )
 from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
 from acmix_mm.environment import versions
+from acmix_mm.layers.padded_conv import count_convolutions
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 
@@ -35,13 +37,15 @@ class DataOnlyRunner(Runner):
     requires_all_weights = False
 
     def build_model(self, model: Union[nn.Module, dict]) -> nn.Module:
-        """Build the model like :meth:`Runner.build_model`.
+        """Build the model like :meth:`Runner.build_model`, and log its convolution layers.
 
         Raises:
             UsageError: an argument is invalid.
         """
         with constructor_errors_as_usage_errors():
-            return super().build_model(model)
+            built = super().build_model(model)
+        log_convolutions(built)
+        return built
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load a checkpoint into the model like :meth:`Runner.load_checkpoint`.
@@ -61,6 +65,17 @@ class DataOnlyRunner(Runner):
     def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
         """Save like :meth:`Runner.save_checkpoint`; ``meta`` also records package versions."""
         super().save_checkpoint(*args, meta={**(meta or {}), 'versions': versions()}, **kwargs)
+
+
+def log_convolutions(model: nn.Module) -> None:
+    """Log how many convolutions this package's convolution types replaced, and left, if any."""
+    layers, left = count_convolutions(model)
+    if layers or left:
+        built, unchanged = (', '.join(f'{number} {kind}' for kind, number in sorted(each.items()))
+                            or 'none' for each in (layers, left))
+        # Not "replaced": in a Swin, such a layer replaces attention.
+        print_log(f'Convolution layers built: {built}; convolutions left unchanged: {unchanged}.',
+                  logger='current')
 
 
 def load_all_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None:

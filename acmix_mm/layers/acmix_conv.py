@@ -15,7 +15,7 @@ from acmix_mm.layers.base import (
     check_odd,
     split_heads,
 )
-from acmix_mm.layers.padded_conv import PaddedConvolution, Size, layer_or_pointwise
+from acmix_mm.layers.padded_conv import PaddedConvolution, Size, layer_or_plain
 from acmix_mm.layers.point_attention import (
     PointAttention,
     gather,
@@ -53,7 +53,7 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         stride: stride, the same along both axes.
         padding: None or ``dilation · (kernel_size // 2)``, which keeps the size at stride 1.
         dilation: distance between the taps of the kernel, and between attention's neighbours.
-        groups: must be 1.
+        groups: must be 1; :func:`acmix_or_pointwise` accepts others.
         bias: whether the three projections have a bias.
         num_heads: number of attention heads; divides ``out_channels``.
         attn_kernel_size: side of attention's neighbourhood, odd.
@@ -174,8 +174,8 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
 
 def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *args: Any,
                        **kwargs: Any) -> nn.Module:
-    """Build :class:`ACmixConv2d`, or ``nn.Conv2d`` if the kernel is 1×1."""
-    return layer_or_pointwise(ACmixConv2d, in_channels, out_channels, kernel_size, *args, **kwargs)
+    """Build :class:`ACmixConv2d`, or ``nn.Conv2d`` if the kernel is 1×1 or there are groups."""
+    return layer_or_plain(ACmixConv2d, in_channels, out_channels, kernel_size, *args, **kwargs)
 
 
 @cached_by_size

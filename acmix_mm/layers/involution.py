@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers.base import REST, OperatorLayer
-from acmix_mm.layers.padded_conv import PaddedConvolution, Size, layer_or_pointwise
+from acmix_mm.layers.padded_conv import PaddedConvolution, Size, layer_or_plain
 from acmix_mm.ops import involution
 
 
@@ -93,5 +93,5 @@ class Involution2d(PaddedConvolution, OperatorLayer):
 
 def involution_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *args: Any,
                             **kwargs: Any) -> nn.Module:
-    """Build :class:`Involution2d`, or ``nn.Conv2d`` if the kernel is 1×1."""
-    return layer_or_pointwise(Involution2d, in_channels, out_channels, kernel_size, *args, **kwargs)
+    """Build :class:`Involution2d`, or ``nn.Conv2d`` if the kernel is 1×1 or there are groups."""
+    return layer_or_plain(Involution2d, in_channels, out_channels, kernel_size, *args, **kwargs)

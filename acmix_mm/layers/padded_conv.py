@@ -1,6 +1,7 @@
 """The arguments of the layers that replace a padded ``nn.Conv2d``."""
 
 import inspect
+from collections import Counter
 from typing import Any, Callable, Optional, Union
 
 from torch import nn
@@ -8,6 +9,8 @@ from torch import nn
 from acmix_mm.layers.base import check_odd
 
 Size = Union[int, tuple[int, int]]
+# Attribute of the convolutions that layer_or_plain leaves plain; its value is the reason.
+LEFT_PLAIN = 'left_plain'
 
 
 class PaddedConvolution:
@@ -44,18 +47,45 @@ class PaddedConvolution:
                 f'stride={self.stride}, dilation={self.dilation}')
 
 
-def layer_or_pointwise(layer: Callable[..., nn.Module], in_channels: int, out_channels: int,
-                       kernel_size: Size, *args: Any, **kwargs: Any) -> nn.Module:
-    """Build a layer, or ``nn.Conv2d`` without the layer's own options for a 1×1 kernel.
+def layer_or_plain(layer: Callable[..., nn.Module], in_channels: int, out_channels: int,
+                   kernel_size: Size, *args: Any, **kwargs: Any) -> nn.Module:
+    """Build a layer, or ``nn.Conv2d`` without the layer's own options for a 1×1 kernel or groups.
 
-    OpenMMLab's modules build all their convolutions from one ``conv_cfg``, 1×1 ones included.
+    OpenMMLab's modules build all their convolutions from one ``conv_cfg``, 1×1 and grouped ones
+    included.
+
+    Args:
+        layer: class of the layer.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the kernel.
+        args: further positional arguments of ``nn.Conv2d``.
+        kwargs: further arguments of ``nn.Conv2d`` and of the layer.
     """
-    if one_side('kernel_size', kernel_size) != 1:
+    given = {**dict(zip(('stride', 'padding', 'dilation', 'groups'), args)), **kwargs}
+    is_grouped = given.get('groups', 1) != 1
+    if not is_grouped and one_side('kernel_size', kernel_size) != 1:
         return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
     options = (inspect.signature(layer).parameters.keys()
                - inspect.signature(nn.Conv2d).parameters.keys())
     kwargs = {name: value for name, value in kwargs.items() if name not in options}
-    return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+    plain = nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+    setattr(plain, LEFT_PLAIN, 'grouped' if is_grouped else '1×1')
+    return plain
+
+
+def count_convolutions(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
+    """Count what the convolution types of this package built in a model.
+
+    Returns:
+        The layers by the name of their class, and the convolutions that were left plain by reason,
+        ``'1×1'`` or ``'grouped'``.
+    """
+    modules = list(model.modules())
+    return (Counter(type(module).__name__ for module in modules
+                    if isinstance(module, PaddedConvolution)),
+            Counter(getattr(module, LEFT_PLAIN) for module in modules
+                    if hasattr(module, LEFT_PLAIN)))
 
 
 def one_side(name: str, size: Size) -> int:

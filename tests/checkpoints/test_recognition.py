@@ -13,6 +13,7 @@ from helpers.checkpoints import PVT, SWIN, load_pretrained, randomised, stage_ou
 from acmix_mm.backbones import (
     ACmixPyramidVisionTransformer,
     ACmixResNet,
+    ACmixSAN,
     ACmixSwinTransformer,
 )
 from acmix_mm.checkpoints import read_pretrained
@@ -151,6 +152,55 @@ def test_acmix_round_trip(naming, tmp_path, log_text):
         torch.testing.assert_close(actual, expected)
     assert 'recognised as ACmix-Swin' in log_text()
     assert 'rate1 = 1' not in log_text()
+
+
+RESNET = dict(depth=26, base_channels=8)
+SAN = dict(depth=10, base_channels=32)
+
+
+@pytest.mark.parametrize(('network', 'arguments', 'recognised'), [
+    (ACmixResNet, dict(acmix_stages=()), 'plain ResNet'),
+    (ACmixResNet, dict(acmix_stages=(2,)), 'ACmix-ResNet'),
+    (ACmixResNet, dict(acmix_cfg=dict(combine='sum', shift='fixed')), 'ACmix-ResNet'),
+    (ACmixResNet, dict(mix='attn'), 'ResNet with attention only'),
+    (ACmixResNet, dict(mix='conv'), 'ResNet with the convolution path only'),
+    (ACmixResNet, dict(mixer=dict(type='SlidingAttention')), 'ResNet with attention only'),
+    (ACmixResNet, dict(mixer=dict(type='Involution')), 'ResNet with involution'),
+    (ACmixResNet, dict(mixer=dict(type='Conv2d', kernel_size=7)),
+     'ResNet with convolutions larger than 3×3'),
+    (ACmixSwinTransformer, {}, 'ACmix-Swin'),
+    (ACmixSwinTransformer, dict(acmix_cfg=dict(combine='sum')), 'ACmix-Swin'),
+    # Nothing tells it from a plain Swin.
+    (ACmixSwinTransformer, dict(mix='attn'), 'plain Swin'),
+    (ACmixSwinTransformer, dict(mix='conv'), 'Swin with the convolution path only'),
+    (ACmixSwinTransformer, dict(mixer=dict(type='ACmix', num_heads=3)), 'ACmix-Swin'),
+    (ACmixSwinTransformer, dict(mixer=dict(type='SlidingAttention', num_heads=3)),
+     'Swin with attention only'),
+    (ACmixSwinTransformer, dict(mixer=dict(type='Involution')), 'Swin with involution'),
+    (ACmixSwinTransformer, dict(mixer=dict(type='Conv2d')),
+     'Swin with convolution in place of attention'),
+    (ACmixPyramidVisionTransformer, dict(acmix_cfg=dict(combine='sum')), 'ACmix-PVT'),
+    (ACmixPyramidVisionTransformer, dict(mix='attn'), 'plain PVT'),
+    (ACmixPyramidVisionTransformer, dict(mix='conv'), 'PVT with the convolution path only'),
+    (ACmixSAN, dict(acmix_cfg=dict(combine='sum')), 'ACmix-SAN'),
+    (ACmixSAN, dict(mix='attn'), 'plain SAN'),
+    (ACmixSAN, dict(mix='conv'), 'SAN with the convolution path only'),
+], ids=lambda value: value.__name__ if isinstance(value, type) else str(value))
+def test_log_names_the_kind_of_checkpoint(network, arguments, recognised, tmp_path, log_text):
+    sizes = {'ResNet': RESNET, 'Swin': SWIN, 'PVT': PVT, 'SAN': SAN}[network.checkpoints.host]
+    saved = network(**sizes, **arguments)
+    torch.save(saved.state_dict(), tmp_path / 'saved.pth')
+    load_pretrained(network, tmp_path / 'saved.pth', **sizes, **arguments)
+    assert f'recognised as {recognised}, ' in log_text()
+    found = read_pretrained(str(tmp_path / 'saved.pth'))
+    assert found.is_acmix == ('ACmix' in recognised or 'convolution path' in recognised)
+
+
+def test_error_names_the_kind_of_checkpoint(tmp_path):
+    saved = ACmixResNet(**RESNET, mix='attn')
+    torch.save(saved.state_dict(), tmp_path / 'saved.pth')
+    with pytest.raises(CheckpointError, match=r'\(ResNet with attention only, .* does not fit'):
+        load_pretrained(ACmixResNet, tmp_path / 'saved.pth', **RESNET)
 
 
 def test_names_the_network_of_another_host(tmp_path):

@@ -10,8 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d
+from acmix_mm.layers.padded_conv import PaddedConvolution
 
 ACMIX = dict(type='ACmix', num_heads=2, attn_kernel_size=5)
+TYPES = [ACMIX, dict(ACMIX, type='SlidingAttention'), dict(ACMIX, type='ACmixConvolution'),
+         dict(type='Involution', group_channels=4)]
 
 
 def test_conv_cfg_builds_acmix_and_plain_pointwise_convolutions():
@@ -26,6 +29,22 @@ def test_conv_cfg_builds_acmix_and_plain_pointwise_convolutions():
     assert module(torch.randn(2, 8, 9, 5)).shape == (2, 16, 9, 5)
     assert (module.kernel_size, module.padding, module.dilation) == ((3, 3), 2, (2, 2))
     assert_initial_values(module.conv)
+
+
+@pytest.mark.parametrize('conv_cfg', TYPES, ids=lambda cfg: cfg['type'])
+def test_grouped_convolutions_stay_plain(conv_cfg):
+    arguments = dict(stride=2, padding=2, dilation=2, groups=4, bias=False)
+    layer = build_conv_layer(conv_cfg, 8, 8, 3, **arguments)
+    assert type(layer) is nn.Conv2d
+    assert repr(layer) == repr(nn.Conv2d(8, 8, 3, **arguments))
+    assert repr(build_conv_layer(conv_cfg, 8, 8, 3, *arguments.values())) == repr(layer)
+    # An option of nn.Conv2d that the layers do not have, and kernels that they do not have.
+    layer = build_conv_layer(conv_cfg, 8, 16, (4, 3), groups=8, padding_mode='circular')
+    assert repr(layer) == repr(nn.Conv2d(8, 16, (4, 3), groups=8, padding_mode='circular'))
+    # One group is the default of a convolution.
+    for layer in (build_conv_layer(conv_cfg, 8, 8, 3, groups=1),
+                  build_conv_layer(conv_cfg, 8, 8, 3, 1, 1, 1, 1)):
+        assert isinstance(layer, PaddedConvolution)
 
 
 def assert_initial_values(layer):
