@@ -120,6 +120,10 @@ class ACmixResNet(ACmixBackbone):
             dilation: ``dict(type='Involution', kernel_size=7)``. ``kernel_size`` defaults to 3,
             and ``bias`` to False. From a checkpoint with another mixer, or of a plain ResNet,
             everything but the mixers and the norms that follow them is loaded.
+        multi_grid: dilation of each block of the last stage, instead of its number in
+            ``dilations``; as in MMSegmentation.
+        contract_dilation: halve the dilation of the first block of each stage that has one; as in
+            MMSegmentation.
 
     Raises:
         ValueError: an argument is invalid.
@@ -165,7 +169,9 @@ class ACmixResNet(ACmixBackbone):
                  mix: str = 'acmix',
                  acmix_cfg: Optional[dict] = None,
                  acmix_stages: Sequence[int] = (0, 1, 2, 3),
-                 mixer: Optional[dict] = None) -> None:
+                 mixer: Optional[dict] = None,
+                 multi_grid: Optional[Sequence[int]] = None,
+                 contract_dilation: bool = False) -> None:
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
                              f'{depth}; for other depths set stage_blocks.')
@@ -201,12 +207,19 @@ class ACmixResNet(ACmixBackbone):
                          attn_kernel_size=attn_kernel_size, mix=mix, **(acmix_cfg or {}))
         stage_blocks = self.stage_blocks_of(
             dict(depth=depth, num_stages=num_stages, stage_blocks=stage_blocks))
+        if multi_grid is not None and len(multi_grid) < stage_blocks[-1]:
+            raise ValueError('multi_grid needs one dilation for each of the '
+                             f'{stage_blocks[-1]} blocks of the last stage, got '
+                             f'{tuple(multi_grid)}.')
         drop_path_rates = stochastic_depth(drop_path_rate, stage_blocks)
         reduction = 4
         self.layers = []
         for stage, blocks in enumerate(stage_blocks):
             width = base_channels * 2**stage
             out_channels = width * ACmixBottleneck.expansion
+            is_last = stage == len(stage_blocks) - 1
+            block_dilations = dilations_of_blocks(
+                dilations[stage], blocks, multi_grid if is_last else None, contract_dilation)
             stage_layers = []
             for block in range(blocks):
                 stride = strides[stage] if block == 0 else 1
@@ -214,7 +227,7 @@ class ACmixResNet(ACmixBackbone):
                 if stride != 1 or channels != out_channels:
                     shortcut = downsampling(channels, out_channels, stride, avg_down, norm_cfg)
                 stage_layers.append(ACmixBottleneck(
-                    channels, width, stride, dilations[stage], style, shortcut, norm_cfg,
+                    channels, width, stride, block_dilations[block], style, shortcut, norm_cfg,
                     drop_path_rates[stage][block], with_cp,
                     mixer if stage in acmix_stages else dict(type='Conv2d')))
                 channels = out_channels
@@ -306,6 +319,15 @@ class ACmixResNet(ACmixBackbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(stem=r'^(?:stem|conv1|bn1|gn1)\.',
                     blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
+
+
+def dilations_of_blocks(dilation: int, blocks: int, multi_grid: Optional[Sequence[int]],
+                        contract_dilation: bool) -> list[int]:
+    """The dilation of each block of a stage."""
+    if multi_grid is not None:
+        return list(multi_grid[:blocks])
+    first = dilation // 2 if contract_dilation and dilation > 1 else dilation
+    return [first] + [dilation] * (blocks - 1)
 
 
 def deep_stem_layers(in_channels: int, channels: int, norm_cfg: dict) -> nn.Sequential:

@@ -3,6 +3,7 @@
 import inspect
 
 import mmdet.models.backbones.resnet as mmdet_resnet
+import mmseg.models.backbones.resnet as mmseg_resnet
 import pytest
 import torch
 from helpers import relative_error
@@ -55,7 +56,9 @@ def test_outputs_are_contiguous_for_readers_that_ignore_strides(acmix_stages):
 
 
 def test_has_the_arguments_of_plain_resnet():
-    theirs = inspect.signature(mmdet_resnet.ResNet.__init__).parameters
+    # Where the defaults differ, ours are those of MMDetection.
+    theirs = {**inspect.signature(mmseg_resnet.ResNet.__init__).parameters,
+              **inspect.signature(mmdet_resnet.ResNet.__init__).parameters}
     own = inspect.signature(ACmixResNet.__init__).parameters
     for name in set(theirs) - {'conv_cfg', 'dcn', 'stage_with_dcn', 'plugins'}:
         assert own[name].default == theirs[name].default, name
@@ -72,10 +75,28 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize('arguments', PLAIN, ids=str)
-def test_without_acmix_stages_equals_mmdetections_resnet(arguments):
-    plain = mmdet_resnet.ResNet(50, base_channels=8, norm_eval=False, **arguments)
-    ours = ACmixResNet(50, base_channels=8, norm_eval=False, acmix_stages=(), **arguments)
+# Arguments that only MMSegmentation's ResNet has.
+PLAIN_MMSEG = [
+    dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True),
+    dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True,
+         multi_grid=(1, 2, 4)),
+    dict(strides=(1, 2, 1), dilations=(1, 1, 2), num_stages=3, out_indices=(0, 2),
+         multi_grid=(3, 2, 1, 2, 3, 1)),
+]
+HOSTS = {'MMDetection': mmdet_resnet.ResNet, 'MMSegmentation': mmseg_resnet.ResNet}
+
+
+@pytest.mark.parametrize(('library', 'arguments'), [
+    *[(library, arguments) for arguments in PLAIN for library in HOSTS],
+    *[('MMSegmentation', arguments) for arguments in PLAIN_MMSEG],
+], ids=str)
+def test_without_acmix_stages_equals_the_libraries_resnet(library, arguments):
+    arguments = {**dict(depth=50, base_channels=8, stem_channels=8, norm_eval=False), **arguments}
+    assert_equal_networks(HOSTS[library](**arguments), ACmixResNet(**arguments, acmix_stages=()))
+
+
+def assert_equal_networks(plain, ours):
+    """Check the features, and which parameters and statistics are frozen in training."""
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.normal_(std=0.2)
@@ -96,6 +117,7 @@ def test_without_acmix_stages_equals_mmdetections_resnet(arguments):
 @pytest.mark.parametrize('arguments', [
     dict(), dict(mix='attn'), dict(mix='conv'), dict(acmix_stages=(2, 3)),
     dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)), dict(style='caffe'),
+    dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True, multi_grid=(2,)),
 ], ids=str)
 def test_trains_at_odd_sizes(arguments):
     model = ACmixResNet(**SMALL, norm_eval=False, **arguments)
@@ -109,6 +131,16 @@ def test_trains_at_odd_sizes(arguments):
             assert out.shape == (2, 32 * 2**index, -(-height // stride), -(-width // stride))
     sum(out.square().sum() for out in outs).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_dilations_of_acmix_layers():
+    model = ACmixResNet(50, base_channels=8, stage_blocks=(1, 2, 3, 3), strides=(1, 2, 1, 1),
+                        dilations=(1, 1, 2, 4), contract_dilation=True, multi_grid=(1, 2, 4))
+    dilations = [[block.conv2.dilation[0] for block in getattr(model, name)]
+                 for name in model.layers]
+    assert dilations == [[1], [1, 1], [1, 2, 2], [1, 2, 4]]
+    strides = [[block.conv2.stride[0] for block in getattr(model, name)] for name in model.layers]
+    assert strides == [[1], [2, 1], [1, 1, 1], [1, 1, 1]]
 
 
 def test_norm_eval_keeps_statistics():
@@ -165,6 +197,7 @@ def test_checkpoint_of_another_depth_raises(tmp_path):
     (dict(depth=50, num_stages=3), 'need one number for each'),
     (dict(depth=50, out_indices=(4,)), 'out_indices must lie below num_stages=4'),
     (dict(depth=50, style='tensorflow'), "style must be 'pytorch' or 'caffe'"),
+    (dict(depth=50, multi_grid=(1, 2)), 'multi_grid needs one dilation for each of the 3 blocks'),
     (dict(depth=50, base_channels=6), 'num_heads must divide out_channels'),
 ])
 def test_invalid_arguments(arguments, message):
