@@ -1,4 +1,4 @@
-"""ResNet with ACmix in place of the 3×3 convolutions of its bottlenecks.
+"""ResNet with ACmix in place of a 3×3 convolution of each block.
 
 ResNet: arXiv 1512.03385; ACmix: arXiv 2111.14556, section 5.1 and the authors' code.
 """
@@ -32,27 +32,37 @@ from acmix_mm.backbones.token_mixers import (
 from acmix_mm.checkpoints.convolution import RATES, replace_convolution
 from acmix_mm.checkpoints.loading import load_with_report
 from acmix_mm.checkpoints.recognition import Pretrained
-from acmix_mm.checkpoints.resnet import STAGE_BLOCKS, ResNetCheckpoints
+from acmix_mm.checkpoints.resnet import BASIC_DEPTHS, STAGE_BLOCKS, ResNetCheckpoints
 
 
-class ACmixBottleneck(Block):
-    """A bottleneck: 1×1 convolution, ACmix or another mixer, 1×1 convolution, and a shortcut."""
+class ResidualBlock(Block):
+    """Convolutions with norms, of which ``conv2`` is the token mixer, and a shortcut.
+
+    A subclass defines the convolutions, and ends with :meth:`finish`.
+
+    Attributes:
+        expansion: channels of the output, relative to those of ``conv2``.
+        norm_names: names of the norms that follow the convolutions.
+        downsample: the shortcut; None for the identity.
+    """
 
     adds_shortcut = True
-    expansion = 4
+    expansion: ClassVar[int]
+    conv2: nn.Module
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
-                 downsample: Optional[nn.Module], norm_cfg: dict, drop_path_rate: float,
-                 with_cp: bool, mixer: dict) -> None:
-        super().__init__(with_cp)
-        out_channels = channels * self.expansion
-        first_stride, second_stride = (1, stride) if style == 'pytorch' else (stride, 1)
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride=first_stride, bias=False)
-        self.conv2 = build_mixer(mixer, channels, second_stride, dilation)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+    def finish(self, widths: Sequence[int], norm_cfg: dict, drop_path_rate: float,
+               downsample: Optional[nn.Module]) -> None:
+        """Add what follows the convolutions.
+
+        Args:
+            widths: channels of each convolution.
+            norm_cfg: config of the norm layers.
+            drop_path_rate: probability to drop the residual in training.
+            downsample: the shortcut; None for the identity.
+        """
         # Named bn1 or gn1, by the kind of norm, as in torchvision and MMDetection.
         self.norm_names = []
-        for postfix, width in enumerate((channels, channels, out_channels), start=1):
+        for postfix, width in enumerate(widths, start=1):
             name, norm = build_norm_layer(norm_cfg, width, postfix=postfix)
             self.norm_names.append(name)
             self.add_module(name, norm)
@@ -68,32 +78,89 @@ class ACmixBottleneck(Block):
         return self.relu(self.add_residual(x))
 
     def add_residual(self, x: Tensor) -> Tensor:
+        out = self.drop(self.residual(x))
+        return out + (x if self.downsample is None else self.downsample(x))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The convolutions with their norms."""
+        raise NotImplementedError
+
+
+class ACmixBasicBlock(ResidualBlock):
+    """A basic block: 3×3 convolution, ACmix or another mixer, and a shortcut.
+
+    The first convolution has the stride and the dilation, as in MMDetection.
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
+                 downsample: Optional[nn.Module], norm_cfg: dict, drop_path_rate: float,
+                 with_cp: bool, mixer: dict) -> None:
+        super().__init__(with_cp)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=dilation,
+                               dilation=dilation, bias=False)
+        self.conv2 = build_mixer(mixer, channels)
+        self.finish((channels, channels), norm_cfg, drop_path_rate, downsample)
+
+    def residual(self, x: Tensor) -> Tensor:
+        norm1, norm2 = (getattr(self, name) for name in self.norm_names)
+        out = self.relu(norm1(self.conv1(x)))
+        return norm2(self.conv2(out))
+
+
+class ACmixBottleneck(ResidualBlock):
+    """A bottleneck: 1×1 convolution, ACmix or another mixer, 1×1 convolution, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, style: str,
+                 downsample: Optional[nn.Module], norm_cfg: dict, drop_path_rate: float,
+                 with_cp: bool, mixer: dict) -> None:
+        super().__init__(with_cp)
+        out_channels = channels * self.expansion
+        first_stride, second_stride = (1, stride) if style == 'pytorch' else (stride, 1)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride=first_stride, bias=False)
+        self.conv2 = build_mixer(mixer, channels, second_stride, dilation)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.finish((channels, channels, out_channels), norm_cfg, drop_path_rate, downsample)
+
+    def residual(self, x: Tensor) -> Tensor:
         norm1, norm2, norm3 = (getattr(self, name) for name in self.norm_names)
         out = self.relu(norm1(self.conv1(x)))
         out = self.relu(norm2(self.conv2(out)))
-        out = self.drop(norm3(self.conv3(out)))
-        return out + (x if self.downsample is None else self.downsample(x))
+        return norm3(self.conv3(out))
 
 
 @MODELS.register_module()
 class ACmixResNet(ACmixBackbone):
-    """ResNet whose bottlenecks mix local attention with convolution.
+    """ResNet whose blocks mix local attention with convolution.
 
     The arguments are those of MMDetection's ``ResNet``, without ``conv_cfg``, ``dcn`` and
     ``plugins``, which configure the convolutions that ACmix replaces, and with ``stage_blocks``,
     ``num_heads``, ``attn_kernel_size``, ``drop_path_rate``, ``mix``, ``acmix_cfg``,
     ``acmix_stages`` and ``mixer``. Parameters have the names of the authors' code.
 
+    ACmix replaces the 3×3 convolution of a bottleneck, as in the paper, and the second 3×3
+    convolution of a basic block. The paper has no network with basic blocks, so the latter is our
+    choice. The second convolution corresponds to that of a bottleneck: it has as many input as
+    output channels and follows a norm and a ReLU, so weights of plain networks are approximated in
+    the same way. The first one remains, because it has the stride, for which ACmix would compute
+    its projections at four times as many positions.
+
     Args:
-        depth: 26, 38 or 50; selects the number of blocks of each stage.
+        depth: 18 or 34, with basic blocks, or 26, 38, 50, 101 or 152, with bottlenecks; selects
+            the kind and the number of blocks of each stage.
         in_channels: channels of the image.
         stem_channels: channels of the stem; ``base_channels`` if None.
-        base_channels: bottleneck channels of the first stage; each stage doubles them.
+        base_channels: channels of the 3×3 convolutions of the first stage; each stage doubles
+            them.
         num_stages: number of stages to build, 1 to 4.
         strides: stride of each stage.
         dilations: dilation of each stage.
         out_indices: indices of the stages that give an output.
-        style: ``'pytorch'`` puts the stride on ACmix, ``'caffe'`` on the first 1×1 convolution.
+        style: ``'pytorch'`` puts the stride of a bottleneck on ACmix, ``'caffe'`` on the first
+            1×1 convolution.
         deep_stem: use three 3×3 convolutions instead of the stem's 7×7 convolution.
         avg_down: use average pooling instead of strides in the shortcuts.
         frozen_stages: freeze the stem (0) and that many stages; -1 freezes nothing.
@@ -212,11 +279,12 @@ class ACmixResNet(ACmixBackbone):
                              f'{stage_blocks[-1]} blocks of the last stage, got '
                              f'{tuple(multi_grid)}.')
         drop_path_rates = stochastic_depth(drop_path_rate, stage_blocks)
+        block_type = ACmixBasicBlock if depth in BASIC_DEPTHS else ACmixBottleneck
         reduction = 4
         self.layers = []
         for stage, blocks in enumerate(stage_blocks):
             width = base_channels * 2**stage
-            out_channels = width * ACmixBottleneck.expansion
+            out_channels = width * block_type.expansion
             is_last = stage == len(stage_blocks) - 1
             block_dilations = dilations_of_blocks(
                 dilations[stage], blocks, multi_grid if is_last else None, contract_dilation)
@@ -226,7 +294,7 @@ class ACmixResNet(ACmixBackbone):
                 shortcut = None
                 if stride != 1 or channels != out_channels:
                     shortcut = downsampling(channels, out_channels, stride, avg_down, norm_cfg)
-                stage_layers.append(ACmixBottleneck(
+                stage_layers.append(block_type(
                     channels, width, stride, block_dilations[block], style, shortcut, norm_cfg,
                     drop_path_rates[stage][block], with_cp,
                     mixer if stage in acmix_stages else dict(type='Conv2d')))
@@ -276,14 +344,14 @@ class ACmixResNet(ACmixBackbone):
                 constant_init(module, 1)
         if self.zero_init_residual:
             for module in self.modules():
-                if isinstance(module, ACmixBottleneck):
+                if isinstance(module, ResidualBlock):
                     constant_init(module.last_norm, 0)
 
     def load_pretrained(self, found: Pretrained) -> None:
         state_dict = dict(found.state_dict)
         replaced = {} if found.is_acmix and self.mixer is None else {
             name: block for name, block in self.named_modules()
-            if isinstance(block, ACmixBottleneck)
+            if isinstance(block, ResidualBlock)
             and (self.mixer is not None or not isinstance(block.conv2, nn.Conv2d))
             and has_other_names(block.conv2, f'{name}.conv2.', state_dict)}
         errors = {
@@ -309,7 +377,7 @@ class ACmixResNet(ACmixBackbone):
 
     def replaced_convolutions(self) -> dict[str, tuple[nn.Module, nn.Module]]:
         return {name: (block.conv2, getattr(block, block.norm_names[1]))
-                for name, block in self.named_modules() if isinstance(block, ACmixBottleneck)}
+                for name, block in self.named_modules() if isinstance(block, ResidualBlock)}
 
     def remove_stages(self, first: int) -> None:
         for name in self.layers[first:]:

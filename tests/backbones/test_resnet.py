@@ -1,17 +1,23 @@
 """ACmix-ResNet against the published code and MMDetection's ResNet."""
 
 import inspect
+import re
 
 import mmdet.models.backbones.resnet as mmdet_resnet
 import mmseg.models.backbones.resnet as mmseg_resnet
 import pytest
 import torch
+import torchvision
 from helpers import relative_error
+from helpers.checkpoints import load_pretrained, randomised, stage_outputs
 from mmcv.ops import RoIAlign
 from torch import nn
 
 from acmix_mm.backbones import ACmixResNet
-from acmix_mm.backbones.resnet import ACmixBottleneck
+from acmix_mm.backbones.resnet import ACmixBottleneck, ResidualBlock
+from acmix_mm.checkpoints.convolution import approximate_convolution
+from acmix_mm.checkpoints.resnet import STAGE_BLOCKS
+from acmix_mm.layers import ACmixConv2d, Involution2d
 from acmix_mm.utils.errors import CheckpointError
 
 SMALL = dict(depth=26, base_channels=8, stage_blocks=(1, 2, 1, 1))
@@ -72,12 +78,18 @@ PLAIN = [
     dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,)),
     dict(norm_cfg=dict(type='GN', num_groups=2)),
     dict(with_cp=True, frozen_stages=1),
+    dict(depth=101),
+    dict(depth=152, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(0, 2)),
+    dict(depth=18, with_cp=True),
+    dict(depth=18, deep_stem=True, avg_down=True, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)),
+    dict(depth=34, stem_channels=16, norm_cfg=dict(type='GN', num_groups=2)),
 ]
 
 
 # Arguments that only MMSegmentation's ResNet has.
 PLAIN_MMSEG = [
     dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True),
+    dict(depth=18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True),
     dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True,
          multi_grid=(1, 2, 4)),
     dict(strides=(1, 2, 1), dilations=(1, 1, 2), num_stages=3, out_indices=(0, 2),
@@ -101,11 +113,14 @@ def assert_equal_networks(plain, ours):
         for parameter in plain.parameters():
             parameter.normal_(std=0.2)
     ours.load_state_dict(plain.state_dict())
-    plain.train()
-    ours.train()
-    x = torch.randn(2, 3, 65, 50)
-    for expected, actual in zip(plain(x), ours(x)):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # In double precision: with random weights, rounding errors grow with the depth.
+    plain.double().train()
+    ours.double().train()
+    x = torch.randn(2, 3, 65, 50, dtype=torch.double)
+    expected, actual = plain(x), ours(x)
+    assert len(actual) == len(expected)
+    for theirs, own in zip(expected, actual):
+        torch.testing.assert_close(own, theirs)
     for (name, own), (_, theirs) in zip(ours.named_parameters(), plain.named_parameters()):
         assert own.requires_grad == theirs.requires_grad, name
     theirs = dict(plain.named_modules())
@@ -118,19 +133,62 @@ def assert_equal_networks(plain, ours):
     dict(), dict(mix='attn'), dict(mix='conv'), dict(acmix_stages=(2, 3)),
     dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)), dict(style='caffe'),
     dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True, multi_grid=(2,)),
+    dict(depth=18), dict(depth=18, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)),
 ], ids=str)
 def test_trains_at_odd_sizes(arguments):
-    model = ACmixResNet(**SMALL, norm_eval=False, **arguments)
+    arguments = {**SMALL, **arguments}
+    model = ACmixResNet(norm_eval=False, **arguments)
     model.init_weights()
+    channels = 8 if arguments['depth'] == 18 else 32
     for height, width in ((1, 1), (33, 70), (75, 9)):
         outs = model(torch.randn(2, 3, height, width))
         strides = [4]
         for stride in arguments.get('strides', (1, 2, 2, 2))[1:]:
             strides.append(strides[-1] * stride)
         for index, (out, stride) in enumerate(zip(outs, strides)):
-            assert out.shape == (2, 32 * 2**index, -(-height // stride), -(-width // stride))
+            assert out.shape == (2, channels * 2**index, -(-height // stride), -(-width // stride))
     sum(out.square().sum() for out in outs).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('options', [{}, dict(mixer=dict(type='Involution', kernel_size=3))],
+                         ids=['ACmix', 'Involution'])
+def test_a_basic_block_mixes_in_its_second_convolution(options):
+    model = ACmixResNet(34, base_channels=16, dilations=(1, 1, 2, 4), acmix_stages=(1, 3),
+                        **options)
+    assert {name: len(getattr(model, name)) for name in model.layers} == dict(
+        layer1=3, layer2=4, layer3=6, layer4=3)
+    mixes = Involution2d if options else ACmixConv2d
+    for stage, (name, stride, dilation) in enumerate(zip(model.layers, (1, 2, 2, 2), (1, 1, 2, 4))):
+        for index, block in enumerate(getattr(model, name)):
+            assert type(block.conv1) is nn.Conv2d
+            assert block.conv1.stride[0] == (stride if index == 0 else 1)
+            assert block.conv1.dilation[0] == dilation
+            assert type(block.conv2) is (mixes if stage in (1, 3) else nn.Conv2d)
+            assert block.conv2.stride[0] == block.conv2.dilation[0] == 1
+    model.init_weights()
+    blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
+    assert all(block.bn2.weight.eq(0).all() for block in blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(('depth', 'arguments'), [
+    (18, {}), (18, dict(acmix_stages=(2, 3))), (34, {})], ids=str)
+def test_plain_torchvision_resnets_with_basic_blocks_load(depth, arguments, tmp_path, log_text):
+    """Exactly, if ACmix can represent the convolutions that it replaces."""
+    plain = randomised(torchvision.models.ResNet(
+        torchvision.models.resnet.BasicBlock, STAGE_BLOCKS[depth]))
+    for name, parameter in plain.named_parameters():
+        if re.search(r'layer.*conv2\.weight$', name):
+            parameter.copy_(approximate_convolution(parameter, 4).kernel)
+    torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
+    model = load_pretrained(ACmixResNet, tmp_path / 'resnet.pth', depth=depth, **arguments)
+    x = torch.randn(1, 3, 33, 64)
+    for expected, actual in zip(stage_outputs(plain, x), model(x)):
+        assert relative_error(actual, expected) < 1e-5
+    assert 'layer3.1 0%' in log_text()
+    assert ('layer1.0 0%' in log_text()) == (not arguments)
+    assert 'dropped: fc.weight, fc.bias' in log_text()
 
 
 def test_dilations_of_acmix_layers():
@@ -193,7 +251,7 @@ def test_checkpoint_of_another_depth_raises(tmp_path):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(depth=101), 'depth must be one of 26, 38, 50, got 101'),
+    (dict(depth=20), 'depth must be one of 18, 26, 34, 38, 50, 101, 152, got 20'),
     (dict(depth=50, num_stages=3), 'need one number for each'),
     (dict(depth=50, out_indices=(4,)), 'out_indices must lie below num_stages=4'),
     (dict(depth=50, style='tensorflow'), "style must be 'pytorch' or 'caffe'"),
