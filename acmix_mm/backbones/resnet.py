@@ -389,6 +389,32 @@ class ACmixResNet(ACmixBackbone):
                     blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
 
+@MODELS.register_module()
+class ACmixResNetV1c(ACmixResNet):
+    """ACmix-ResNet with a stem of three 3×3 convolutions (ResNet-C, arXiv 1812.01187).
+
+    Args:
+        depth: as in :class:`ACmixResNet`.
+        arguments: all arguments of :class:`ACmixResNet` except ``deep_stem`` and ``avg_down``.
+    """
+
+    def __init__(self, depth: int, **arguments: Any) -> None:
+        super().__init__(depth, deep_stem=True, avg_down=False, **arguments)
+
+
+@MODELS.register_module()
+class ACmixResNetV1d(ACmixResNet):
+    """ACmix-ResNet-C with average pooling in the shortcuts (ResNet-D, arXiv 1812.01187).
+
+    Args:
+        depth: as in :class:`ACmixResNet`.
+        arguments: all arguments of :class:`ACmixResNet` except ``deep_stem`` and ``avg_down``.
+    """
+
+    def __init__(self, depth: int, **arguments: Any) -> None:
+        super().__init__(depth, deep_stem=True, avg_down=True, **arguments)
+
+
 def dilations_of_blocks(dilation: int, blocks: int, multi_grid: Optional[Sequence[int]],
                         contract_dilation: bool) -> list[int]:
     """The dilation of each block of a stage."""

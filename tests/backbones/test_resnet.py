@@ -11,12 +11,16 @@ import torchvision
 from helpers import relative_error
 from helpers.checkpoints import load_pretrained, randomised, stage_outputs
 from mmcv.ops import RoIAlign
+from mmengine.registry import MODELS
 from torch import nn
 
 from acmix_mm.backbones import ACmixResNet
+from acmix_mm.backbones.base import BACKBONES
 from acmix_mm.backbones.resnet import ACmixBottleneck, ResidualBlock
 from acmix_mm.checkpoints.convolution import approximate_convolution
+from acmix_mm.checkpoints.recognition import read_pretrained
 from acmix_mm.checkpoints.resnet import STAGE_BLOCKS
+from acmix_mm.engine.convert import infer_arguments
 from acmix_mm.layers import ACmixConv2d, Involution2d
 from acmix_mm.utils.errors import CheckpointError
 
@@ -105,6 +109,28 @@ HOSTS = {'MMDetection': mmdet_resnet.ResNet, 'MMSegmentation': mmseg_resnet.ResN
 def test_without_acmix_stages_equals_the_libraries_resnet(library, arguments):
     arguments = {**dict(depth=50, base_channels=8, stem_channels=8, norm_eval=False), **arguments}
     assert_equal_networks(HOSTS[library](**arguments), ACmixResNet(**arguments, acmix_stages=()))
+
+
+@pytest.mark.parametrize(('host', 'ours'), [
+    (mmseg_resnet.ResNetV1c, 'ACmixResNetV1c'), (mmseg_resnet.ResNetV1d, 'ACmixResNetV1d'),
+    (mmdet_resnet.ResNetV1d, 'ACmixResNetV1d'),
+], ids=str)
+@pytest.mark.parametrize('depth', [18, 50])
+def test_variants_equal_the_libraries(host, ours, depth, tmp_path):
+    small = dict(depth=depth, base_channels=8, stem_channels=16, norm_eval=False)
+    plain = host(**small)
+    model = MODELS.build(dict(type=ours, **small, acmix_stages=()))
+    assert type(model) is not BACKBONES['ResNet'] and isinstance(model, BACKBONES['ResNet'])
+    assert_equal_networks(plain, model)
+    # The checkpoint also loads where the stages use ACmix, and determines the architecture.
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    checkpoint = dict(type='Pretrained', checkpoint=str(tmp_path / 'plain.pth'))
+    model = MODELS.build(dict(type=ours, **small, acmix_stages=(1,), init_cfg=checkpoint))
+    model.init_weights()
+    assert torch.equal(model.stem[6].weight, plain.stem[6].weight.float())
+    inferred = infer_arguments(read_pretrained(checkpoint['checkpoint']))
+    assert inferred == dict(base_channels=8, stem_channels=16, deep_stem=True, depth=depth,
+                            **(dict(avg_down=True) if ours.endswith('d') else {}))
 
 
 def assert_equal_networks(plain, ours):
