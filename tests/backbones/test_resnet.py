@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from copy import deepcopy
 
 import mmdet.models.backbones.resnet as mmdet_resnet
 import mmseg.models.backbones.resnet as mmseg_resnet
@@ -10,7 +11,8 @@ import torch
 import torchvision
 from helpers import relative_error
 from helpers.checkpoints import load_pretrained, randomised, stage_outputs
-from mmcv.ops import RoIAlign
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
+from mmcv.ops import ModulatedDeformConv2d, RoIAlign
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -66,11 +68,11 @@ def test_outputs_are_contiguous_for_readers_that_ignore_strides(acmix_stages):
 
 
 def test_has_the_arguments_of_plain_resnet():
-    # Where the defaults differ, ours are those of MMDetection.
+    # Where their defaults differ, ours are those of MMDetection.
     theirs = {**inspect.signature(mmseg_resnet.ResNet.__init__).parameters,
               **inspect.signature(mmdet_resnet.ResNet.__init__).parameters}
     own = inspect.signature(ACmixResNet.__init__).parameters
-    for name in set(theirs) - {'conv_cfg', 'dcn', 'stage_with_dcn', 'plugins'}:
+    for name in theirs:
         assert own[name].default == theirs[name].default, name
 
 
@@ -87,6 +89,24 @@ PLAIN = [
     dict(depth=18, with_cp=True),
     dict(depth=18, deep_stem=True, avg_down=True, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)),
     dict(depth=34, stem_channels=16, norm_cfg=dict(type='GN', num_groups=2)),
+    dict(conv_cfg=dict(type='ConvWS'), deep_stem=True),
+    dict(depth=18, conv_cfg=dict(type='ConvWS')),
+    dict(dcn=dict(type='DCN', deform_groups=1, fallback_on_stride=False),
+         stage_with_dcn=(False, True, True, False)),
+    dict(dcn=dict(type='DCNv2', deform_groups=2, fallback_on_stride=True), style='caffe',
+         stage_with_dcn=(False, True, True, False)),
+    dict(plugins=[dict(cfg=dict(type='ContextBlock', ratio=1 / 4), position='after_conv1'),
+                  dict(cfg=dict(type='ContextBlock', ratio=1 / 16, postfix=2),
+                       position='after_conv3', stages=(False, True, False, True))]),
+    dict(base_channels=16, plugins=[dict(
+        cfg=dict(type='GeneralizedAttention', num_heads=8, attention_type='1111', kv_stride=2),
+        position='after_conv2', stages=(False, False, True, True))]),
+]
+# In MMSegmentation, only the last one of several plugins of a position has an effect.
+PLAIN_MMDET = [
+    dict(plugins=[dict(cfg=dict(type='ContextBlock', ratio=1 / 4, postfix=1),
+                       position='after_conv2'),
+                  dict(cfg=dict(type='NonLocal2d', postfix=2), position='after_conv2')]),
 ]
 
 
@@ -104,11 +124,14 @@ HOSTS = {'MMDetection': mmdet_resnet.ResNet, 'MMSegmentation': mmseg_resnet.ResN
 
 @pytest.mark.parametrize(('library', 'arguments'), [
     *[(library, arguments) for arguments in PLAIN for library in HOSTS],
+    *[('MMDetection', arguments) for arguments in PLAIN_MMDET],
     *[('MMSegmentation', arguments) for arguments in PLAIN_MMSEG],
 ], ids=str)
 def test_without_acmix_stages_equals_the_libraries_resnet(library, arguments):
     arguments = {**dict(depth=50, base_channels=8, stem_channels=8, norm_eval=False), **arguments}
-    assert_equal_networks(HOSTS[library](**arguments), ACmixResNet(**arguments, acmix_stages=()))
+    # The libraries change dcn.
+    plain = HOSTS[library](**deepcopy(arguments))
+    assert_equal_networks(plain, ACmixResNet(**arguments, acmix_stages=()))
 
 
 @pytest.mark.parametrize(('host', 'ours'), [
@@ -215,6 +238,92 @@ def test_plain_torchvision_resnets_with_basic_blocks_load(depth, arguments, tmp_
     assert 'layer3.1 0%' in log_text()
     assert ('layer1.0 0%' in log_text()) == (not arguments)
     assert 'dropped: fc.weight, fc.bias' in log_text()
+
+
+def test_conv_cfg_builds_the_convolutions_that_acmix_does_not_replace():
+    model = ACmixResNet(**SMALL, conv_cfg=dict(type='ConvWS'), deep_stem=True, acmix_stages=(0, 1))
+    for name, module in model.named_modules():
+        replaced = re.search(r'layer[12]\.\d\.conv2', name)
+        if isinstance(module, nn.Conv2d) and not replaced:
+            assert isinstance(module, ConvWS2d), name
+    for block in (*model.layer1, *model.layer2):
+        assert type(block.conv2) is ACmixConv2d
+    basic = ACmixResNet(18, base_channels=8, conv_cfg=dict(type='ConvWS')).layer2[0]
+    assert [type(layer) for layer in (basic.conv1, basic.conv2, basic.downsample[0])] == [
+        ConvWS2d, ACmixConv2d, ConvWS2d]
+
+
+DCN_LATE = dict(dcn=dict(type='DCNv2', deform_groups=1), stage_with_dcn=(False, False, True, True))
+PLUGINS = [dict(cfg=dict(type='ContextBlock', ratio=1 / 4), position='after_conv2')]
+
+
+@pytest.mark.parametrize('options', [{}, dict(mixer=dict(type='Involution', kernel_size=3))],
+                         ids=['ACmix', 'Involution'])
+def test_dcn_and_plugins_beside_acmix(options, tmp_path):
+    arguments = dict(depth=50, base_channels=16, norm_eval=False)
+    model = ACmixResNet(**arguments, **DCN_LATE, plugins=PLUGINS, acmix_stages=(0, 1), **options)
+    model.init_weights()
+    deformable = [module for module in model.modules() if isinstance(module, ModulatedDeformConv2d)]
+    assert len(deformable) == 9
+    assert all(module.conv_offset.weight.eq(0).all() for module in deformable)
+    # These layers of mmcv do not check strides.
+    inputs = []
+    for module in (*deformable, *(block.context_block for block in model.layer1)):
+        module.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    sum(out.square().sum() for out in model(torch.randn(2, 3, 64, 50))).backward()
+    assert len(inputs) == 12 and all(each.is_contiguous() for each in inputs)
+    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not unused
+
+    # What a plain checkpoint lacks keeps its initial value; everything else is loaded.
+    plain = mmdet_resnet.ResNet(**arguments)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'plain.pth'))
+    model.init_weights()
+    own, theirs = model.state_dict(), plain.state_dict()
+    for name in own:
+        if re.search(r'conv_offset|context_block', name):
+            assert torch.equal(own[name], before[name]), name
+        elif not re.search(r'layer[12]\.\d\.(conv2|bn2)', name):
+            assert torch.equal(own[name], theirs[name]), name
+
+
+@torch.no_grad()
+def test_deformable_convolution_starts_as_the_convolution_of_a_plain_checkpoint(tmp_path):
+    plain = randomised(mmdet_resnet.ResNet(50, base_channels=8))
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    model = load_pretrained(ACmixResNet, tmp_path / 'plain.pth', depth=50, base_channels=8,
+                            dcn=dict(type='DCN'), stage_with_dcn=(True, True, False, False),
+                            acmix_stages=())
+    x = torch.randn(1, 3, 33, 50)
+    for expected, actual in zip(plain(x), model(x)):
+        assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (dict(stage_with_dcn=(False, True, True, True)), r'dcn and ACmix both replace the 3×3 '
+     r'convolutions of the stages 1, 2, 3; drop dcn and stage_with_dcn, or set acmix_stages=\(0,'),
+    (dict(stage_with_dcn=(False, False, False, True), mixer=dict(type='Involution'),
+          acmix_stages=[2, 3]), r'dcn and mixer both .* stages 3; .* acmix_stages=\(2,\)'),
+    (dict(stage_with_dcn=(True,) * 4, acmix_stages=(), conv_cfg=dict(type='ConvWS')),
+     'dcn and conv_cfg both replace the 3×3 convolutions of the stages 0, 1, 2, 3; drop one'),
+    (dict(stage_with_dcn=(True,)), 'stage_with_dcn needs one bool for each of 4 stages, got 1'),
+    (dict(stage_with_dcn=(True,) * 4, depth=34), 'dcn needs bottlenecks, which depth 34 does not'),
+    (dict(plugins=PLUGINS, depth=18), 'plugins need bottlenecks, .* 18 and 34 do not have'),
+    (dict(plugins=PLUGINS * 2), "have the name 'context_block'; give each a different postfix"),
+    (dict(plugins=[dict(PLUGINS[0], position='after_conv4')]),
+     "one of after_conv1, after_conv2, after_conv3, got 'after_conv4'"),
+    (dict(plugins=[dict(PLUGINS[0], stages=(True,))]), 'one bool for each of 4 stages, got 1'),
+])
+def test_options_that_exclude_each_other(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ACmixResNet(**{**dict(depth=50, base_channels=16, dcn=dict(type='DCNv2')), **arguments})
+
+
+def test_dcn_without_stages_has_no_effect():
+    model = ACmixResNet(**SMALL, dcn=dict(type='DCNv2'))
+    assert all(type(block.conv2) is ACmixConv2d for block in model.layer4)
 
 
 def test_dilations_of_acmix_layers():
