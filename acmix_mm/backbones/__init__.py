@@ -2,10 +2,11 @@
 
 # In the order of the paper's results, which BACKBONES and all tables follow.
 # isort: off
-from acmix_mm.backbones.resnet import ACmixResNet
+from acmix_mm.backbones.resnet import ACmixResNet, ACmixResNetV1c, ACmixResNetV1d
 from acmix_mm.backbones.san import ACmixSAN
 from acmix_mm.backbones.pvt import ACmixPyramidVisionTransformer
 from acmix_mm.backbones.swin import ACmixSwinTransformer
 # isort: on
 
-__all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixSAN', 'ACmixSwinTransformer']
+__all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixResNetV1c', 'ACmixResNetV1d',
+           'ACmixSAN', 'ACmixSwinTransformer']

@@ -99,7 +99,7 @@ def approximate_convolution(kernel: Tensor, num_heads: int, input_scale: Optiona
 
 def replace_convolution(state_dict: dict[str, Tensor], block: str, norms: Sequence[str],
                         num_heads: int, rates: Sequence[str]) -> float:
-    """Replace the 3×3 convolution of a ResNet bottleneck by the closest convolution path of ACmix.
+    """Replace the convolution ``conv2`` of a ResNet block by the closest convolution path of ACmix.
 
     The norm before the convolution determines how much its inputs vary, and the norm after it how
     much its outputs matter. The running mean of that norm absorbs the change in the mean of the
@@ -108,7 +108,7 @@ def replace_convolution(state_dict: dict[str, Tensor], block: str, norms: Sequen
 
     Args:
         state_dict: weights of a plain ResNet under the keys of ``ACmixResNet``; changed in place.
-        block: name of the bottleneck.
+        block: name of the block.
         norms: names of its norms.
         num_heads: attention heads of the ACmix layer.
         rates: the rates in ``RATES`` that the layer has; they turn attention off.

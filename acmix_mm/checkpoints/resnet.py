@@ -1,4 +1,4 @@
-"""Checkpoints of ResNets with bottleneck blocks (arXiv 1512.03385), plain and ACmix."""
+"""Checkpoints of ResNets (arXiv 1512.03385), plain and ACmix."""
 
 import re
 from collections.abc import Mapping
@@ -8,8 +8,12 @@ from torch import Tensor
 
 from acmix_mm.checkpoints.host import ATTENTION, PLAIN, HostCheckpoints, count_blocks
 
-# Blocks of the four stages by depth, as in the code of ACmix's authors.
-STAGE_BLOCKS: dict[int, tuple[int, ...]] = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
+# Blocks of the four stages by depth; 26 and 38 are those of ACmix's authors.
+STAGE_BLOCKS: dict[int, tuple[int, ...]] = {
+    18: (2, 2, 2, 2), 26: (1, 2, 4, 1), 34: (3, 4, 6, 3), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+# Depths with basic blocks; all others have bottlenecks.
+BASIC_DEPTHS = (18, 34)
 
 
 class ResNetCheckpoints(HostCheckpoints):
@@ -48,17 +52,23 @@ class ResNetCheckpoints(HostCheckpoints):
         return 'convolutions larger than 3×3' if is_larger else kind
 
     def backbone_arguments(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-        if 'layer1.0.conv3.weight' not in state_dict:
-            raise ValueError('its blocks are not the bottlenecks of ResNet-26, 38, 50 and deeper')
+        kernel = state_dict.get('layer1.0.conv2.weight')
+        if kernel is not None and len(kernel) != kernel.shape[1]:
+            raise ValueError('its 3×3 convolutions are grouped, as in ResNeXt, and those of ResNet '
+                             'are not')
+        is_basic = 'layer1.0.conv3.weight' not in state_dict
         blocks = count_blocks(state_dict, r'layer{}\.\d+\.conv1\.weight', first=1)
-        depths = {known: depth for depth, known in STAGE_BLOCKS.items()}
+        depths = {known: depth for depth, known in STAGE_BLOCKS.items()
+                  if (depth in BASIC_DEPTHS) == is_basic}
         deep_stem = 'stem.0.weight' in state_dict
         arguments: dict[str, Any] = dict(
-            depth=depths.get(blocks, 50),
+            depth=depths.get(blocks, 18 if is_basic else 50),
             in_channels=state_dict['stem.0.weight' if deep_stem else 'conv1.weight'].shape[1],
             base_channels=len(state_dict['layer1.0.conv1.weight']),
             deep_stem=deep_stem,
-            avg_down='layer1.0.downsample.0.weight' not in state_dict)
+            # The convolution of a shortcut follows its pooling.
+            avg_down=any(re.fullmatch(r'layer\d+\.0\.downsample\.1\.weight', key)
+                         and value.dim() == 4 for key, value in state_dict.items()))
         stem_channels = len(state_dict['stem.6.weight' if deep_stem else 'conv1.weight'])
         if stem_channels != arguments['base_channels']:
             arguments.update(stem_channels=stem_channels)

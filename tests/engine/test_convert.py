@@ -6,6 +6,7 @@ import re
 from contextlib import nullcontext
 
 import mmdet.models.backbones.pvt as mmdet_pvt
+import mmdet.models.backbones.resnext as mmdet_resnext
 import mmdet.models.backbones.swin as mmdet_swin
 import numpy as np
 import pytest
@@ -39,6 +40,11 @@ SIZES = [
     (ACmixPyramidVisionTransformer, PVT),
     (ACmixPyramidVisionTransformer, dict(PVT, qkv_bias=False, sr_ratios=(4, 2), embed_dims=8)),
     (ACmixResNet, dict(depth=38, base_channels=8)),
+    (ACmixResNet, dict(depth=18, base_channels=8, avg_down=True)),
+    (ACmixResNet, dict(depth=34, base_channels=8, stem_channels=16, num_heads=2,
+                       acmix_stages=(0, 3))),
+    (ACmixResNet, dict(depth=18, base_channels=8, stage_blocks=(1, 2, 1, 1))),
+    (ACmixResNet, dict(depth=101, base_channels=4)),
     (ACmixResNet, dict(depth=50, base_channels=8, stem_channels=16, deep_stem=True, avg_down=True,
                        stage_blocks=(1, 1, 1, 1), num_heads=2, acmix_stages=(1, 3))),
     (ACmixSAN, dict(depth=15, base_channels=32)),
@@ -234,9 +240,11 @@ def test_weights_that_determine_no_backbone(tmp_path):
                tmp_path / 'part.pth')
     with pytest.raises(CheckpointError, match=f"is incomplete: it lacks '{lacking}'"):
         convert(str(tmp_path / 'part.pth'), str(tmp_path / 'acmix.pth'))
-    torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'r18.pth')
-    with pytest.raises(CheckpointError, match='its blocks are not the bottlenecks'):
-        convert(str(tmp_path / 'r18.pth'), str(tmp_path / 'acmix.pth'))
+    resnext = mmdet_resnext.ResNeXt(depth=50, groups=4, num_stages=1, strides=(1,),
+                                    dilations=(1,), out_indices=(0,))
+    torch.save(resnext.state_dict(), tmp_path / 'resnext.pth')
+    with pytest.raises(CheckpointError, match='its 3×3 convolutions are grouped, as in ResNeXt'):
+        convert(str(tmp_path / 'resnext.pth'), str(tmp_path / 'acmix.pth'))
     v2 = mmdet_pvt.PyramidVisionTransformerV2(embed_dims=8, num_layers=[1, 1, 1, 1])
     torch.save(v2.state_dict(), tmp_path / 'v2.pth')
     with pytest.raises(CheckpointError, match='like PVT v2'):
