@@ -11,6 +11,7 @@ import torch
 import torchvision
 from helpers import relative_error
 from helpers.checkpoints import load_pretrained, randomised, stage_outputs
+from helpers.hosts import assert_equal_networks
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmcv.ops import ModulatedDeformConv2d, RoIAlign
 from mmengine.registry import MODELS
@@ -154,28 +155,6 @@ def test_variants_equal_the_libraries(host, ours, depth, tmp_path):
     inferred = infer_arguments(read_pretrained(checkpoint['checkpoint']))
     assert inferred == dict(base_channels=8, stem_channels=16, deep_stem=True, depth=depth,
                             **(dict(avg_down=True) if ours.endswith('d') else {}))
-
-
-def assert_equal_networks(plain, ours):
-    """Check the features, and which parameters and statistics are frozen in training."""
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.normal_(std=0.2)
-    ours.load_state_dict(plain.state_dict())
-    # In double precision: with random weights, rounding errors grow with the depth.
-    plain.double().train()
-    ours.double().train()
-    x = torch.randn(2, 3, 65, 50, dtype=torch.double)
-    expected, actual = plain(x), ours(x)
-    assert len(actual) == len(expected)
-    for theirs, own in zip(expected, actual):
-        torch.testing.assert_close(own, theirs)
-    for (name, own), (_, theirs) in zip(ours.named_parameters(), plain.named_parameters()):
-        assert own.requires_grad == theirs.requires_grad, name
-    theirs = dict(plain.named_modules())
-    for name, own in ours.named_modules():
-        if isinstance(own, nn.BatchNorm2d):
-            assert own.training == theirs[name].training, name
 
 
 @pytest.mark.parametrize('arguments', [
