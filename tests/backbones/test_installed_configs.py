@@ -49,11 +49,12 @@ def ours(backbone):
 def outcome(network, arguments):
     image = torch.empty(1, arguments.get('in_channels', 3), 64, 96, device='meta')
     try:
-        with pytest.MonkeyPatch.context() as patch, torch.device('meta'), torch.no_grad():
+        with pytest.MonkeyPatch.context() as patch, torch.device('meta'):
             # Hosts read numbers from it in their constructors.
             patch.setattr(torch, 'linspace', functools.partial(torch.linspace, device='cpu'))
             model = network(**deepcopy(arguments))
-            model.eval()
+        model.eval()
+        with torch.no_grad():
             return [tuple(out.shape) for out in model(image)]
     except ValueError as error:
         return str(error)
@@ -62,7 +63,7 @@ def outcome(network, arguments):
 def test_finds_the_backbones_that_mmengine_finds(installed):
     assert {backbone.type for backbone in installed} == set(HOSTS) - {'ResNetV1d'}
     assert len(installed) > 100
-    for backbone in installed[::4]:
+    for backbone in installed[::8]:
         config = Config.fromfile(backbone.files[-1])
         assert has_backbone(config.model.to_dict(), backbone), backbone.files[-1]
 
