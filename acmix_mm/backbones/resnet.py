@@ -205,10 +205,10 @@ class ACmixResNet(ACmixBackbone):
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-ResNet of the authors
             or a plain ResNet (torchvision, timm, MMDetection), or None. When loading a plain
-            ResNet, each 3×3 convolution is approximated by a convolution path, with rate1 = 0, and
-            the log reports the error. Layers without a suitable path (``mix='attn'``, or an
-            ``acmix_cfg`` with shared or fixed shifts or without rates) and the norms that follow
-            them keep their initial values.
+            ResNet, each convolution that ACmix replaces is approximated by a convolution path, with
+            rate1 = 0, and the log reports the error. Layers without a suitable path
+            (``mix='attn'``, or an ``acmix_cfg`` with shared or fixed shifts or without rates) and
+            the norms that follow them keep their initial values.
         stage_blocks: number of blocks of each stage; overrides ``depth``.
         num_heads: attention heads of every ACmix layer.
         attn_kernel_size: side of the attention window.
@@ -444,9 +444,9 @@ class ACmixResNet(ACmixBackbone):
             may_drop=r'^(fc|head)\.',
             leave=unlike)
         if errors:
-            print_log('  Each 3×3 convolution is approximated by a convolution path, with '
-                      'rate1 = 0. Expected error, relative to the standard deviation of its '
-                      'outputs:\n    ' +
+            print_log('  Each convolution that ACmix replaces is approximated by a convolution '
+                      'path, with rate1 = 0. Expected error, relative to the standard deviation of '
+                      'its outputs:\n    ' +
                       ', '.join(f'{name} {error:.0%}' for name, error in errors.items()),
                       logger='current')
 

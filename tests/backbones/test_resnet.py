@@ -15,6 +15,7 @@ from helpers.hosts import assert_equal_networks
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmcv.ops import ModulatedDeformConv2d, RoIAlign
 from mmengine.registry import MODELS
+from mmseg.models.backbones import ICNet
 from torch import nn
 
 from acmix_mm.backbones import ACmixResNet
@@ -197,6 +198,17 @@ def test_a_basic_block_mixes_in_its_second_convolution(options):
     model.init_weights()
     blocks = [block for block in model.modules() if isinstance(block, ResidualBlock)]
     assert all(block.bn2.weight.eq(0).all() for block in blocks)
+
+
+def test_icnet_runs_the_stages_of_its_backbone():
+    """Its backbone is in ``backbone_cfg``; it does not call the backbone as a whole."""
+    x = torch.randn(2, 3, 128, 160)
+    expected, actual = (
+        ICNet(backbone_cfg=dict(type=backbone, depth=18, base_channels=8, stem_channels=8),
+              layer_channels=(16, 64), psp_out_channels=8, out_channels=(8, 16, 16))(x)
+        for backbone in ('mmseg.ResNetV1c', 'ACmixResNetV1c'))
+    assert [out.shape for out in actual] == [out.shape for out in expected]
+    sum(out.square().sum() for out in actual).backward()
 
 
 @torch.no_grad()
