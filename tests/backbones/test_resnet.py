@@ -244,6 +244,21 @@ def test_conv_cfg_builds_the_convolutions_that_acmix_does_not_replace():
         ConvWS2d, ACmixConv2d, ConvWS2d]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('depth', [50, 18])
+def test_standardised_kernels_of_a_plain_checkpoint_are_approximated(depth, tmp_path, log_text):
+    """What ConvWS convolves with, not its parameter; exactly, for 8 channels."""
+    arguments = dict(depth=depth, base_channels=8, conv_cfg=dict(type='ConvWS'),
+                     norm_cfg=dict(type='GN', num_groups=2))
+    plain = randomised(mmdet_resnet.ResNet(**arguments), std=0.3)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    model = load_pretrained(ACmixResNet, tmp_path / 'plain.pth', **arguments, acmix_stages=(0,))
+    x = torch.randn(1, 3, 65, 64)
+    for expected, actual in zip(plain(x), model(x)):
+        assert relative_error(actual, expected) < 1e-5
+    assert 'layer1.0 0%' in log_text()
+
+
 DCN_LATE = dict(dcn=dict(type='DCNv2', deform_groups=1), stage_with_dcn=(False, False, True, True))
 PLUGINS = [dict(cfg=dict(type='ContextBlock', ratio=1 / 4), position='after_conv2')]
 
