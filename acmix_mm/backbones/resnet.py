@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Optional
 
 import torch
 from mmcv.cnn import build_conv_layer, build_norm_layer, build_plugin_layer
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmcv.cnn.bricks.transformer import build_dropout
 from mmengine.logging import print_log
 from mmengine.model import Sequential, constant_init, kaiming_init
@@ -205,10 +206,10 @@ class ACmixResNet(ACmixBackbone):
         pretrained: deprecated in favour of ``init_cfg``; path or URL of a checkpoint.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` with an ACmix-ResNet of the authors
             or a plain ResNet (torchvision, timm, MMDetection), or None. When loading a plain
-            ResNet, each 3×3 convolution is approximated by a convolution path, with rate1 = 0, and
-            the log reports the error. Layers without a suitable path (``mix='attn'``, or an
-            ``acmix_cfg`` with shared or fixed shifts or without rates) and the norms that follow
-            them keep their initial values.
+            ResNet, each convolution that ACmix replaces is approximated by a convolution path, with
+            rate1 = 0, and the log reports the error. Layers without a suitable path
+            (``mix='attn'``, or an ``acmix_cfg`` with shared or fixed shifts or without rates) and
+            the norms that follow them keep their initial values.
         stage_blocks: number of blocks of each stage; overrides ``depth``.
         num_heads: attention heads of every ACmix layer.
         attn_kernel_size: side of the attention window.
@@ -428,6 +429,10 @@ class ACmixResNet(ACmixBackbone):
             and (isinstance(block.conv2, ACmixConv2d)
                  or (self.mixer is not None and not hasattr(block.conv2, 'conv_offset')))
             and has_other_names(block.conv2, f'{name}.conv2.', state_dict)}
+        for name, block in replaced.items():
+            key = f'{name}.conv2.weight'
+            if isinstance(block.conv1, ConvWS2d) and key in state_dict:
+                state_dict[key] = standardise(state_dict[key], block.conv1.eps)
         errors = {
             name: replace_convolution(state_dict, name, block.norm_names, block.conv2.num_heads,
                                       [rate for rate in RATES if hasattr(block.conv2, rate)])
@@ -444,9 +449,9 @@ class ACmixResNet(ACmixBackbone):
             may_drop=r'^(fc|head)\.',
             leave=unlike)
         if errors:
-            print_log('  Each 3×3 convolution is approximated by a convolution path, with '
-                      'rate1 = 0. Expected error, relative to the standard deviation of its '
-                      'outputs:\n    ' +
+            print_log('  Each convolution that ACmix replaces is approximated by a convolution '
+                      'path, with rate1 = 0. Expected error, relative to the standard deviation of '
+                      'its outputs:\n    ' +
                       ', '.join(f'{name} {error:.0%}' for name, error in errors.items()),
                       logger='current')
 
@@ -549,6 +554,17 @@ def check_plugins(plugins: Sequence[dict], num_stages: int) -> None:
         if stages is not None and len(stages) != num_stages:
             raise ValueError(f'The stages of a plugin need one bool for each of {num_stages} '
                              f'stages, got {len(stages)}.')
+
+
+def standardise(kernel: Tensor, eps: float) -> Tensor:
+    """The kernel that mmcv's ``ConvWS2d`` convolves with (arXiv 1903.10520).
+
+    Args:
+        kernel: the parameter, (out_channels, in_channels, k, k).
+        eps: small number that is added to the standard deviation.
+    """
+    std, mean = torch.std_mean(kernel, dim=(1, 2, 3), keepdim=True)
+    return (kernel - mean) / (std + eps)
 
 
 def deep_stem_layers(in_channels: int, channels: int, conv_cfg: Optional[dict],

@@ -11,9 +11,11 @@ import torch
 import torchvision
 from helpers import relative_error
 from helpers.checkpoints import load_pretrained, randomised, stage_outputs
+from helpers.hosts import assert_equal_networks
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmcv.ops import ModulatedDeformConv2d, RoIAlign
 from mmengine.registry import MODELS
+from mmseg.models.backbones import ICNet
 from torch import nn
 
 from acmix_mm.backbones import ACmixResNet
@@ -156,28 +158,6 @@ def test_variants_equal_the_libraries(host, ours, depth, tmp_path):
                             **(dict(avg_down=True) if ours.endswith('d') else {}))
 
 
-def assert_equal_networks(plain, ours):
-    """Check the features, and which parameters and statistics are frozen in training."""
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.normal_(std=0.2)
-    ours.load_state_dict(plain.state_dict())
-    # In double precision: with random weights, rounding errors grow with the depth.
-    plain.double().train()
-    ours.double().train()
-    x = torch.randn(2, 3, 65, 50, dtype=torch.double)
-    expected, actual = plain(x), ours(x)
-    assert len(actual) == len(expected)
-    for theirs, own in zip(expected, actual):
-        torch.testing.assert_close(own, theirs)
-    for (name, own), (_, theirs) in zip(ours.named_parameters(), plain.named_parameters()):
-        assert own.requires_grad == theirs.requires_grad, name
-    theirs = dict(plain.named_modules())
-    for name, own in ours.named_modules():
-        if isinstance(own, nn.BatchNorm2d):
-            assert own.training == theirs[name].training, name
-
-
 @pytest.mark.parametrize('arguments', [
     dict(), dict(mix='attn'), dict(mix='conv'), dict(acmix_stages=(2, 3)),
     dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)), dict(style='caffe'),
@@ -220,6 +200,17 @@ def test_a_basic_block_mixes_in_its_second_convolution(options):
     assert all(block.bn2.weight.eq(0).all() for block in blocks)
 
 
+def test_icnet_runs_the_stages_of_its_backbone():
+    """Its backbone is in ``backbone_cfg``; it does not call the backbone as a whole."""
+    x = torch.randn(2, 3, 128, 160)
+    expected, actual = (
+        ICNet(backbone_cfg=dict(type=backbone, depth=18, base_channels=8, stem_channels=8),
+              layer_channels=(16, 64), psp_out_channels=8, out_channels=(8, 16, 16))(x)
+        for backbone in ('mmseg.ResNetV1c', 'ACmixResNetV1c'))
+    assert [out.shape for out in actual] == [out.shape for out in expected]
+    sum(out.square().sum() for out in actual).backward()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(('depth', 'arguments'), [
     (18, {}), (18, dict(acmix_stages=(2, 3))), (34, {})], ids=str)
@@ -251,6 +242,21 @@ def test_conv_cfg_builds_the_convolutions_that_acmix_does_not_replace():
     basic = ACmixResNet(18, base_channels=8, conv_cfg=dict(type='ConvWS')).layer2[0]
     assert [type(layer) for layer in (basic.conv1, basic.conv2, basic.downsample[0])] == [
         ConvWS2d, ACmixConv2d, ConvWS2d]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('depth', [50, 18])
+def test_standardised_kernels_of_a_plain_checkpoint_are_approximated(depth, tmp_path, log_text):
+    """What ConvWS convolves with, not its parameter; exactly, for 8 channels."""
+    arguments = dict(depth=depth, base_channels=8, conv_cfg=dict(type='ConvWS'),
+                     norm_cfg=dict(type='GN', num_groups=2))
+    plain = randomised(mmdet_resnet.ResNet(**arguments), std=0.3)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    model = load_pretrained(ACmixResNet, tmp_path / 'plain.pth', **arguments, acmix_stages=(0,))
+    x = torch.randn(1, 3, 65, 64)
+    for expected, actual in zip(plain(x), model(x)):
+        assert relative_error(actual, expected) < 1e-5
+    assert 'layer1.0 0%' in log_text()
 
 
 DCN_LATE = dict(dcn=dict(type='DCNv2', deform_groups=1), stage_with_dcn=(False, False, True, True))
