@@ -1,8 +1,9 @@
 # Baseline: mmdet::retinanet/retinanet_r50_fpn_1x_coco.py
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['acmix_mm'])
-# The ACmix layers and the norms that follow them start untrained. Therefore only the stem is
-# frozen, and batch norm statistics are updated, synchronised over all GPUs.
+# The convolution paths only approximate the plain 3×3 convolutions, and attention starts untrained.
+# Therefore only the stem is frozen, and batch norm statistics are updated, synchronised over all
+# GPUs.
 model = dict(
     backbone=dict(
         type='ACmixResNet',
