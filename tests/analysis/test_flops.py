@@ -1,6 +1,8 @@
 """Counts of the layers against formulas worked out by hand, and against torch's own counts."""
 
+import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
@@ -18,12 +20,28 @@ def numbers(counts):
     return {name: each.multiply_adds for name, each in counts.items()}
 
 
-@pytest.mark.parametrize('backend', ['reference', 'sdpa', 'chunked', 'two_step', 'folded', 'conv2d',
-                                     'triton'])
-def test_window_acmix(backend):
+CONVOLUTION_BACKENDS = ('reference', 'two_step', 'folded', 'conv2d', 'triton')
+
+
+@contextlib.contextmanager
+def use_backends(attention, convolution):
+    """Use one backend for attention and another one for shift_conv.
+
+    The innermost context applies first, so it must be one that the other operator lacks.
+    """
+    inner, outer = attention, convolution
+    if attention in CONVOLUTION_BACKENDS:
+        inner, outer = convolution, attention
+    with use_backend(outer), use_backend(inner):
+        yield
+
+
+@pytest.mark.parametrize('attention', ['reference', 'sdpa', 'chunked'])
+@pytest.mark.parametrize('convolution', CONVOLUTION_BACKENDS)
+def test_window_acmix(attention, convolution):
     """Two images of 5×6, windows of 4: attention's map is padded to 8×8."""
     layer = WindowACmix(12, 3, window_size=4, shift_size=2)
-    with use_backend(backend):
+    with use_backends(attention, convolution):
         counts = count(layer, lambda: layer(torch.zeros(2, 5, 6, 12)))
     assert numbers(counts) == {
         PROJECTIONS: 2 * 64 * 4 * 12 * 12,
@@ -37,13 +55,16 @@ def test_window_acmix(backend):
     assert total(counts).parameters == sum(each.numel() for each in layer.parameters())
 
 
-@pytest.mark.parametrize('backend', ['reference', 'tiled', 'dense', 'two_step', 'folded', 'conv2d',
-                                     'triton'])
-def test_acmix_conv(backend):
+# Both operators have 'reference' and 'triton', so that contexts cannot combine these two.
+@pytest.mark.parametrize(('attention', 'convolution'), [
+    pair for pair in itertools.product(['reference', 'tiled', 'dense', 'triton'],
+                                       CONVOLUTION_BACKENDS)
+    if set(pair) != {'reference', 'triton'}])
+def test_acmix_conv(attention, convolution):
     """Stride 2 on 7×5: projections and fc run on all 35 positions, the rest on 4×3 outputs."""
     layer = ACmixConv2d(6, 8, stride=2, num_heads=2, attn_kernel_size=5)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), layer)
-    with use_backend(backend):
+    with use_backends(attention, convolution):
         counts = count(model, lambda: model(torch.zeros(2, 3, 7, 5)))
     assert numbers(counts) == {
         PROJECTIONS: 2 * 35 * 3 * 6 * 8,
