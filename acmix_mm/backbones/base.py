@@ -73,6 +73,8 @@ class ACmixBackbone(BaseModule):
         checkpoints: what is known of the host's checkpoints.
         mixers: for each token mixer that the backbone supports, the arguments that select it.
         plain_arguments: arguments that turn the backbone into its plain host.
+        fixed_arguments: arguments that a variant of a host sets itself; its constructor passes
+            all others on to that of the host as ``**arguments``.
         width_argument: argument that the channels of all stages are proportional to.
         blocks_argument: argument with the number of blocks in each stage.
         paper_networks: networks of the paper.
@@ -99,6 +101,7 @@ class ACmixBackbone(BaseModule):
     checkpoints: ClassVar[HostCheckpoints]
     mixers: ClassVar[dict[str, dict[str, Any]]]
     plain_arguments: ClassVar[dict[str, Any]]
+    fixed_arguments: ClassVar[dict[str, Any]] = {}
     width_argument: ClassVar[str]
     blocks_argument: ClassVar[str]
     paper_networks: ClassVar[tuple[PaperNetwork, ...]] = ()
@@ -136,8 +139,15 @@ class ACmixBackbone(BaseModule):
     @classmethod
     def arguments(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """All constructor arguments: the given ones, and the defaults of the others."""
-        parameters = inspect.signature(cls).parameters
-        return {**{name: each.default for name, each in parameters.items()}, **given}
+        defaults: dict[str, Any] = {}
+        for each in cls.__mro__:
+            parameters = inspect.signature(each).parameters.values()
+            named = [each for each in parameters if each.kind is not each.VAR_KEYWORD]
+            defaults = {**{each.name: each.default for each in named}, **defaults}
+            # A variant of a host passes **arguments on to the next class.
+            if len(named) == len(parameters):
+                break
+        return {**defaults, **cls.fixed_arguments, **given}
 
     @classmethod
     def stage_blocks_of(cls, arguments: Mapping[str, Any]) -> tuple[int, ...]:

@@ -486,8 +486,10 @@ class ACmixResNetV1c(ACmixResNet):
         arguments: all arguments of :class:`ACmixResNet` except ``deep_stem`` and ``avg_down``.
     """
 
+    fixed_arguments: ClassVar = dict(deep_stem=True, avg_down=False)
+
     def __init__(self, depth: int, **arguments: Any) -> None:
-        super().__init__(depth, deep_stem=True, avg_down=False, **arguments)
+        super().__init__(depth, **self.fixed_arguments, **arguments)
 
 
 @MODELS.register_module()
@@ -499,8 +501,10 @@ class ACmixResNetV1d(ACmixResNet):
         arguments: all arguments of :class:`ACmixResNet` except ``deep_stem`` and ``avg_down``.
     """
 
+    fixed_arguments: ClassVar = dict(deep_stem=True, avg_down=True)
+
     def __init__(self, depth: int, **arguments: Any) -> None:
-        super().__init__(depth, deep_stem=True, avg_down=True, **arguments)
+        super().__init__(depth, **self.fixed_arguments, **arguments)
 
 
 def dilations_of_blocks(dilation: int, blocks: int, multi_grid: Optional[Sequence[int]],

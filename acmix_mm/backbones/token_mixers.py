@@ -13,9 +13,10 @@ from typing import Any, Optional
 
 from mmcv.cnn import build_conv_layer
 from mmengine.config import ConfigDict
+from mmengine.registry import MODELS
 from torch import nn
 
-from acmix_mm.backbones.base import BACKBONES
+from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
 from acmix_mm.layers.padded_conv import one_side
 from acmix_mm.utils.errors import UsageError
 
@@ -29,7 +30,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
 MIXERS: tuple[str, ...] = ('conv', *PATHS, *OPERATORS)
 
 
-def mixer_options(backbone: str, mixer: str) -> dict[str, Any]:
+def mixer_options(backbone: Optional[str], mixer: str) -> dict[str, Any]:
     """Arguments that select a token mixer, to be merged into a backbone's config.
 
     Args:
@@ -43,11 +44,12 @@ def mixer_options(backbone: str, mixer: str) -> dict[str, Any]:
     """
     if mixer not in MIXERS:
         raise UsageError(f'There is no mixer {mixer!r}; name one of {", ".join(MIXERS)}.')
-    hosts = {host.__name__: host for host in BACKBONES.values()}
-    if backbone not in hosts:
+    network = MODELS.get(backbone) if backbone else None
+    if network is None or not issubclass(network, ACmixBackbone):
+        hosts = ', '.join(host.__name__ for host in BACKBONES.values())
         raise UsageError(f'The backbone {backbone} has no mixer to exchange; use a config with '
-                         f'one that has: {", ".join(hosts)}.')
-    options = hosts[backbone].mixers
+                         f'one that has: {hosts}.')
+    options = network.mixers
     if mixer not in options:
         raise UsageError(f'The backbone {backbone} does not support the mixer {mixer}; it supports '
                          f'{", ".join(options)}.')

@@ -39,6 +39,18 @@ def test_declarations(host):
     assert not backbone.checkpoints.is_acmix(plain.state_dict())
 
 
+@pytest.mark.parametrize(('variant', 'host', 'fixed'), [
+    ('ACmixResNetV1c', 'ResNet', dict(deep_stem=True, avg_down=False)),
+    ('ACmixResNetV1d', 'ResNet', dict(deep_stem=True, avg_down=True)),
+])
+def test_a_variant_has_the_arguments_of_its_host(variant, host, fixed):
+    arguments = MODELS.get(variant).arguments(SMALL[host])
+    assert arguments == {**BACKBONES[host].arguments(SMALL[host]), **fixed}
+    model = MODELS.build(dict(SMALL[host], type=variant))
+    expected = BACKBONES[host](**SMALL[host], **fixed)
+    assert repr(model).partition('(')[2] == repr(expected).partition('(')[2]
+
+
 @each_host
 def test_stages_have_the_declared_maps(host):
     model = BACKBONES[host](**SMALL[host]).eval()

@@ -63,6 +63,18 @@ def test_matches_within_two_percent_of_the_backbone(path, mixer, quantity):
     assert families[mixer].counts(sizes[mixer])[:2] == tuple(counted[mixer][1])
 
 
+def test_a_variant_of_a_host_is_matched():
+    cfg = config(SEGMENTATION, FEW_BLOCKS[SEGMENTATION])
+    cfg.model.backbone.type = 'ACmixResNetV1d'
+    families = {name: Family(cfg.model, name, SHAPE) for name in ('acmix', 'conv')}
+    sizes = match_all(families, 'params')
+    assert sizes['conv'] != sizes['acmix'] == BackboneSize(32, (1, 1, 2, 1))
+    with torch.device('meta'):
+        backbone = MODELS.build(families['conv'].config(sizes['conv']).backbone)
+    assert type(backbone).__name__ == 'ACmixResNetV1d'
+    assert backbone.stem[6].out_channels == sizes['conv'].width
+
+
 def test_matching_network_keeps_its_size():
     family = Family(config(SEGMENTATION).model, 'attn', SHAPE)
     own = family.count('params', family.own_size)
