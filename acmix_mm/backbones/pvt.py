@@ -29,6 +29,7 @@ from acmix_mm.backbones.base import (
 )
 from acmix_mm.backbones.position_tables import resize_grid
 from acmix_mm.backbones.token_mixers import PATHS
+from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.pvt import PVTCheckpoints
 from acmix_mm.checkpoints.recognition import Pretrained
@@ -182,7 +183,7 @@ class ACmixPyramidVisionTransformer(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    checkpoints = PVTCheckpoints()
+    checkpoints = HOSTS[PVTCheckpoints.host]
     mixers = PATHS
     plain_arguments: ClassVar = dict(mix='attn')
     # The channels of an attention head; the number of heads is fixed.
@@ -310,8 +311,7 @@ class ACmixPyramidVisionTransformer(ACmixBackbone):
 
         convolution_path = r'\.attn\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_report(
-            self, state_dict, source=found.source,
-            recognised=str(found),
+            self, found.with_state_dict(state_dict),
             may_lack=r'^layers\.\d\.2\.' if is_acmix else rf'^layers\.\d\.2\.|{convolution_path}',
             may_drop=r'^(head|norm)\.|^cls_token$|^layers\.\d\.2\.' + (
                 r'|\.out_proj\.' if self.mix == 'conv' else ''))

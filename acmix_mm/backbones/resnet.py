@@ -31,6 +31,7 @@ from acmix_mm.backbones.token_mixers import (
     has_other_names,
 )
 from acmix_mm.checkpoints.convolution import RATES, replace_convolution
+from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.loading import load_with_report
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.checkpoints.resnet import BASIC_DEPTHS, STAGE_BLOCKS, ResNetCheckpoints
@@ -241,7 +242,7 @@ class ACmixResNet(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    checkpoints = ResNetCheckpoints()
+    checkpoints = HOSTS[ResNetCheckpoints.host]
     mixers: ClassVar = {'conv': dict(acmix_stages=()), **PATHS, **OPERATORS}
     plain_arguments: ClassVar = dict(acmix_stages=())
     width_argument = 'base_channels'
@@ -442,8 +443,7 @@ class ACmixResNet(ACmixBackbone):
         unlike = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
                           for name, block in replaced.items() if name not in errors)
         load_with_report(
-            self, state_dict, source=found.source,
-            recognised=str(found),
+            self, found.with_state_dict(state_dict),
             may_lack='|'.join([r'num_batches_tracked$', *([r'\.conv_p\.'] if errors else ()),
                                *self.additions()]),
             may_drop=r'^(fc|head)\.',

@@ -18,6 +18,7 @@ from acmix_mm.backbones.base import (
     stochastic_depth,
 )
 from acmix_mm.backbones.token_mixers import PATHS
+from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.checkpoints.san import STAGE_BLOCKS, SANCheckpoints
@@ -114,7 +115,7 @@ class ACmixSAN(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    checkpoints = SANCheckpoints()
+    checkpoints = HOSTS[SANCheckpoints.host]
     mixers = PATHS
     plain_arguments: ClassVar = dict(mix='attn')
     width_argument = 'base_channels'
@@ -210,8 +211,7 @@ class ACmixSAN(ACmixBackbone):
     def load_pretrained(self, found: Pretrained) -> None:
         convolution_path = r'|\.sam\.(fc\.|dep_conv\.|rate[12]$)'
         load_with_report(
-            self, found.state_dict, source=found.source,
-            recognised=str(found),
+            self, found,
             may_lack=r'num_batches_tracked$' + ('' if found.is_acmix else convolution_path),
             may_drop=r'^(fc|head)\.' + (r'|\.conv_w\.' if self.mix == 'conv' else ''))
         if not found.is_acmix and self.mix == 'acmix':

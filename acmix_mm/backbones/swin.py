@@ -29,6 +29,7 @@ from acmix_mm.backbones.token_mixers import (
     check_one_mixer,
     has_other_names,
 )
+from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.checkpoints.swin import SwinCheckpoints
@@ -181,7 +182,7 @@ class ACmixSwinTransformer(ACmixBackbone):
         CheckpointError: in ``init_weights``, the checkpoint cannot be read or does not fit.
     """
 
-    checkpoints = SwinCheckpoints()
+    checkpoints = HOSTS[SwinCheckpoints.host]
     mixers: ClassVar = {
         'conv': dict(mixer=dict(type='Conv2d', kernel_size=3)), **PATHS, **OPERATORS}
     plain_arguments: ClassVar = dict(mix='attn')
@@ -349,8 +350,7 @@ class ACmixSwinTransformer(ACmixBackbone):
             and has_other_names(mixer, f'{name}.', state_dict)]
         optional = r'^norm\d\.|^absolute_pos_embed$'
         load_with_report(
-            self, state_dict, source=found.source,
-            recognised=str(found),
+            self, found.with_state_dict(state_dict),
             may_lack=optional if is_acmix else f'{optional}|{convolution_path}',
             may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
             {'acmix': '', 'attn': f'|{convolution_path}', 'conv': f'|{attention_path}'}[self.mix],

@@ -1,31 +1,30 @@
 """Loading weights into a model, with a report of what was loaded."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import nn
 
+from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.utils.errors import CheckpointError
 
 
-def load_with_report(model: nn.Module, state_dict: Mapping[str, Tensor], *, source: str,
-                     recognised: str, may_lack: str, may_drop: str, leave: str = '') -> None:
+def load_with_report(model: nn.Module, found: Pretrained, *, may_lack: str, may_drop: str,
+                     leave: str = '') -> None:
     """Load weights into a model and log which keys were loaded, kept as initialised, and dropped.
 
     Args:
         model: the model.
-        state_dict: the weights, under the keys of the model.
-        source: the checkpoint, for messages.
-        recognised: what the checkpoint was recognised as, for messages.
-        may_lack: regular expression for keys of the model that may be missing in ``state_dict``.
-        may_drop: regular expression for keys of ``state_dict`` that may be missing in the model.
+        found: the weights, under the keys of the model.
+        may_lack: regular expression for keys of the model that may be missing in the weights.
+        may_drop: regular expression for keys of the weights that may be missing in the model.
         leave: regular expression for keys to ignore on both sides; empty for none.
 
     Raises:
         CheckpointError: other keys are missing, or shapes differ; the model is unchanged.
     """
-    own = model.state_dict()
+    own, state_dict = model.state_dict(), found.state_dict
     if leave:
         may_lack, may_drop = f'{may_lack}|{leave}', f'{may_drop}|{leave}'
     shared = {key: state_dict[key] for key in own
@@ -40,10 +39,10 @@ def load_with_report(model: nn.Module, state_dict: Mapping[str, Tensor], *, sour
         problems = [f'{label}: {summary(keys)}' for label, keys in
                     (('missing', lacking), ('not in the model', left_over),
                      ('of another shape', misshapen)) if keys]
-        raise CheckpointError(f'The checkpoint {source} ({recognised}) does not fit this '
+        raise CheckpointError(f'The checkpoint {found.source} ({found}) does not fit this '
                               f'{type(model).__name__}: {"; ".join(problems)}.')
     model.load_state_dict(shared, strict=False)
-    print_log(f'{source}: recognised as {recognised}.\n'
+    print_log(f'{found.source}: recognised as {found}.\n'
               f'  loaded: {len(own) - len(missing)} of {len(own)} entries\n'
               f'  left at the initial value: {summary(missing) or "none"}\n'
               f'  dropped: {summary(dropped) or "none"}', logger='current')

@@ -38,6 +38,10 @@ class Pretrained(NamedTuple):
     def state_dict(self) -> dict[str, Tensor]:
         return self.weights.state_dict
 
+    def with_state_dict(self, state_dict: dict[str, Tensor]) -> 'Pretrained':
+        """The same network with other weights, under the keys of the backbone."""
+        return self._replace(weights=self.weights._replace(state_dict=state_dict))
+
     def __str__(self) -> str:
         network = {PLAIN: f'plain {self.host}', ACMIX: f'ACmix-{self.host}'}.get(
             self.kind, f'{self.host} with {self.kind}')

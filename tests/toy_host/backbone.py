@@ -92,7 +92,7 @@ class ACmixToyNet(ACmixBackbone):
 
     def load_pretrained(self, found: Pretrained) -> None:
         load_with_report(
-            self, found.state_dict, source=found.source, recognised=str(found),
+            self, found,
             may_lack='^$' if found.is_acmix else r'\.mixer\.(fc\.|dep_conv\.|rate[12]$)',
             may_drop=r'^head\.')
         if not found.is_acmix and self.mix == 'acmix':
