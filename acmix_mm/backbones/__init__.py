@@ -4,9 +4,12 @@
 # isort: off
 from acmix_mm.backbones.resnet import ACmixResNet, ACmixResNetV1c, ACmixResNetV1d
 from acmix_mm.backbones.san import ACmixSAN
-from acmix_mm.backbones.pvt import ACmixPyramidVisionTransformer
+from acmix_mm.backbones.pvt import (
+    ACmixPyramidVisionTransformer,
+    ACmixPyramidVisionTransformerV2,
+)
 from acmix_mm.backbones.swin import ACmixSwinTransformer
 # isort: on
 
-__all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixResNetV1c', 'ACmixResNetV1d',
-           'ACmixSAN', 'ACmixSwinTransformer']
+__all__ = ['ACmixPyramidVisionTransformer', 'ACmixPyramidVisionTransformerV2', 'ACmixResNet',
+           'ACmixResNetV1c', 'ACmixResNetV1d', 'ACmixSAN', 'ACmixSwinTransformer']

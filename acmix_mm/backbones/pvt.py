@@ -330,6 +330,25 @@ class ACmixPyramidVisionTransformer(ACmixBackbone):
                 (r'^(?:layers\.\d+\.2|norm)\.', WITH_PREVIOUS)])
 
 
+@MODELS.register_module()
+class ACmixPyramidVisionTransformerV2(ACmixPyramidVisionTransformer):
+    """ACmix in PVT v2 (arXiv 2106.13797), whose patches overlap.
+
+    The paper has no PVT v2.
+
+    Args:
+        arguments: all arguments of :class:`ACmixPyramidVisionTransformer` except ``patch_sizes``,
+            ``paddings``, ``use_abs_pos_embed``, ``norm_after_stage`` and ``use_conv_ffn``.
+    """
+
+    fixed_arguments: ClassVar = dict(patch_sizes=(7, 3, 3, 3), paddings=(3, 1, 1, 1),
+                                     use_abs_pos_embed=False, norm_after_stage=True,
+                                     use_conv_ffn=True)
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**self.fixed_arguments, **arguments)
+
+
 def fit_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize the position table of another, square image size, without a class token's row."""
     area = grid[0] * grid[1]

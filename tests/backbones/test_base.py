@@ -42,6 +42,9 @@ def test_declarations(host):
 @pytest.mark.parametrize(('variant', 'host', 'fixed'), [
     ('ACmixResNetV1c', 'ResNet', dict(deep_stem=True, avg_down=False)),
     ('ACmixResNetV1d', 'ResNet', dict(deep_stem=True, avg_down=True)),
+    ('ACmixPyramidVisionTransformerV2', 'PVT', dict(
+        patch_sizes=(7, 3, 3, 3), paddings=(3, 1, 1, 1), use_abs_pos_embed=False,
+        norm_after_stage=True, use_conv_ffn=True)),
 ])
 def test_a_variant_has_the_arguments_of_its_host(variant, host, fixed):
     arguments = MODELS.get(variant).arguments(SMALL[host])

@@ -3,16 +3,16 @@
 On the meta device, where nothing is computed, and as small networks.
 """
 
-import functools
 import importlib
 import json
+import math
 from collections import Counter
 from copy import deepcopy
 
 import pytest
 import torch
 from helpers import ROOT
-from helpers.hosts import assert_equal_networks
+from helpers.hosts import assert_equal_features, assert_equal_networks, build_on_meta
 from helpers.installed_configs import HOSTS, InstalledBackbone, installed_backbones
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -26,8 +26,8 @@ EPS = 'batch_norm eps must be positive, but got 0'
 REASONS = {DCN: '`dcn` in stages with ACmix',
            EPS: 'batch norm with `eps=0`, which torch rejects in the plain backbone as well'}
 # In evaluation mode.
-NO_EFFECT_ON_SHAPES = ('frozen_stages', 'norm_eval', 'with_cp', 'zero_init_residual',
-                       'drop_rate', 'attn_drop_rate', 'drop_path_rate', 'convert_weights')
+NO_EFFECT = ('frozen_stages', 'norm_eval', 'with_cp', 'zero_init_residual',
+             'drop_rate', 'attn_drop_rate', 'drop_path_rate', 'convert_weights')
 SHAPES = {}
 
 
@@ -53,14 +53,10 @@ def ours(backbone):
 def outcome(network, arguments):
     """Build a backbone, and run it unless only options without effect on the shapes are new."""
     key = network, json.dumps({name: value for name, value in arguments.items()
-                               if name not in NO_EFFECT_ON_SHAPES}, sort_keys=True)
+                               if name not in NO_EFFECT}, sort_keys=True)
     image = torch.empty(1, arguments.get('in_channels', 3), 64, 96, device='meta')
     try:
-        with pytest.MonkeyPatch.context() as patch, torch.device('meta'):
-            # Hosts read numbers from it in their constructors.
-            patch.setattr(torch, 'linspace', functools.partial(torch.linspace, device='cpu'))
-            model = network(**deepcopy(arguments))
-        model.eval()
+        model = build_on_meta(network, arguments)
         if key not in SHAPES:
             with torch.no_grad():
                 SHAPES[key] = [tuple(out.shape) for out in model(image)]
@@ -132,6 +128,29 @@ def test_features_of_resnets_without_acmix_equal_the_hosts(installed):
         size = (97, 72) if 'dcn' in arguments else (65, 50)
         assert_equal_networks(plain(backbone)(**deepcopy(arguments)),
                               ours(backbone)(**arguments, acmix_stages=()), size)
+
+
+def test_features_of_swins_and_pvts_without_acmix_equal_the_hosts(installed):
+    """At full size, each network once that differs in more than defaults and training options."""
+    distinct = {}
+    for backbone in installed:
+        if backbone.type.startswith('ResNet'):
+            continue
+        arguments = ours(backbone).arguments(backbone.arguments)
+        if not arguments['use_abs_pos_embed']:
+            del arguments['pretrain_img_size']
+        arguments['norm_cfg'] = {**arguments['norm_cfg'], 'requires_grad': True}
+        effective = {name: value for name, value in arguments.items()
+                     if name not in NO_EFFECT}
+        distinct[backbone.library, backbone.type, json.dumps(effective)] = backbone
+    assert len(distinct) > 20
+    for backbone in distinct.values():
+        network, size = ours(backbone), (33, 70)
+        if backbone.type == 'SwinTransformer':
+            # All maps are larger than one window: smaller ones, MMDetection pads and shifts.
+            arguments = network.arguments(backbone.arguments)
+            size = (9, arguments['window_size'] * math.prod(arguments['strides']) + 1)
+        assert_equal_features(plain(backbone), network, backbone.arguments, size)
 
 
 def test_table_in_the_documentation(installed, outcomes):

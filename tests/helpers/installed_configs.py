@@ -12,7 +12,8 @@ import pytest
 from mmengine.config import Config
 
 LIBRARIES = {'mmdet': mmdet, 'mmseg': mmseg}
-HOSTS = ('ResNet', 'ResNetV1c', 'ResNetV1d', 'SwinTransformer', 'PyramidVisionTransformer')
+HOSTS = ('ResNet', 'ResNetV1c', 'ResNetV1d', 'SwinTransformer', 'PyramidVisionTransformer',
+         'PyramidVisionTransformerV2')
 
 
 class InstalledBackbone(NamedTuple):
