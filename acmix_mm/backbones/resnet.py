@@ -446,7 +446,9 @@ class ACmixResNet(ACmixBackbone):
             self, found.with_state_dict(state_dict),
             may_lack='|'.join([r'num_batches_tracked$', *([r'\.conv_p\.'] if errors else ()),
                                *self.additions()]),
-            may_drop=r'^(fc|head)\.',
+            # Convolutions of Caffe have biases. The norm after them has its own, and MMDetection's
+            # ResNet drops them, too.
+            may_drop=r'^(fc|head)\.|^(layer\d\.\d+\.)?(conv\d|downsample\.0)\.bias$',
             leave=unlike)
         if errors:
             print_log('  Each convolution that ACmix replaces is approximated by a convolution '

@@ -28,7 +28,7 @@ class ResNetCheckpoints(HostCheckpoints):
 
     def to_backbone_keys(self, state_dict: Mapping[str, Tensor],
                          ) -> Optional[tuple[str, dict[str, Tensor]]]:
-        """Rename timm's stems of three convolutions.
+        """Rename timm's and MMPretrain's stems of three convolutions.
 
         All other keys of torchvision, timm, MMDetection, MMSegmentation, MMPretrain and the authors
         of ACmix agree.
@@ -37,11 +37,16 @@ class ResNetCheckpoints(HostCheckpoints):
             return None
         if 'conv1.weight' in state_dict or 'stem.0.weight' in state_dict:
             return "torchvision's", dict(state_dict)
-        if 'conv1.0.weight' not in state_dict:
-            return None
-        # The last norm of the stem is bn1 in timm.
-        return "timm's", {re.sub(r'^bn1\.', 'stem.7.', re.sub(r'^conv1\.', 'stem.', key)): value
-                          for key, value in state_dict.items()}
+        if 'conv1.0.weight' in state_dict:
+            # The last norm of the stem is bn1 in timm.
+            return "timm's", {
+                re.sub(r'^bn1\.', 'stem.7.', re.sub(r'^conv1\.', 'stem.', key)): value
+                for key, value in state_dict.items()}
+        if 'stem.0.conv.weight' in state_dict:
+            return "MMPretrain's", {
+                re.sub(r'^stem\.(\d)\.(conv|bn|gn)(?=\.)', stem_layer, key): value
+                for key, value in state_dict.items()}
+        return None
 
     def kind(self, state_dict: Mapping[str, Tensor]) -> str:
         kind = super().kind(state_dict)
@@ -80,3 +85,9 @@ class ResNetCheckpoints(HostCheckpoints):
             fc = state_dict[f'layer{acmix_stages[0] + 1}.0.conv2.fc.weight']
             arguments.update(num_heads=fc.shape[1] // 3, acmix_stages=acmix_stages)
         return arguments
+
+
+def stem_layer(match: re.Match[str]) -> str:
+    """The name of a layer of the stem, from those of the module and the layer in MMPretrain."""
+    # Each module of MMPretrain is a convolution, a norm and a ReLU.
+    return f'stem.{3 * int(match[1]) + (match[2] != "conv")}'
