@@ -31,12 +31,11 @@ def load_from_timm(filename: str, map_location: Optional[Any] = None,
     name = filename.removeprefix('timm://')
     try:
         import timm
-
-        # Models on the hub may be ACmix models, which this import registers.
-        import acmix_mm.timm  # noqa: F401
     except ImportError as error:
         raise CheckpointError(f'The weights of {name} are loaded through timm, which cannot be '
                               f'imported ({error}); pip install timm.') from error
+    # Models on the hub may be ACmix models, which this import registers.
+    import acmix_mm.timm  # noqa: F401
     try:
         with weights_only():
             return timm.create_model(name, pretrained=True).state_dict()

@@ -1,6 +1,7 @@
 """Checkpoints by the names that the configs of OpenMMLab use, as MMEngine resolves them."""
 
 import re
+import sys
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -16,6 +17,8 @@ from mmengine.runner.checkpoint import (
 from mmseg.models.backbones import ResNetV1c, ResNetV1d
 
 from acmix_mm.backbones import ACmixResNet, ACmixResNetV1c, ACmixResNetV1d
+from acmix_mm.checkpoints import read_checkpoint
+from acmix_mm.utils.errors import CheckpointError
 
 URLS = {'torchvision': get_torchvision_models, 'open-mmlab': get_external_models,
         'mmcls': get_mmcls_models}
@@ -110,3 +113,13 @@ def test_biases_of_caffe_are_dropped(alias, biases, download, log_text):
     download(alias, weights)
     log = check_loaded(ACmixResNet, alias, weights, log_text, depth=50, style='caffe')
     assert re.search(r'dropped: fc\.weight, fc\.bias, conv1\.bias', log)
+
+
+@pytest.mark.parametrize(('missing', 'expected', 'message'), [
+    ('timm', CheckpointError, r'loaded through timm, which cannot be imported .* pip install timm'),
+    ('acmix_mm.timm', ImportError, r'acmix_mm\.timm'),
+])
+def test_only_a_missing_timm_is_reported_as_such(missing, expected, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(expected, match=message):
+        read_checkpoint('timm://resnet18')
