@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers import relative_error
-from helpers.analysis import BACKBONES, CASES, randomised
+from helpers.analysis import BACKBONES, CASES
+from helpers.weights import randomised
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -15,7 +16,7 @@ from acmix_mm.layers import ACmixConv2d, WindowACmix
 @torch.no_grad()
 def test_energies_are_those_of_the_two_paths(case, monkeypatch):
     layer, shape = CASES[case]
-    randomised(layer)
+    randomised(layer, 0.5)
     layer.rate1.fill_(0.75)
     layer.rate2.fill_(-1.5)
     x = torch.randn(shape)

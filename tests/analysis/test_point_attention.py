@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
-from helpers.analysis import CASES, randomised
+from helpers.analysis import CASES
+from helpers.weights import randomised
 
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 
@@ -37,7 +38,7 @@ def attended(layer, x, attention):
 @torch.no_grad()
 def test_attention_of_a_point_gives_the_output_of_the_layer(case):
     layer, shape = CASES[case]
-    randomised(layer)
+    randomised(layer, 0.5)
     layer.rate1.fill_(1)
     layer.rate2.fill_(0)
     x = torch.randn(shape)

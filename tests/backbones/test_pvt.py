@@ -28,7 +28,7 @@ def test_attention_equals_plain_pvt(size, v2):
     if v2:
         arguments.update(patch_sizes=[7, 3, 3, 3], paddings=[3, 1, 1, 1], norm_after_stage=True,
                          use_conv_ffn=True, use_abs_pos_embed=False)
-    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**arguments)).eval().double()
+    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**arguments)).double()
     ours = ACmixPyramidVisionTransformer(**arguments, mix='attn').eval().double()
     ours.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -60,7 +60,7 @@ def test_has_the_arguments_of_plain_pvt():
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
 def test_any_size(mix):
-    model = randomised(ACmixPyramidVisionTransformer(**SMALL, mix=mix)).eval()
+    model = randomised(ACmixPyramidVisionTransformer(**SMALL, mix=mix))
     for height, width in ((1, 1), (1, 90), (3, 5), (33, 47), (64, 20)):
         with torch.no_grad():
             outs = model(torch.randn(1, 3, height, width))
@@ -158,7 +158,7 @@ def pretrained(path, **arguments):
 
 @pytest.mark.parametrize('naming', ['authors', 'MMDetection'])
 def test_initial_outputs_equal_the_loaded_plain_pvt(naming, tmp_path):
-    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**TINY)).eval()
+    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**TINY))
     state_dict = plain.state_dict()
     if naming == 'authors':
         state_dict = authors_names(state_dict)
@@ -189,7 +189,7 @@ def test_position_embedding_of_another_image_size_is_resized(tmp_path):
 
 
 def test_own_checkpoint_round_trip(tmp_path):
-    model = randomised(ACmixPyramidVisionTransformer(**TINY)).eval()
+    model = randomised(ACmixPyramidVisionTransformer(**TINY))
     torch.save(dict(state_dict={f'backbone.{key}': value
                                 for key, value in model.state_dict().items()}),
                tmp_path / 'acmix.pth')
@@ -209,7 +209,7 @@ def test_checkpoints_of_other_networks_raise(tmp_path):
 
 
 def test_half_precision_and_autocast():
-    model = randomised(ACmixPyramidVisionTransformer(**TINY)).eval()
+    model = randomised(ACmixPyramidVisionTransformer(**TINY))
     x = torch.randn(1, 3, 45, 50)
     expected = model(x)
     with torch.autocast('cpu', torch.bfloat16):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torchvision
 from helpers import relative_error
-from helpers.checkpoints import load_pretrained, randomised, stage_outputs
+from helpers.checkpoints import load_pretrained, stage_outputs
 from helpers.hosts import assert_equal_networks
+from helpers.weights import randomised
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmcv.ops import ModulatedDeformConv2d, RoIAlign
 from mmengine.registry import MODELS
@@ -250,7 +251,7 @@ def test_standardised_kernels_of_a_plain_checkpoint_are_approximated(depth, tmp_
     """What ConvWS convolves with, not its parameter; exactly, for 8 channels."""
     arguments = dict(depth=depth, base_channels=8, conv_cfg=dict(type='ConvWS'),
                      norm_cfg=dict(type='GN', num_groups=2))
-    plain = randomised(mmdet_resnet.ResNet(**arguments), std=0.3)
+    plain = randomised(mmdet_resnet.ResNet(**arguments), scale=0.3)
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
     model = load_pretrained(ACmixResNet, tmp_path / 'plain.pth', **arguments, acmix_stages=(0,))
     x = torch.randn(1, 3, 65, 64)

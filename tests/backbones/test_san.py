@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.weights import patchwise_attention, randomised_with_statistics
+from helpers.weights import patchwise_attention, randomised
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ def calibrated(model, size=(64, 96)):
 
     Attention weights are linear in their input, so with other statistics the maps would overflow.
     """
-    model = randomised_with_statistics(model).train()
+    model = randomised(model).train()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -58,7 +58,7 @@ def test_attention_equals_plain_san(training):
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
 def test_any_size(mix):
-    model = randomised_with_statistics(ACmixSAN(**TINY, mix=mix)).train()
+    model = randomised(ACmixSAN(**TINY, mix=mix)).train()
     for height, width in ((1, 1), (1, 40), (3, 5), (33, 47)):
         with torch.no_grad():
             outs = model(torch.randn(2, 3, height, width))
@@ -206,7 +206,7 @@ def test_initial_outputs_equal_the_loaded_plain_san(container, tmp_path):
 
 
 def test_own_checkpoint_round_trip(tmp_path):
-    model = randomised_with_statistics(ACmixSAN(**TINY))
+    model = randomised(ACmixSAN(**TINY))
     torch.save(dict(state_dict={f'backbone.{key}': value
                                 for key, value in model.state_dict().items()}),
                tmp_path / 'acmix.pth')

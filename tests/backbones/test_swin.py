@@ -127,7 +127,7 @@ def test_has_the_arguments_of_plain_swin(plain_swin):
 
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
 def test_any_size(mix):
-    model = randomised(ACmixSwinTransformer(**SMALL, mix=mix)).eval()
+    model = randomised(ACmixSwinTransformer(**SMALL, mix=mix))
     for height, width in ((1, 1), (1, 300), (3, 5), (28, 29), (57, 31), (225, 17)):
         maps = model(torch.randn(1, 3, height, width))
         for index, out in enumerate(maps):
@@ -208,7 +208,7 @@ def test_absolute_position_embedding_is_interpolated():
 
 
 def test_half_precision_and_autocast():
-    model = randomised(ACmixSwinTransformer(**TINY)).eval()
+    model = randomised(ACmixSwinTransformer(**TINY))
     x = torch.randn(1, 3, 61, 90)
     expected = model(x)
     with torch.autocast('cpu', torch.bfloat16):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import relative_error
-from helpers.checkpoints import load_pretrained, randomised, stage_outputs
+from helpers.checkpoints import load_pretrained, stage_outputs
+from helpers.weights import randomised
 
 from acmix_mm.backbones import ACmixResNet
 from acmix_mm.checkpoints.convolution import (
@@ -49,7 +50,7 @@ def correlated(*shape, factor):
 def test_log_gives_the_error_of_resnet_convolutions(tmp_path, log_text):
     """On inputs with the statistics of the previous norm and the assumed correlation."""
     plain = randomised(torchvision.models.ResNet(
-        torchvision.models.resnet.Bottleneck, [1, 2, 4, 1]), std=0.3)
+        torchvision.models.resnet.Bottleneck, [1, 2, 4, 1]), scale=0.3)
     torch.save(plain.state_dict(), tmp_path / 'resnet.pth')
     model = load_pretrained(ACmixResNet, tmp_path / 'resnet.pth', depth=26)
     plain_block, block = plain.layer3[1], model.layer3[1]

@@ -7,7 +7,8 @@ import mmdet.models.backbones.swin as mmdet_swin
 import pytest
 import torch
 from helpers import relative_error
-from helpers.checkpoints import SWIN, load_pretrained, randomised
+from helpers.checkpoints import SWIN, load_pretrained
+from helpers.weights import randomised
 from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
 

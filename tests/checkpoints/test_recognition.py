@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import relative_error
-from helpers.checkpoints import PVT, SWIN, load_pretrained, randomised, stage_outputs
+from helpers.checkpoints import PVT, SWIN, load_pretrained, stage_outputs
+from helpers.weights import randomised
 
 from acmix_mm.backbones import (
     ACmixPyramidVisionTransformer,

@@ -13,7 +13,8 @@ import pytest
 import timm
 import torch
 from helpers import relative_error
-from helpers.checkpoints import PVT, SWIN, randomised, write_bad_checkpoint
+from helpers.checkpoints import PVT, SWIN, write_bad_checkpoint
+from helpers.weights import randomised
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from safetensors import safe_open
@@ -75,7 +76,7 @@ def test_arguments_follow_from_the_weights(network, arguments, is_acmix, tmp_pat
 
 @torch.no_grad()
 def test_plain_swin_of_timm_by_the_tool(run_tool, tmp_path):
-    plain = randomised(timm.create_model('swin_tiny_patch4_window7_224'))
+    plain = randomised(timm.create_model('swin_tiny_patch4_window7_224'), 0.1)
     torch.save(dict(state_dict=plain.state_dict()), tmp_path / 'swin.pth')
     done = run_tool(TOOL, tmp_path / 'swin.pth', tmp_path / 'acmix.pth', '--arch', 'swin-t')
     assert done.returncode == 0, done.stderr

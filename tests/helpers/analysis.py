@@ -2,7 +2,6 @@
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
 
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
@@ -31,17 +30,6 @@ def small_model(config, path, **options):
     torch.save(dict(meta=dict(dataset_meta=dict(cfg.metainfo)), state_dict=model.state_dict()),
                path)
     return cfg
-
-
-def randomised(layer):
-    """Give a layer weights that make attention uneven, and norms that are not the identity."""
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    for module in layer.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return layer.eval()
 
 
 CASES = {

@@ -6,25 +6,11 @@ import pickle
 import mmdet.models.backbones.swin as mmdet_swin
 import torch
 from helpers.tools import Bomb
-from torch import nn
 
 SWIN = dict(embed_dims=12, depths=(2, 2), num_heads=(3, 6), strides=(4, 2), out_indices=(0, 1))
 PVT = dict(embed_dims=4, num_stages=2, num_layers=(1, 1), num_heads=(1, 2), patch_sizes=(4, 2),
            strides=(4, 2), paddings=(0, 0), sr_ratios=(2, 1), mlp_ratios=(2, 2),
            out_indices=(0, 1), pretrain_img_size=32)
-
-
-def randomised(model, std=0.1):
-    """Randomise all parameters and running statistics; switch to evaluation mode."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            is_scale = name.endswith(('running_var', 'weight')) and value.dim() == 1
-            value.normal_(std=std).add_(1) if is_scale else value.normal_(std=std)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_var.abs_()
-    model.eval()
-    return model
 
 
 def load_pretrained(network, path, **arguments):

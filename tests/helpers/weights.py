@@ -7,34 +7,23 @@ from acmix_mm.ops.reflection import reflection_pad
 
 
 def randomised(model, scale=0.2):
-    """Set every parameter to a random value; norms and rates stay near one."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = scale * torch.randn(parameter.shape, generator=generator)
-            near_one = name.endswith(('rate1', 'rate2')) or (
-                parameter.dim() == 1 and name.endswith('weight'))
-            parameter.copy_(1 + noise if near_one else noise)
-    return model
+    """Set every parameter and statistic to a random value, and evaluation mode.
 
-
-def randomised_with_statistics(model, scale=0.2):
-    """Set every parameter and statistic to a random value; norms and rates stay near one.
-
-    Convolutions preserve the variance of their inputs.
+    Norms and rates stay near one, and convolutions preserve the variance of their inputs.
     """
-    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in model.state_dict().items():
             if not tensor.is_floating_point():
                 continue
-            noise = scale * torch.randn(tensor.shape, generator=generator)
+            noise = scale * torch.randn(tensor.shape)
             if name.endswith(('rate1', 'rate2', 'running_var')) or (
                     tensor.dim() == 1 and name.endswith('weight')):
                 noise = 1 + noise.clamp(-0.5, 0.5)
             elif tensor.dim() == 4 and 'dep_conv' not in name:
                 noise = noise / scale / tensor[0].numel()**0.5
             tensor.copy_(noise)
+    # MMDetection's train() does not return the model.
+    model.eval()
     return model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, relative_error
-from helpers.weights import patchwise_attention, randomised_with_statistics
+from helpers.weights import patchwise_attention, randomised
 from torch import nn
 
 from acmix_mm.layers import PatchwiseACmix
@@ -24,7 +24,7 @@ from acmix_mm.ops.reflection import reflection_pad
 @pytest.mark.parametrize('kernel_size', [3, 7])
 def test_attention_equals_plain_layer(training, size, kernel_size):
     """Outputs, gradients and running statistics, in float64."""
-    ours = randomised_with_statistics(PatchwiseACmix(32, 2, 8, kernel_size, mix='attn'))
+    ours = randomised(PatchwiseACmix(32, 2, 8, kernel_size, mix='attn'))
     ours = ours.double().train(training)
     plain = copy.deepcopy(ours)
     x = torch.randn(2, 32, *size, dtype=torch.float64)
@@ -92,7 +92,7 @@ os._exit(0)
 @pytest.mark.parametrize('size', [(8, 8), (9, 5), (1, 3)], ids=str)
 def test_equals_the_reference_backends(size):
     """Output and gradient do not depend on the backends of the operators."""
-    layer = randomised_with_statistics(PatchwiseACmix(32, 2, 8, 7)).double().eval()
+    layer = randomised(PatchwiseACmix(32, 2, 8, 7)).double().eval()
     x = torch.randn(2, 32, *size, dtype=torch.float64, requires_grad=True)
     fast = layer(x)
     gradient, = torch.autograd.grad(fast.sin().sum(), x)
@@ -113,7 +113,7 @@ def test_fc_mixes_pieces_of_equal_width():
 
 
 def test_paths_add_up():
-    both = randomised_with_statistics(PatchwiseACmix(32, 2, 8, 7)).eval()
+    both = randomised(PatchwiseACmix(32, 2, 8, 7))
     x = torch.randn(2, 32, 6, 5)
     parts = []
     for mix in ('attn', 'conv'):
@@ -147,7 +147,7 @@ def test_saves_no_copies_for_the_backward_pass():
 
 
 def test_half_precision_and_autocast():
-    layer = randomised_with_statistics(PatchwiseACmix(32, 2, 8, 7)).eval()
+    layer = randomised(PatchwiseACmix(32, 2, 8, 7))
     x = torch.randn(1, 32, 9, 13)
     expected = layer(x)
     with torch.autocast('cpu', torch.bfloat16):

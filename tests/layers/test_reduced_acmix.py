@@ -39,7 +39,7 @@ def test_equals_its_equation(sr_ratio, size):
 
 
 def test_paths_add_up():
-    both = randomised(ReducedACmix(12, 3, 2)).eval()
+    both = randomised(ReducedACmix(12, 3, 2))
     x = torch.randn(2, 7, 6, 12)
     parts = []
     for mix in ('attn', 'conv'):

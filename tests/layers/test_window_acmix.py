@@ -24,7 +24,7 @@ def test_equals_the_reference_backends(size, shift_size):
 
 def test_paths_add_up():
     """'acmix' is rate1 · 'attn' + rate2 · 'conv', with the same weights."""
-    both = randomised(WindowACmix(12, 3, 7, 3)).eval()
+    both = randomised(WindowACmix(12, 3, 7, 3))
     x = torch.randn(2, 15, 16, 12)
     parts = []
     for mix in ('attn', 'conv'):
