@@ -125,17 +125,6 @@ def test_has_the_arguments_of_plain_swin(plain_swin):
     assert set(own) - set(theirs) <= {'acmix_cfg', 'mix', 'mixer', 'convert_weights'}
 
 
-@pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
-def test_any_size(mix):
-    model = randomised(ACmixSwinTransformer(**SMALL, mix=mix))
-    for height, width in ((1, 1), (1, 300), (3, 5), (28, 29), (57, 31), (225, 17)):
-        maps = model(torch.randn(1, 3, height, width))
-        for index, out in enumerate(maps):
-            stride = 4 * 2**index
-            assert out.shape == (1, 24 * 2**index, -(-height // stride), -(-width // stride))
-            assert out.isfinite().all()
-
-
 def test_parameter_counts_equal_published_code():
     """With a classifier of 1000 classes: 28.65M and 50.35M (field notes)."""
     for depths, published in (((2, 2, 6, 2), 28.65), ((2, 2, 18, 2), 50.35)):
@@ -161,33 +150,6 @@ def test_initial_shift_kernels_and_rates():
         assert all(torch.equal(kernels, one_hot) for kernels in layer.dep_conv.weight)
         assert 0 < layer.fc.weight.abs().max() <= (3 * layer.num_heads)**-0.5
         assert 0.01 < layer.qkv.weight.std() < 0.03
-
-
-def test_frozen_stages_stay_frozen():
-    model = ACmixSwinTransformer(**SMALL, frozen_stages=2, use_abs_pos_embed=True, drop_rate=0.1)
-    assert model.train() is model
-    frozen = ('patch_embed', 'absolute_pos_embed', 'stages.0', 'stages.1', 'norm0', 'norm1')
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad != name.startswith(frozen), name
-    assert not model.stages[1].training
-    assert not model.drop_after_pos.training
-    assert model.stages[2].training
-    sum(out.sum() for out in model(torch.randn(1, 3, 64, 64))).backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == name.startswith(frozen), name
-
-
-def test_recomputation_does_not_change_gradients():
-    x = torch.randn(1, 3, 60, 40, requires_grad=True)
-    gradients = []
-    for with_cp in (False, True):
-        torch.manual_seed(0)
-        model = ACmixSwinTransformer(**TINY, with_cp=with_cp, drop_path_rate=0.)
-        outs = model(x)
-        gradients.append(torch.autograd.grad(sum(out.square().sum() for out in outs),
-                                             [x, *model.parameters()]))
-    for plain, recomputed in zip(*gradients):
-        torch.testing.assert_close(plain, recomputed)
 
 
 def test_absolute_position_embedding_is_interpolated():
