@@ -48,8 +48,8 @@ class PVTCheckpoints(HostCheckpoints):
         """Infer the arguments of a PVT v1; the shapes of a PVT v2 do not determine its strides."""
         if 'layers.0.1.0.pos_embed' not in state_dict:
             raise ValueError('it has no position embeddings, like PVT v2, whose strides do not '
-                             'follow from its weights; name it in the init_cfg of a backbone with '
-                             'the arguments of that PVT v2')
+                             'follow from its weights; name it in the init_cfg of an '
+                             'ACmixPyramidVisionTransformerV2 with the arguments of its host')
         num_layers = count_blocks(state_dict, r'layers\.{}\.1\.\d+\.norm1\.weight')
         patches = [state_dict[f'layers.{stage}.0.projection.weight']
                    for stage in range(len(num_layers))]

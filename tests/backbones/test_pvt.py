@@ -6,10 +6,11 @@ import mmdet.models.backbones.pvt as mmdet_pvt
 import pytest
 import torch
 from helpers import relative_error
+from helpers.checkpoints import load_pretrained
 from helpers.weights import randomised
 from torch.utils.flop_counter import FlopCounterMode
 
-from acmix_mm.backbones import ACmixPyramidVisionTransformer
+from acmix_mm.backbones import ACmixPyramidVisionTransformer, ACmixPyramidVisionTransformerV2
 from acmix_mm.layers import ReducedACmix
 from acmix_mm.ops import use_backend
 
@@ -88,6 +89,8 @@ def test_counts_with_a_classifier_of_1000_classes(mix, num_layers, backend, para
 def authors_names(state_dict):
     """Rename a state dict from MMDetection's names to those of PVT's authors."""
     renamed = {}
+    is_v2 = 'layers.0.2.weight' in state_dict
+    ffn = {'0': 'fc1', '1': 'dwconv.dwconv', '4': 'fc2'} if is_v2 else {'0': 'fc1', '3': 'fc2'}
     for key, value in state_dict.items():
         _, stage, part, *rest = key.split('.')
         stage, rest = int(stage) + 1, '.'.join(rest)
@@ -97,32 +100,35 @@ def authors_names(state_dict):
             if stage == 2:
                 value = torch.cat([torch.ones(1, 1, value.shape[2]), value], 1)
             renamed[f'pos_embed{stage}'] = value
+        elif part == '2':
+            renamed[f'norm{stage}.{rest}'] = value
         else:
             block, _, rest = rest.partition('.')
-            name = f'block{stage}.{int(block) - 1}.{rest}'
+            name = f'block{stage}.{int(block) - (not is_v2)}.{rest}'
             if 'in_proj_' in name:
                 q, kv = value.tensor_split([value.shape[0] // 3])
                 renamed[name.replace('attn.in_proj_', 'q.')] = q
                 renamed[name.replace('attn.in_proj_', 'kv.')] = kv
                 continue
             name = name.replace('attn.attn.out_proj', 'attn.proj')
-            for index, layer in (('0', 'fc1'), ('3', 'fc2')):
+            for index, layer in ffn.items():
                 name = name.replace(f'ffn.layers.{index}.', f'mlp.{layer}.')
-            renamed[name] = value.flatten(1) if '.mlp.' in name and value.dim() == 4 else value
+            is_linear = '.mlp.fc' in name and value.dim() == 4
+            renamed[name] = value.flatten(1) if is_linear else value
+    if is_v2:
+        return renamed
     return {**renamed, 'cls_token': torch.zeros(1, 1, 8), 'norm.weight': torch.zeros(8),
             'norm.bias': torch.zeros(8), 'head.weight': torch.zeros(10, 8)}
 
 
-def pretrained(path, **arguments):
-    model = ACmixPyramidVisionTransformer(**{**TINY, **arguments},
-                                          init_cfg=dict(checkpoint=str(path)))
-    model.init_weights()
-    return model.eval()
-
-
 @pytest.mark.parametrize('naming', ['authors', 'MMDetection'])
-def test_initial_outputs_equal_the_loaded_plain_pvt(naming, tmp_path):
-    plain = randomised(mmdet_pvt.PyramidVisionTransformer(**TINY))
+@pytest.mark.parametrize(('network', 'arguments'), [
+    (ACmixPyramidVisionTransformer, TINY),
+    (ACmixPyramidVisionTransformerV2, dict(embed_dims=4, num_layers=[1, 2, 1, 1])),
+], ids=['v1', 'v2'])
+def test_initial_outputs_equal_the_loaded_plain_pvt(network, arguments, naming, tmp_path):
+    host = getattr(mmdet_pvt, network.__name__.removeprefix('ACmix'))
+    plain = randomised(host(**arguments))
     state_dict = plain.state_dict()
     if naming == 'authors':
         state_dict = authors_names(state_dict)
@@ -130,7 +136,7 @@ def test_initial_outputs_equal_the_loaded_plain_pvt(naming, tmp_path):
         assert {key: value.shape for key, value in theirs.items() if 'pos_embed' not in key} == {
             key: value.shape for key, value in plain.state_dict().items() if 'pos_embed' not in key}
     torch.save(state_dict, tmp_path / 'pvt.pth')
-    model = pretrained(tmp_path / 'pvt.pth')
+    model = load_pretrained(network, tmp_path / 'pvt.pth', **arguments)
     x = torch.randn(2, 3, 48, 36)
     for expected, actual in zip(plain(x), model(x)):
         assert relative_error(actual, expected) < 1e-5
@@ -142,13 +148,14 @@ def test_initial_outputs_equal_the_loaded_plain_pvt(naming, tmp_path):
 def test_position_embedding_of_another_image_size_is_resized(tmp_path):
     plain = randomised(mmdet_pvt.PyramidVisionTransformer(**{**TINY, 'pretrain_img_size': 64}))
     torch.save(plain.state_dict(), tmp_path / 'pvt.pth')
-    model = pretrained(tmp_path / 'pvt.pth')
+    model = load_pretrained(ACmixPyramidVisionTransformer, tmp_path / 'pvt.pth', **TINY)
     assert model.layers[0][1][0].pos_embed.shape == (1, 64, 4)
     with torch.no_grad():
         for stage in (0, 1):
             plain.layers[stage][1][0].pos_embed.fill_(0.7)
     torch.save(authors_names(plain.state_dict()), tmp_path / 'pvt.pth')
-    table = pretrained(tmp_path / 'pvt.pth').layers[1][1][0].pos_embed
+    model = load_pretrained(ACmixPyramidVisionTransformer, tmp_path / 'pvt.pth', **TINY)
+    table = model.layers[1][1][0].pos_embed
     torch.testing.assert_close(table, torch.full((1, 16, 8), 0.7))
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.checkpoints import load_pretrained
 from helpers.weights import patchwise_attention, randomised
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -133,20 +134,13 @@ def test_stochastic_depth_drops_whole_residuals_in_training():
         torch.testing.assert_close(each, (x + 2 * is_kept * residual)[0], rtol=1e-4, atol=1e-4)
 
 
-def pretrained(path, **arguments):
-    model = ACmixSAN(**{**TINY, **arguments},
-                     init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    model.init_weights()
-    return model.eval()
-
-
 @pytest.mark.parametrize('container', [dict, lambda weights: dict(state_dict=weights)])
 def test_initial_outputs_equal_the_loaded_plain_san(container, tmp_path):
     plain = calibrated(ACmixSAN(**TINY, mix='attn'))
     weights = {f'module.{key}': value for key, value in plain.state_dict().items()}
     weights['module.fc.weight'] = torch.zeros(10, 1024)
     torch.save(container(weights), tmp_path / 'san.pth')
-    model = pretrained(tmp_path / 'san.pth').double()
+    model = load_pretrained(ACmixSAN, tmp_path / 'san.pth', **TINY).double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         for expected, actual in zip(plain_san(plain.double(), x), model(x)):
