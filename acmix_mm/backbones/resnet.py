@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_conv_layer, build_norm_layer, build_plugin_layer
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmcv.cnn.bricks.transformer import build_dropout
@@ -373,6 +374,7 @@ class ACmixResNet(ACmixBackbone):
             self.layers.append(name)
             reduction *= strides[stage]
             self.stage_info.append(Stage(channels, reduction, name))
+        check_eps(self)
         self.freeze_stages()
 
     @classmethod
@@ -560,6 +562,20 @@ def check_plugins(plugins: Sequence[dict], num_stages: int) -> None:
         if stages is not None and len(stages) != num_stages:
             raise ValueError(f'The stages of a plugin need one bool for each of {num_stages} '
                              f'stages, got {len(stages)}.')
+
+
+def check_eps(network: nn.Module) -> None:
+    """Raise ValueError if this version of torch rejects the ``eps`` of a batch norm.
+
+    Some configs of MMDetection have batch norms with ``eps=0``, which torch rejects since 2.10.
+    """
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.eps <= 0:
+            try:
+                F.batch_norm(torch.ones(1, 1), torch.zeros(1), torch.ones(1), eps=module.eps)
+            except ValueError as error:
+                raise ValueError(f'This version of torch rejects eps={module.eps} of norm_cfg '
+                                 f'({error}); drop eps, or set a positive number.') from error
 
 
 def standardise(kernel: Tensor, eps: float) -> Tensor:
