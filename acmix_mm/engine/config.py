@@ -1,6 +1,7 @@
 """Loading configs, and adapting them to custom datasets and classes."""
 
 import contextlib
+import difflib
 import inspect
 import json
 import os
@@ -18,18 +19,43 @@ from acmix_mm.utils.errors import UsageError
 
 SPLITS = ('train', 'val', 'test')
 PACKAGE = Path(__file__).parents[1]
+CONFIGS = PACKAGE / '.mim/configs/configs'
+
+
+def find_config(name: str) -> str:
+    """Return the path of a config.
+
+    Args:
+        name: a file, or an installed config such as ``shapes/maskrcnn_acmix_swin``, both with or
+            without ``.py``. A file takes precedence.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    for folder in ('', CONFIGS):
+        for path in (os.path.join(folder, name), os.path.join(folder, f'{name}.py')):
+            if os.path.isfile(path):
+                return path
+    installed = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix()
+                       for path in CONFIGS.glob('**/*.py'))
+    wanted = Path(name).with_suffix('').as_posix().removeprefix('configs/')
+    close = difflib.get_close_matches(wanted, installed)
+    known = f'similar ones are {", ".join(close)}' if close else f'there are {", ".join(installed)}'
+    raise UsageError(f'{name} is neither a file nor the name of an installed config; {known}.')
 
 
 def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
-    """Read a config file and merge ``--cfg-options`` into it.
+    """Read a config and merge ``--cfg-options`` into it.
+
+    Args:
+        path: see :func:`find_config`.
+        options: settings to override, by their dotted names.
 
     Raises:
         UsageError: the file, one of its base configs or a package that it imports is missing, or
             an option does not match the config.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f'The config {path} does not exist; the configs provided here are in '
-                         'configs/.')
+    path = find_config(path)
     try:
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:
