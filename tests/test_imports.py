@@ -28,6 +28,7 @@ ALLOWED = {
     'deploy': TOOLBOX,
     'commands': {*TOOLBOX, 'benchmark', 'comparison', 'deploy'},
     '__main__': {'commands'},
+    'registry': set(),
     '__init__': {'checkpoints', 'backbones', 'layers', 'analysis', 'hub'},
 }
 TORCH_ONLY = ('ops', 'layers')

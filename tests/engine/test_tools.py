@@ -20,6 +20,7 @@ from helpers.tools import (
     SEGMENTATION,
     SMALL_IMAGES,
     Bomb,
+    data_options,
     epochs,
     logged,
     logged_metric,
@@ -27,14 +28,6 @@ from helpers.tools import (
 )
 
 from acmix_mm.utils.errors import UsageError
-
-
-def data_options(root):
-    """What ``--data-root`` sets, as config options for MMDetection's own tools."""
-    annotations = f'{root}/annotations/instances_val2017.json'
-    splits = ('train', 'val', 'test')
-    return [*(f'{split}_dataloader.dataset.data_root={root}/' for split in splits),
-            f'val_evaluator.ann_file={annotations}', f'test_evaluator.ann_file={annotations}']
 
 
 @pytest.fixture(scope='module')

@@ -21,6 +21,14 @@ def epochs(count):
             f'param_scheduler.1.T_max={count}']
 
 
+def data_options(root):
+    """What ``--data-root`` sets, as config options for MMDetection's own tools."""
+    annotations = f'{root}/annotations/instances_val2017.json'
+    splits = ('train', 'val', 'test')
+    return [*(f'{split}_dataloader.dataset.data_root={root}/' for split in splits),
+            f'val_evaluator.ann_file={annotations}', f'test_evaluator.ann_file={annotations}']
+
+
 def logged(folder, key):
     """All values of ``key`` that the last run in ``folder`` logged."""
     scalars = max(folder.glob('*/vis_data/scalars.json'))
