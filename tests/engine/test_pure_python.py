@@ -111,7 +111,7 @@ def test_comparison_of_a_pure_python_config(shapes, tmp_path):
 
 
 def scoped(node, *path):
-    """Remove this package as the scope from a config, and return the places where it was."""
+    """Remove the scopes from a config; return the places where this package was the scope."""
     if isinstance(node, dict):
         found = {path} if node.pop('_scope_', None) == 'acmix_mm' else set()
         node = list(node.items())

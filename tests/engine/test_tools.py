@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import pytest
@@ -21,6 +20,7 @@ from helpers.tools import (
     SMALL_IMAGES,
     Bomb,
     data_options,
+    data_roots,
     epochs,
     logged,
     logged_metric,
@@ -136,23 +136,20 @@ print(model.dataset_meta['classes'], len(result.pred_instances) == len(found['sc
 """)
     done = run_tool(script)
     assert "('circle', 'square', 'triangle') True" in done.stdout, done.stderr
-    import mmdet
-    done = run_tool(Path(mmdet.__file__).parent / '.mim/tools/test.py', DETECTION,
-                    folder / 'epoch_3.pth', '--work-dir', tmp_path, '--cfg-options', *FAST,
-                    *SMALL_IMAGES, *data_options(shapes))
+    # mim runs the scripts in the wheels of MMDetection and MMSegmentation.
+    done = run_tool('mim', 'run', 'mmdet', 'test', DETECTION, folder / 'epoch_3.pth', '--work-dir',
+                    tmp_path, '--cfg-options', *FAST, *SMALL_IMAGES, *data_options(shapes))
     assert done.returncode == 0, done.stderr
     assert logged_metric(tmp_path, 'coco/bbox_mAP') == pytest.approx(
         logged(folder, 'coco/bbox_mAP')[-1])
 
 
 def test_mmdetection_resumes_the_training_by_itself(detector, shapes, run_tool, tmp_path):
-    import mmdet
     folder, _ = detector
     shutil.copy(folder / 'epoch_3.pth', tmp_path)
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_3.pth'))
-    done = run_tool(Path(mmdet.__file__).parent / '.mim/tools/train.py', DETECTION, '--work-dir',
-                    tmp_path, '--resume', '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(4),
-                    *data_options(shapes))
+    done = run_tool('mim', 'train', 'mmdet', DETECTION, '--work-dir', tmp_path, '--resume',
+                    '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(4), *data_options(shapes))
     assert done.returncode == 0, done.stderr
     assert 'resumed epoch: 3, iter: 12' in done.stdout
     assert (tmp_path / 'epoch_4.pth').is_file()
@@ -171,6 +168,22 @@ print(model.dataset_meta['classes'], labels.shape, bool((labels == found).all())
 """)
     done = run_tool(script)
     assert "'triangle') (96, 96) True" in done.stdout, done.stderr
+
+
+def test_mmsegmentation_resumes_and_evaluates_by_itself(segmentor, shapes, run_tool, tmp_path):
+    shutil.copy(segmentor / 'iter_6.pth', tmp_path)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_6.pth'))
+    given = ['--cfg-options', *FAST, *data_roots(shapes), 'train_dataloader.batch_size=2',
+             'model.data_preprocessor.size=(96,96)', 'train_cfg.max_iters=8',
+             'train_cfg.val_interval=8', 'default_hooks.checkpoint.interval=8']
+    done = run_tool('mim', 'train', 'mmsegmentation', SEGMENTATION, '--work-dir', tmp_path,
+                    '--resume', *given)
+    assert done.returncode == 0, done.stderr
+    assert 'resumed epoch: 0, iter: 6' in done.stdout
+    done = run_tool('mim', 'test', 'mmsegmentation', SEGMENTATION, '--checkpoint',
+                    tmp_path / 'iter_8.pth', '--work-dir', tmp_path / 'test', *given)
+    assert done.returncode == 0, done.stderr
+    assert logged_metric(tmp_path / 'test', 'mIoU') == pytest.approx(logged(tmp_path, 'mIoU')[-1])
 
 
 def test_segmentation_tta(segmentor, shapes, run_tool, tmp_path):
