@@ -64,7 +64,7 @@ $(VENV)/.acmix-mm-stack: constraints.txt
 	@echo "Installing mmcv; if it has to be compiled, this takes a few minutes on two cores."
 	$(MMCV_FLAGS) $(INSTALL) --no-build-isolation --no-cache-dir mmcv
 	$(INSTALL) mmengine mmdet mmsegmentation timm ftfy regex onnx onnxruntime onnxscript \
-		tensorboard pytest pytest-xdist hypothesis ruff mypy
+		tensorboard openmim pytest pytest-xdist hypothesis ruff mypy
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
 	$(if $(filter .venv,$(VENV)),$(INSTALL) --no-deps --no-build-isolation -e .)
 	$(TORCH_VERSION) > $@

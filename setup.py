@@ -8,12 +8,6 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'acmix_mm/__init__.py').read_text()).group(1)
 
-# The configs are installed as acmix_mm/configs, next to the code that they use.
-CONFIG_FOLDERS = {
-    '.'.join(('acmix_mm', *folder.parts)): str(folder)
-    for folder in sorted({path.relative_to(ROOT).parent for path in ROOT.glob('configs/**/*.py')})
-}
-
 # Training and evaluation need these. They are extras because an OpenMMLab environment already has
 # them, and MMDetection users may not want MMSegmentation.
 # mmcv 2.1 is the newest version that MMDetection 3.3 and MMSegmentation 1.2 accept.
@@ -47,9 +41,9 @@ setup(
     project_urls={'Paper': 'https://arxiv.org/abs/2111.14556',
                   'Published code': 'https://github.com/LeapLabTHU/ACmix'},
     python_requires='>=3.9',
-    packages=[*find_packages(include=['acmix_mm', 'acmix_mm.*']), *CONFIG_FOLDERS],
-    package_dir=CONFIG_FOLDERS,
-    package_data={'acmix_mm': ['py.typed'], 'acmix_mm.configs': ['metafile-*.yml']},
+    packages=find_packages(include=['acmix_mm', 'acmix_mm.*']),
+    # OpenMMLab's folder for configs; acmix_mm/.mim/configs/configs is a link to configs/.
+    package_data={'acmix_mm': ['py.typed', '.mim/**/*.py', '.mim/**/*.yml']},
     install_requires=['torch>=2.1'],
     extras_require={
         'det': [*OPENMMLAB, 'mmdet>=3.3,<3.4'],

@@ -5,7 +5,8 @@ Importing this package registers the backbones and the convolution types ``ACmix
 ``MODELS``, where MMDetection and MMSegmentation find them, ``RateHook`` in ``HOOKS``, and the
 checkpoint addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. It also allows torch to
 load the checkpoints that MMEngine writes, as data, so that MMDetection's and MMSegmentation's own
-tools and inferencers can use them. Without OpenMMLab nothing is registered; ``acmix_mm.ops`` and
+tools and inferencers can use them, and makes the configs of this package available as
+``acmix_mm::configs/NAME.py``. Without OpenMMLab nothing is registered; ``acmix_mm.ops`` and
 ``acmix_mm.layers`` require torch only.
 """
 
@@ -21,7 +22,7 @@ if find_spec('mmengine') and find_spec('mmcv'):
     from acmix_mm import backbones  # noqa: F401
     from acmix_mm.analysis import rate_hook  # noqa: F401
     from acmix_mm.checkpoints.reading import allow_mmengine_checkpoints
-    from acmix_mm.hub import SCHEMES, load_from_timm
+    from acmix_mm.hub import SCHEMES, load_from_timm, register_configs
     from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
 
     MODELS.register_module('ACmix', module=acmix_or_pointwise)
@@ -30,3 +31,4 @@ if find_spec('mmengine') and find_spec('mmcv'):
     MODELS.register_module('Involution', module=involution_or_pointwise)
     CheckpointLoader.register_scheme(SCHEMES, load_from_timm)
     allow_mmengine_checkpoints()
+    register_configs()

@@ -1,7 +1,7 @@
-"""Weights of timm models and of models on the Hugging Face hub, through timm.
+"""What MMEngine looks up by name: weights of timm models, and the configs of this package.
 
-Importing ``acmix_mm`` registers these schemes with MMEngine's ``CheckpointLoader``, which reads all
-checkpoints.
+Importing ``acmix_mm`` registers the schemes with MMEngine's ``CheckpointLoader``, which reads all
+checkpoints, and calls :func:`register_configs`.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,18 @@ from acmix_mm.checkpoints.reading import HUB_SCHEMES, weights_only
 from acmix_mm.utils.errors import CheckpointError
 
 SCHEMES = ('timm://', *HUB_SCHEMES)
+
+
+def register_configs() -> None:
+    """Make this package's configs available to MMEngine as ``acmix_mm::configs/NAME.py``.
+
+    The name works in ``_base_`` and in ``mmengine.hub.get_config``.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    # MMEngine looks in the folder of this module. For the name of the distribution, acmix-mm, it
+    # would look in site-packages, where an editable installation is not.
+    MODULE2PACKAGE['acmix_mm'] = __name__
 
 
 def load_from_timm(filename: str, map_location: Optional[Any] = None,

@@ -1,5 +1,6 @@
 """What the wheel holds, and that it installs and imports in a clean virtual environment."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -17,10 +18,10 @@ def wheel(tmp_path_factory):
     # The sources are copied: a build leaves files beside them.
     listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True)
     for name in listed.stdout.decode().split('\0')[:-1]:
-        if (ROOT / name).is_file():
+        if (ROOT / name).exists():
             target = folder / 'source' / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((ROOT / name).read_bytes())
+            shutil.copy(ROOT / name, target, follow_symlinks=False)
     subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation',
                     '--wheel-dir', folder, folder / 'source'], check=True)
     return next(folder.glob('*.whl'))
@@ -32,9 +33,10 @@ def test_wheel_holds_the_package_its_configs_and_its_licence(wheel):
         metadata = next(name for name in names if name.endswith('METADATA'))
         text = archive.read(metadata).decode()
     packaged = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'acmix_mm').rglob('*.py')}
-    configs = {f'acmix_mm/{path.relative_to(ROOT).as_posix()}'
+    configs = {f'acmix_mm/.mim/configs/{path.relative_to(ROOT).as_posix()}'
                for path in (ROOT / 'configs').rglob('*') if path.suffix in ('.py', '.yml')}
-    assert {*packaged, *configs, 'acmix_mm/py.typed'} <= names
+    others = {'acmix_mm/py.typed', 'acmix_mm/.mim/model-index.yml'}
+    assert {*packaged, *configs, *others} <= names
     assert not any(name.startswith(('tests', 'tools')) for name in names)
     assert 'License: Apache-2.0' in text or 'License-Expression: Apache-2.0' in text
     assert any(name.endswith('LICENSE') for name in names)
@@ -57,3 +59,14 @@ def test_wheel_imports_in_a_clean_environment(wheel, tmp_path):
          'print(tuple(ACmixConv2d(4, 8)(torch.ones(1, 4, 9, 9)).shape))'],
         cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == '(1, 8, 9, 9)', done.stderr
+    # torch's environment also has OpenMMLab. Commands run in any folder and find configs by name.
+    base = 'acmix_mm::configs/shapes/maskrcnn_acmix_swin.py'
+    (tmp_path / 'own.py').write_text(f'_base_ = {base!r}')
+    done = subprocess.run(
+        [python, '-I', '-m', 'acmix_mm', 'receptive_field', 'shapes/maskrcnn_acmix_swin', 'own',
+         '--shape', '32', '32', '--samples', '1'],
+        cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'receptive_field.png').is_file()
+    for name in ('maskrcnn_acmix_swin', 'own'):
+        assert f'\n{name}: ' in done.stdout

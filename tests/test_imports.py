@@ -26,6 +26,9 @@ ALLOWED = {
     'benchmark': {'utils', 'ops', 'layers', 'backbones'},
     'comparison': {*TOOLBOX, 'benchmark'},
     'deploy': TOOLBOX,
+    'commands': {*TOOLBOX, 'benchmark', 'comparison', 'deploy'},
+    '__main__': {'commands'},
+    'registry': set(),
     '__init__': {'checkpoints', 'backbones', 'layers', 'analysis', 'hub'},
 }
 TORCH_ONLY = ('ops', 'layers')

@@ -22,6 +22,7 @@ def test_ops_and_layers_need_only_torch():
     done = run(HIDE_OTHER_PACKAGES + '''
 import torch
 import acmix_mm
+import acmix_mm.commands.benchmark
 from acmix_mm.analysis.flops import count
 from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
 from acmix_mm.ops import shift_conv, sliding_window_attention, window_attention
@@ -30,6 +31,10 @@ out.sum().backward()
 ACmixConv2d(4, 8)(torch.randn(1, 4, 9, 16)).sum().backward()
 ReducedACmix(12, 3, sr_ratio=2)(torch.randn(1, 9, 16, 12)).sum().backward()
 PatchwiseACmix(32, 2, 8, 7)(torch.randn(1, 32, 9, 16)).sum().backward()
+try:
+    acmix_mm.commands.run_command('train', 'train', [])
+except acmix_mm.commands.UsageError as error:
+    assert 'train needs mmengine, which is not installed' in str(error), error
 assert 'acmix_mm.backbones' not in sys.modules
 print(tuple(out.shape))
 ''')

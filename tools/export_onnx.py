@@ -1,50 +1,6 @@
-"""Export a segmentor or a backbone to ONNX, verified with ONNX Runtime.
+"""The same as ``python -m acmix_mm export_onnx``."""
 
-A segmentor takes normalised images and returns the class of each pixel, (batch, 1, height, width),
-like MMDeploy's exports; a backbone returns its feature maps. Batch, height and width are dynamic;
-height and width have a minimum, which depends on the backbone: for Swin every map must be larger
-than a window (225 at stride 32 with 7×7 windows), for PVT at least two cells wide (64), for ResNet
-and SAN at least two positions (33). The outputs are compared with torch's at three sizes, and the
-file is kept only if they agree. Without a checkpoint the weights are random. The heads of detectors
-are not exported; use MMDeploy for them.
-
-Examples: python tools/export_onnx.py configs/upernet_acmix_swin_t.py iter_160000.pth upernet.onnx
-          python tools/export_onnx.py configs/maskrcnn_acmix_r50.py epoch_12.pth r50.onnx \\
-              --backbone-only --shape 800 1344
-"""
-
-import argparse
-
-from acmix_mm.analysis.complexity import padded_image_size
-from acmix_mm.engine.cli import add_cfg_options, positive_int, run_tool
-from acmix_mm.engine.config import load_config
-from acmix_mm.environment import check_mmcv
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', nargs='?', help='checkpoint file')
-    parser.add_argument('out', help='ONNX file to write')
-    parser.add_argument('--backbone-only', action='store_true', help='leave out neck and heads')
-    parser.add_argument('--shape', nargs=2, type=positive_int, metavar=('H', 'W'),
-                        help='height and width of the images to verify with (default: the size '
-                        'that a segmentation config pads to, 800 1344 for detection)')
-    parser.add_argument('--fixed-size', action='store_true',
-                        help='take one image of exactly this shape, which may be of any size')
-    add_cfg_options(parser)
-    args = parser.parse_args()
-
-    check_mmcv()
-    # Imported here because it is slow and --help does not need it.
-    from acmix_mm.deploy.onnx import export_onnx, network_of, normalisation
-    cfg = load_config(args.config, args.cfg_options)
-    network = network_of(cfg, args.checkpoint, args.backbone_only)
-    shape = tuple(args.shape or padded_image_size(cfg))
-    print(export_onnx(network, args.out, shape, args.fixed_size))
-    print(f'  input: {normalisation(cfg)}')
-
+from acmix_mm.commands import run_tool
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool('export_onnx')

@@ -1,36 +1,6 @@
-"""Plot the rates of the two paths against depth: |α|, |β| and log|α/β| of every ACmix layer.
+"""The same as ``python -m acmix_mm plot_rates``."""
 
-Each checkpoint gets a column; the networks may differ. For a work directory, all of its
-epoch_N.pth or iter_N.pth are overlaid in one column. No config is needed.
-
-Examples: python tools/plot_rates.py work_dirs/demo/epoch_10.pth
-          python tools/plot_rates.py work_dirs/demo work_dirs/other/epoch_12.pth --out rates.png
-"""
-
-import argparse
-
-from acmix_mm.analysis.figures import check_png, draw_rates, save
-from acmix_mm.analysis.rates import read_rates
-from acmix_mm.engine.cli import run_tool
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoints', nargs='+', metavar='CHECKPOINT',
-                        help='a checkpoint, or the work directory of a training run')
-    parser.add_argument('--out', default='rates.png', metavar='FILE',
-                        help='output .png file (default: rates.png)')
-    args = parser.parse_args()
-    check_png(args.out)
-    columns = [read_rates(source) for source in args.checkpoints]
-    save(draw_rates(columns), args.out)
-    for history in columns:
-        rates = history[-1]
-        print(f'{rates.source}: {rates.network}, {len(rates.layers)} layers, |α| > |β| in '
-              f'{(rates.log_ratio > 0).sum()} of them')
-    print(f'Wrote {args.out}.')
-
+from acmix_mm.commands import run_tool
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool('plot_rates')

@@ -1,41 +1,6 @@
-"""Evaluate a checkpoint of a detector or segmentor.
+"""The same as ``python -m acmix_mm test``."""
 
-Example: python tools/test.py configs/maskrcnn_acmix_swin_t.py work_dirs/…/epoch_12.pth
-"""
-
-import argparse
-
-from acmix_mm.engine.cli import add_common_arguments, config_from, run_tool
-from acmix_mm.engine.runner import augment_test, save_predictions, show_predictions, test
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
-    add_common_arguments(parser)
-    parser.add_argument('--out', metavar='PATH', help='save the predictions: detections as a '
-                        'pickle PATH.pkl, segmentations as label maps in the folder PATH')
-    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument('--show-dir', metavar='DIR', help='save drawings of the predictions '
-                        'to DIR; detections are drawn next to the ground truth')
-    parser.add_argument('--wait-time', type=float, default=2, metavar='SECONDS',
-                        help='how long --show displays each image')
-    parser.add_argument('--tta', action='store_true', help='test-time augmentation: average '
-                        'predictions over augmented copies of each image')
-    args = parser.parse_args()
-
-    cfg = config_from(args)
-    cfg.load_from = args.checkpoint
-    if args.show or args.show_dir:
-        show_predictions(cfg, args.show, args.show_dir, args.wait_time)
-    if args.out:
-        save_predictions(cfg, args.out)
-    if args.tta:
-        augment_test(cfg)
-    test(cfg)
-
+from acmix_mm.commands import run_tool
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool('test')

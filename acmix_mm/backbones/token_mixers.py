@@ -9,7 +9,7 @@ ACmix alone. ``involution`` is 7×7 involution (arXiv 2103.06255).
 
 from collections.abc import Collection
 from copy import deepcopy
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from mmcv.cnn import build_conv_layer
 from mmengine.config import ConfigDict
@@ -18,6 +18,7 @@ from torch import nn
 
 from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
 from acmix_mm.layers.padded_conv import one_side
+from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
 # Arguments that select a mixer: the paths of ACmix, which all hosts have, and other operators.
@@ -30,12 +31,12 @@ OPERATORS: dict[str, dict[str, Any]] = {
 MIXERS: tuple[str, ...] = ('conv', *PATHS, *OPERATORS)
 
 
-def mixer_options(backbone: Optional[str], mixer: str) -> dict[str, Any]:
+def mixer_options(backbone: Union[str, type, None], mixer: str) -> dict[str, Any]:
     """Arguments that select a token mixer, to be merged into a backbone's config.
 
     Args:
-        backbone: type of the backbone, ``'ACmixResNet'``. Its config must use ``mix='acmix'``, the
-            default; :func:`with_mixer` replaces any other mixer.
+        backbone: type of the backbone, ``'ACmixResNet'`` or the class. Its config must use
+            ``mix='acmix'``, the default; :func:`with_mixer` replaces any other mixer.
         mixer: one of ``MIXERS``.
 
     Raises:
@@ -44,14 +45,15 @@ def mixer_options(backbone: Optional[str], mixer: str) -> dict[str, Any]:
     """
     if mixer not in MIXERS:
         raise UsageError(f'There is no mixer {mixer!r}; name one of {", ".join(MIXERS)}.')
-    network = MODELS.get(backbone) if backbone else None
-    if network is None or not issubclass(network, ACmixBackbone):
+    name = backbone and type_name(backbone)
+    network = MODELS.get(name) if name else None
+    if not (isinstance(network, type) and issubclass(network, ACmixBackbone)):
         hosts = ', '.join(host.__name__ for host in BACKBONES.values())
-        raise UsageError(f'The backbone {backbone} has no mixer to exchange; use a config with '
+        raise UsageError(f'The backbone {name} has no mixer to exchange; use a config with '
                          f'one that has: {hosts}.')
     options = network.mixers
     if mixer not in options:
-        raise UsageError(f'The backbone {backbone} does not support the mixer {mixer}; it supports '
+        raise UsageError(f'The backbone {name} does not support the mixer {mixer}; it supports '
                          f'{", ".join(options)}.')
     return deepcopy(options[mixer])
 

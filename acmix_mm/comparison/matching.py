@@ -18,6 +18,7 @@ from mmengine.registry import MODELS
 from acmix_mm.analysis.complexity import build_to_count, count_on_shapes
 from acmix_mm.analysis.flops import total
 from acmix_mm.backbones.token_mixers import with_mixer
+from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
 TOLERANCE = 0.02
@@ -64,7 +65,7 @@ class Family:
         self.shape = shape
         self.model = deepcopy(model)
         self.model.backbone = with_mixer(model.backbone, mixer)
-        self.host = MODELS.get(model.backbone.type)
+        self.host = MODELS.get(type_name(model.backbone.type))
         self.arguments = self.host.arguments(self.model.backbone)
         self.own_size = BackboneSize(self.arguments[self.host.width_argument],
                                      self.host.stage_blocks_of(self.arguments))

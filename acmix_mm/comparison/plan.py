@@ -58,6 +58,8 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
     Raises:
         UsageError: no network matches, or the folder belongs to another comparison.
     """
+    # The classes in a pure Python config become names, as in the files that MMEngine writes.
+    cfg = Config(cfg.to_dict(), filename=cfg.filename)
     settings = dict(config=os.path.relpath(cfg.filename), mixers=list(mixers), match=quantity,
                     budget=None if budget is None else str(budget),
                     options=digest(cfg))
@@ -202,8 +204,8 @@ def config_of_run(cfg: Config, model: Any, iterations: Optional[int]) -> Config:
     if is_epoch_based(cfg):
         cfg.default_hooks.logger.log_metric_by_epoch = False
         seed_by_epoch(cfg.train_dataloader)
-    imports = cfg.setdefault('custom_imports', dict(imports=[])).imports
-    imports.append('acmix_mm.comparison.record')
+    cfg.setdefault('custom_imports', dict(imports=[]))
+    cfg.custom_imports.imports.append('acmix_mm.comparison.record')
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='SeedSteps'),
                         dict(type='RecordRun')]
     return cfg

@@ -49,9 +49,10 @@ class Run(NamedTuple):
 
     @property
     def command(self) -> list[str]:
-        """The command that trains this run by itself, from the root of the repository."""
-        return ['python', 'tools/train.py', os.path.join(self.out, self.mixer, 'config.py'),
-                '--work-dir', self.folder, '--cfg-options', f'randomness.seed={self.seed}']
+        """The command that trains this run by itself, in the same working directory."""
+        config = os.path.join(self.out, self.mixer, 'config.py')
+        return ['python', '-m', 'acmix_mm', 'train', config, '--work-dir', self.folder,
+                '--cfg-options', f'randomness.seed={self.seed}']
 
     @property
     def result(self) -> Optional[dict[str, Any]]:
@@ -86,13 +87,12 @@ def all_runs(out: str, mixers: list[str], seeds: int) -> list[Run]:
     return [Run(out, mixer, seed) for seed in range(seeds) for mixer in mixers]
 
 
-def train_all(runs: list[Run], iterations: dict[str, int], train_tool: str) -> None:
+def train_all(runs: list[Run], iterations: dict[str, int]) -> None:
     """Train the unfinished runs, and print the progress and an estimate of the remaining time.
 
     Args:
         runs: the runs, in the order of training.
         iterations: iterations of a run, by mixer.
-        train_tool: path of ``tools/train.py``.
 
     Raises:
         UsageError: a run failed; the message names its log file.
@@ -117,7 +117,7 @@ def train_all(runs: list[Run], iterations: dict[str, int], train_tool: str) -> N
             continue
         start = time.perf_counter()
         done_before = logged_iteration(run.folder)
-        for done in train(run, train_tool):
+        for done in train(run):
             elapsed = time.perf_counter() - start
             if done > done_before:
                 pace[run.mixer] = elapsed / (done - done_before)
@@ -132,7 +132,7 @@ def train_all(runs: list[Run], iterations: dict[str, int], train_tool: str) -> N
               flush=True)
 
 
-def train(run: Run, train_tool: str) -> Iterator[int]:
+def train(run: Run) -> Iterator[int]:
     """Train a run to its end, resuming from its latest checkpoint; yield the iteration at times.
 
     Raises:
@@ -140,7 +140,7 @@ def train(run: Run, train_tool: str) -> Iterator[int]:
     """
     os.makedirs(run.folder, exist_ok=True)
     checkpoint = latest_checkpoint(run.folder)
-    command = [sys.executable, train_tool, *run.command[2:]]
+    command = [sys.executable, *run.command[1:]]
     if checkpoint is not None:
         command += ['--resume', checkpoint]
     output = os.path.join(run.folder, 'output.txt')

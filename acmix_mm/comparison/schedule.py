@@ -9,6 +9,7 @@ from typing import NamedTuple, Optional, Union
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
+from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
 # Arguments of MMEngine's schedulers that are times or durations.
@@ -76,8 +77,9 @@ def stretch(cfg: Config, iterations: int) -> None:
     schedulers = cfg.get('param_scheduler') or []
     schedulers = schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]
     for scheduler in schedulers:
-        if WITHOUT_LENGTH.search(scheduler.type):
-            raise UsageError(f'--budget cannot stretch the scheduler {scheduler.type}: set another '
+        name = type_name(scheduler.type)
+        if WITHOUT_LENGTH.search(name):
+            raise UsageError(f'--budget cannot stretch the scheduler {name}: set another '
                              'schedule with --cfg-options, or omit --budget.')
     epoch = 1
     if by_epoch or any(scheduler.get('by_epoch', True) for scheduler in schedulers):
@@ -93,7 +95,7 @@ def stretch(cfg: Config, iterations: int) -> None:
                   for name in ('val_interval', 'val_begin') if name in cfg.train_cfg}
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, **validation)
     sampler = cfg.train_dataloader.get('sampler')
-    if sampler is not None and sampler.type == 'DefaultSampler':
+    if sampler is not None and type_name(sampler.type) == 'DefaultSampler':
         sampler.type = 'InfiniteSampler'
     cfg.log_processor = {**(cfg.get('log_processor') or {}), 'by_epoch': False}
     cfg.default_hooks.logger.update(

@@ -1,19 +1,18 @@
-"""Command-line options and error handling shared by the tools."""
+"""Command-line options that several commands share."""
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Optional
 
 from mmengine.config import Config, DictAction
-from torch import distributed
 
 from acmix_mm.engine.config import load_config, set_classes, set_data_root
 from acmix_mm.environment import check_mmcv
 from acmix_mm.utils.errors import UsageError
+
+CONFIG_HELP = 'config file, or the name of an installed config'
 
 
 class KeyValue(DictAction):
@@ -80,7 +79,7 @@ def config_from(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+        cfg.work_dir = os.path.join('work_dirs', Path(cfg.filename).stem)
     if args.data_root is not None:
         set_data_root(cfg, args.data_root)
     if args.classes is not None:
@@ -101,30 +100,3 @@ def file_to_write(name: str) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f'The directory {path.parent} is not writable; name another file.')
     return path
-
-
-def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool's main function; print a user-facing error and exit with status 1."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit('Interrupted.')
-    except UsageError as error:
-        # Only one process per node prints the message.
-        sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
-    exit_after_gloo()
-
-
-def exit_after_gloo() -> None:
-    """Exit immediately if this is a process of a distributed CPU job.
-
-    Gloo's threads sometimes outlive the interpreter and abort a finished process ("terminate
-    called without an active exception"), which torchrun then reports as a failure.
-    """
-    running = distributed.is_available() and distributed.is_initialized()
-    if running and distributed.get_backend() == 'gloo':
-        distributed.barrier()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)

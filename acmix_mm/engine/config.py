@@ -1,6 +1,7 @@
 """Loading configs, and adapting them to custom datasets and classes."""
 
 import contextlib
+import difflib
 import inspect
 import json
 import os
@@ -14,22 +15,48 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, build_functions, init_default_scope
 from torch import nn
 
+from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
 SPLITS = ('train', 'val', 'test')
 PACKAGE = Path(__file__).parents[1]
+CONFIGS = PACKAGE / '.mim/configs/configs'
+
+
+def find_config(name: str) -> str:
+    """Return the path of a config.
+
+    Args:
+        name: a file, or an installed config such as ``shapes/maskrcnn_acmix_swin``, both with or
+            without ``.py``. A file takes precedence.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    for folder in ('', CONFIGS):
+        for path in (os.path.join(folder, name), os.path.join(folder, f'{name}.py')):
+            if os.path.isfile(path):
+                return path
+    installed = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix()
+                       for path in CONFIGS.glob('**/*.py'))
+    wanted = Path(name).with_suffix('').as_posix().removeprefix('configs/')
+    close = difflib.get_close_matches(wanted, installed)
+    known = f'similar ones are {", ".join(close)}' if close else f'there are {", ".join(installed)}'
+    raise UsageError(f'{name} is neither a file nor the name of an installed config; {known}.')
 
 
 def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
-    """Read a config file and merge ``--cfg-options`` into it.
+    """Read a config and merge ``--cfg-options`` into it.
+
+    Args:
+        path: see :func:`find_config`.
+        options: settings to override, by their dotted names.
 
     Raises:
         UsageError: the file, one of its base configs or a package that it imports is missing, or
             an option does not match the config.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f'The config {path} does not exist; the configs provided here are in '
-                         'configs/.')
+    path = find_config(path)
     try:
         cfg = Config.fromfile(path)
     except FileNotFoundError as error:
@@ -43,7 +70,43 @@ def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
             cfg.merge_from_dict(options)
         except (KeyError, IndexError, TypeError) as error:
             raise UsageError(f'--cfg-options do not match the config {path}: {error}') from error
+    if cfg.get('default_scope') is None:
+        cfg.default_scope = scope_of_model(cfg)
+    try:
+        name_operators(cfg)
+    except ImportError as error:
+        raise UsageError(f'The config {path} names a class that cannot be imported: '
+                         f'{error}') from error
     return cfg
+
+
+def scope_of_model(cfg: Config) -> str:
+    """Return the package that defines the class of a config's model.
+
+    MMDetection's pure Python configs have no default scope. The tools need one, because they add
+    settings by name.
+    """
+    model_type = (cfg.get('model') or {}).get('type', '')
+    modules = [model_type] if isinstance(model_type, str) else [
+        each.__module__ for each in model_type.__mro__]
+    packages = [module.partition('.')[0] for module in modules]
+    return next((package for package in packages if package in ('mmdet', 'mmseg')), 'mmengine')
+
+
+def name_operators(node: Any) -> None:
+    """Replace mmcv's operators by their names where they are a ``type``, as ``nms`` is.
+
+    MMEngine writes them with their module into the work directory, where mmcv does not find them.
+    """
+    if isinstance(node, (Config, dict)):
+        operator = node.get('type')
+        if getattr(operator, '__module__', '').startswith('mmcv.ops') and not isinstance(
+                operator, type):
+            node['type'] = type_name(operator)
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            name_operators(child)
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -152,7 +215,7 @@ def set_classes(cfg: Config, classes: Sequence[str]) -> None:
     for dataset in dataset_configs(cfg):
         if cfg.get('default_scope') == 'mmseg':
             accept_any_classes(dataset)
-        elif dataset.type == 'CocoDataset':
+        elif type_name(dataset.type) == 'CocoDataset':
             check_categories(dataset, classes)
         dataset.metainfo = dict(classes=tuple(classes))
 
@@ -194,8 +257,10 @@ def accept_any_classes(dataset: ConfigDict) -> None:
 
     MMSegmentation's named datasets accept only subsets of their own classes.
     """
-    with DATASETS.switch_scope_and_registry('mmseg') as registry:
-        dataset_class = registry.get(dataset.type)
+    dataset_class = dataset.type
+    if isinstance(dataset_class, str):
+        with DATASETS.switch_scope_and_registry('mmseg') as registry:
+            dataset_class = registry.get(dataset_class)
     for name in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
         default = inspect.signature(dataset_class.__init__).parameters[name].default
         dataset.setdefault(name, default)

@@ -26,6 +26,7 @@ from acmix_mm.checkpoints.reading import (
 from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
+from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 
@@ -118,7 +119,7 @@ def train(cfg: Config) -> None:
         UsageError: data or a checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
+    if type_name(cfg.optim_wrapper.type) == 'AmpOptimWrapper' and not torch.cuda.is_available():
         raise UsageError('Mixed precision needs a GPU, but torch finds none: leave out --amp or, '
                          'if the config enables it, pass --cfg-options '
                          'optim_wrapper.type=OptimWrapper.')
@@ -256,7 +257,8 @@ def augment_test(cfg: Config) -> None:
                           'flip_direction')
         flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
         cfg.tta_pipeline = [*load, dict(type='TestTimeAug', transforms=[flips, [pack]])]
-    if cfg.tta_model.type == 'DetTTAModel' and cfg.model.get('roi_head', {}).get('mask_head'):
+    merges_boxes = type_name(cfg.tta_model.type) == 'DetTTAModel'
+    if merges_boxes and cfg.model.get('roi_head', {}).get('mask_head'):
         warnings.warn('MMDetection merges only boxes over augmented images: masks are neither '
                       'predicted nor evaluated with --tta.', stacklevel=2)
         cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)

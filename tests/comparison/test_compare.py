@@ -63,7 +63,7 @@ def test_resumes_where_it_was_killed(comparison, run_tool, tmp_path):
     assert 'about' in printed
     # A command of the report gives the same results, by itself and uninterrupted.
     command = json.loads((out / 'report.json').read_text())['variants']['acmix']['commands'][0]
-    words = command.split()[1:]
+    words = command.replace('python', sys.executable, 1).split()
     words[words.index('--work-dir') + 1] = str(tmp_path)
     assert run_tool(*words).returncode == 0
     alone, resumed = (json.loads((folder / 'result.json').read_text())

@@ -75,6 +75,8 @@ def test_command_exists_and_accepts_its_options(words, parse):
             name, is_variable, _ = word.partition('=')
             assert re.search(rf'^{name} ?\?=' if is_variable else rf'^{name}:', makefile,
                              re.MULTILINE), word
+    elif words[:3] == ['python', '-m', 'acmix_mm']:
+        parse('acmix_mm/__main__.py', *words[3:])
     elif words[:2] == ['python', '-m']:
         assert importlib.util.find_spec(words[2])
     elif words[0] == 'python' and words[1].startswith('tools/'):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import pytest
@@ -20,6 +19,8 @@ from helpers.tools import (
     SEGMENTATION,
     SMALL_IMAGES,
     Bomb,
+    data_options,
+    data_roots,
     epochs,
     logged,
     logged_metric,
@@ -27,14 +28,6 @@ from helpers.tools import (
 )
 
 from acmix_mm.utils.errors import UsageError
-
-
-def data_options(root):
-    """What ``--data-root`` sets, as config options for MMDetection's own tools."""
-    annotations = f'{root}/annotations/instances_val2017.json'
-    splits = ('train', 'val', 'test')
-    return [*(f'{split}_dataloader.dataset.data_root={root}/' for split in splits),
-            f'val_evaluator.ann_file={annotations}', f'test_evaluator.ann_file={annotations}']
 
 
 @pytest.fixture(scope='module')
@@ -143,23 +136,20 @@ print(model.dataset_meta['classes'], len(result.pred_instances) == len(found['sc
 """)
     done = run_tool(script)
     assert "('circle', 'square', 'triangle') True" in done.stdout, done.stderr
-    import mmdet
-    done = run_tool(Path(mmdet.__file__).parent / '.mim/tools/test.py', DETECTION,
-                    folder / 'epoch_3.pth', '--work-dir', tmp_path, '--cfg-options', *FAST,
-                    *SMALL_IMAGES, *data_options(shapes))
+    # mim runs the scripts in the wheels of MMDetection and MMSegmentation.
+    done = run_tool('mim', 'run', 'mmdet', 'test', DETECTION, folder / 'epoch_3.pth', '--work-dir',
+                    tmp_path, '--cfg-options', *FAST, *SMALL_IMAGES, *data_options(shapes))
     assert done.returncode == 0, done.stderr
     assert logged_metric(tmp_path, 'coco/bbox_mAP') == pytest.approx(
         logged(folder, 'coco/bbox_mAP')[-1])
 
 
 def test_mmdetection_resumes_the_training_by_itself(detector, shapes, run_tool, tmp_path):
-    import mmdet
     folder, _ = detector
     shutil.copy(folder / 'epoch_3.pth', tmp_path)
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_3.pth'))
-    done = run_tool(Path(mmdet.__file__).parent / '.mim/tools/train.py', DETECTION, '--work-dir',
-                    tmp_path, '--resume', '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(4),
-                    *data_options(shapes))
+    done = run_tool('mim', 'train', 'mmdet', DETECTION, '--work-dir', tmp_path, '--resume',
+                    '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(4), *data_options(shapes))
     assert done.returncode == 0, done.stderr
     assert 'resumed epoch: 3, iter: 12' in done.stdout
     assert (tmp_path / 'epoch_4.pth').is_file()
@@ -178,6 +168,22 @@ print(model.dataset_meta['classes'], labels.shape, bool((labels == found).all())
 """)
     done = run_tool(script)
     assert "'triangle') (96, 96) True" in done.stdout, done.stderr
+
+
+def test_mmsegmentation_resumes_and_evaluates_by_itself(segmentor, shapes, run_tool, tmp_path):
+    shutil.copy(segmentor / 'iter_6.pth', tmp_path)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_6.pth'))
+    given = ['--cfg-options', *FAST, *data_roots(shapes), 'train_dataloader.batch_size=2',
+             'model.data_preprocessor.size=(96,96)', 'train_cfg.max_iters=8',
+             'train_cfg.val_interval=8', 'default_hooks.checkpoint.interval=8']
+    done = run_tool('mim', 'train', 'mmsegmentation', SEGMENTATION, '--work-dir', tmp_path,
+                    '--resume', *given)
+    assert done.returncode == 0, done.stderr
+    assert 'resumed epoch: 0, iter: 6' in done.stdout
+    done = run_tool('mim', 'test', 'mmsegmentation', SEGMENTATION, '--checkpoint',
+                    tmp_path / 'iter_8.pth', '--work-dir', tmp_path / 'test', *given)
+    assert done.returncode == 0, done.stderr
+    assert logged_metric(tmp_path / 'test', 'mIoU') == pytest.approx(logged(tmp_path, 'mIoU')[-1])
 
 
 def test_segmentation_tta(segmentor, shapes, run_tool, tmp_path):
@@ -270,8 +276,9 @@ SCRATCH = ['--cfg-options', 'model.backbone.init_cfg=None', *FAST]
       '--data-root DIR', 'make demo']),
     (['tools/train.py', 'configs/upernet_acmix_swin_t.py', '--data-root', '{tmp}'],
      ['{tmp}/images/training does not exist', 'annotations/validation']),
-    (['tools/train.py', 'configs/maskrcnn.py'],
-     ['configs/maskrcnn.py does not exist', 'configs provided here are in configs/']),
+    (['tools/train.py', 'configs/maskrcnn_acmix_swim_t.py'],
+     ['configs/maskrcnn_acmix_swim_t.py is neither a file nor the name of an installed config',
+      'similar ones are maskrcnn_acmix_swin_t,']),
     (['tools/test.py', DETECTION, '{tmp}/none.pth', *DATA],
      ['{tmp}/none.pth does not exist']),
     (['tools/test.py', DETECTION, '{tmp}/torn.pth', *DATA, '--cfg-options', *FAST],

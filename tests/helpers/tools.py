@@ -21,6 +21,18 @@ def epochs(count):
             f'param_scheduler.1.T_max={count}']
 
 
+def data_roots(root):
+    """What ``--data-root`` sets in a segmentation config, as config options for other tools."""
+    return [f'{split}_dataloader.dataset.data_root={root}/' for split in ('train', 'val', 'test')]
+
+
+def data_options(root):
+    """What ``--data-root`` sets in a detection config, as config options for other tools."""
+    annotations = f'{root}/annotations/instances_val2017.json'
+    return [*data_roots(root), f'val_evaluator.ann_file={annotations}',
+            f'test_evaluator.ann_file={annotations}']
+
+
 def logged(folder, key):
     """All values of ``key`` that the last run in ``folder`` logged."""
     scalars = max(folder.glob('*/vis_data/scalars.json'))

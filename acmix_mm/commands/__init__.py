@@ -1,0 +1,118 @@
+"""The command line: ``python -m acmix_mm COMMAND``, or ``python tools/COMMAND.py`` in a clone.
+
+Each module is a command. Its docstring is the help text, ``add_arguments`` defines its arguments,
+and ``run`` runs it. This file imports no command and no OpenMMLab package, so that the benchmark
+runs with torch alone.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import logging
+import os
+import pkgutil
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from torch import distributed
+
+from acmix_mm.utils.errors import UsageError
+
+
+def command_names() -> list[str]:
+    """Return the names of all commands."""
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def command_list() -> str:
+    """Return a text that lists the commands, each with the first line of its help text."""
+    names = command_names()
+    width = max(map(len, names))
+    lines = ['usage: python -m acmix_mm COMMAND …', '', 'commands:']
+    for name in names:
+        # Not imported, which would take seconds.
+        source = Path(__path__[0], f'{name}.py').read_text(encoding='utf-8')
+        summary = ast.get_docstring(ast.parse(source)).splitlines()[0]
+        lines.append(f'  {name:{width}}  {summary}')
+    return '\n'.join([
+        *lines, '', 'python -m acmix_mm COMMAND --help describes the arguments of a command. '
+        'CONFIG is a file, or the name of\nan installed config, such as maskrcnn_acmix_swin_t.'])
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names; without one, list the commands."""
+    name, *arguments = sys.argv[1:] or ['--help']
+    if name in ('-h', '--help'):
+        print(command_list())
+        return
+    with errors_as_messages():
+        if name not in command_names():
+            close = difflib.get_close_matches(name, command_names(), n=1)
+            raise UsageError(f'There is no command {name!r}' + (f'; did you mean {close[0]}?' if
+                             close else '.') + ' `python -m acmix_mm` lists the commands.')
+        run_command(name, f'python -m acmix_mm {name}', arguments)
+
+
+def run_tool(name: str) -> None:
+    """Run a command with the arguments of a script in ``tools/``."""
+    with errors_as_messages():
+        run_command(name, f'python {sys.argv[0]}', sys.argv[1:])
+
+
+def run_command(name: str, program: str, arguments: Sequence[str]) -> None:
+    """Run a command.
+
+    Args:
+        name: one of :func:`command_names`.
+        program: how the command was called, for its help text and for reports.
+        arguments: of the command.
+
+    Raises:
+        UsageError: the command cannot do what was asked, or needs a package that is not installed.
+        SystemExit: the arguments do not fit the command, or ``--help`` was passed.
+    """
+    try:
+        command = import_module(f'{__name__}.{name}')
+    except ModuleNotFoundError as error:
+        missing = error.name.partition('.')[0]
+        if missing == 'acmix_mm':
+            raise
+        raise UsageError(f'{name} needs {missing}, which is not installed; the extras det and seg '
+                         'of acmix-mm install what the commands need.') from error
+    parser = argparse.ArgumentParser(prog=program, description=command.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(parser)
+    parser.set_defaults(command_line=f'{program} {shlex.join(arguments)}')
+    command.run(parser.parse_args(arguments))
+
+
+@contextlib.contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Print a user-facing error without its traceback, and exit with status 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit('Interrupted.')
+    except UsageError as error:
+        # Only one process per node prints the message.
+        sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
+    exit_after_gloo()
+
+
+def exit_after_gloo() -> None:
+    """Exit immediately if this is a process of a distributed CPU job.
+
+    Gloo's threads sometimes outlive the interpreter and abort a finished process ("terminate
+    called without an active exception"), which torchrun then reports as a failure.
+    """
+    running = distributed.is_available() and distributed.is_initialized()
+    if running and distributed.get_backend() == 'gloo':
+        distributed.barrier()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
