@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -230,8 +231,11 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
 
     Raises:
         CheckpointError: a checkpoint of ``sources`` does not exist or cannot be downloaded.
-        UsageError: a dataset is empty, or the launcher needs a GPU.
+        UsageError: a dataset is empty, the launcher needs a GPU, or there is no Slurm job.
     """
+    if cfg.launcher == 'slurm' and 'SLURM_PROCID' not in os.environ:
+        raise UsageError('--launcher slurm works in a Slurm job only: use tools/slurm_train.sh and '
+                         'tools/slurm_test.sh.')
     for source in sources:
         if is_path(source) and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
@@ -285,13 +289,15 @@ def prepare_cpu(cfg: Config) -> None:
     """Set up a distributed run without GPUs, which MMEngine does not support by itself.
 
     Raises:
-        UsageError: the launcher is not torchrun.
+        UsageError: the launcher is MPI.
     """
     if cfg.launcher == 'none':
         return
-    if cfg.launcher != 'pytorch':
-        raise UsageError(f'--launcher {cfg.launcher} needs GPUs, but torch finds none; on CPUs use '
-                         'tools/dist_train.sh, which uses torchrun.')
+    if cfg.launcher == 'mpi':
+        raise UsageError('--launcher mpi needs GPUs, but torch finds none; on CPUs use '
+                         'tools/dist_train.sh or tools/slurm_train.sh.')
+    if cfg.launcher == 'slurm':
+        set_slurm_environment()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     cfg.setdefault('model_wrapper_cfg', dict(
@@ -299,6 +305,18 @@ def prepare_cpu(cfg: Config) -> None:
         device_ids=None,
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False)))
+
+
+def set_slurm_environment() -> None:
+    """Set the environment variables that torch reads, as MMEngine does for Slurm jobs with GPUs."""
+    task = {name: os.environ[f'SLURM_{name}'] for name in ('PROCID', 'LOCALID', 'NTASKS')}
+    os.environ.update(
+        RANK=task['PROCID'], LOCAL_RANK=task['LOCALID'], WORLD_SIZE=task['NTASKS'])
+    os.environ.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in os.environ:
+        hosts = subprocess.run(['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']],
+                               check=True, capture_output=True, text=True)
+        os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
 
 
 def show_predictions(cfg: Config, show: bool, show_dir: Optional[str], wait_time: float) -> None:
