@@ -26,7 +26,7 @@ ALLOWED = {
     'benchmark': {'utils', 'ops', 'layers', 'backbones'},
     'comparison': {*TOOLBOX, 'benchmark'},
     'deploy': TOOLBOX,
-    '__init__': {'checkpoints', 'backbones', 'layers', 'analysis', 'hub'},
+    '__init__': {'checkpoints', 'backbones', 'layers', 'engine', 'analysis', 'hub'},
 }
 TORCH_ONLY = ('ops', 'layers')
 
