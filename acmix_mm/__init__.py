@@ -2,8 +2,9 @@
 
 Importing this package registers the backbones and the convolution types ``ACmix``,
 ``SlidingAttention``, ``ACmixConvolution`` and ``Involution`` in MMEngine's root registry
-``MODELS``, where MMDetection and MMSegmentation find them, ``RateHook`` in ``HOOKS``, and the
-checkpoint addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. It also allows torch to
+``MODELS``, where MMDetection and MMSegmentation find them, ``RateHook`` in ``HOOKS``,
+``ACmixFSDPStrategy`` in ``STRATEGIES`` with its wrap policy in ``FUNCTIONS``, and the checkpoint
+addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. It also allows torch to
 load the checkpoints that MMEngine writes, as data, so that MMDetection's and MMSegmentation's own
 tools and inferencers can use them, and makes the configs of this package available as
 ``acmix_mm::configs/NAME.py``. Without OpenMMLab nothing is registered; ``acmix_mm.ops`` and
@@ -22,6 +23,7 @@ if find_spec('mmengine') and find_spec('mmcv'):
     from acmix_mm import backbones  # noqa: F401
     from acmix_mm.analysis import rate_hook  # noqa: F401
     from acmix_mm.checkpoints.reading import allow_mmengine_checkpoints
+    from acmix_mm.engine import fsdp  # noqa: F401
     from acmix_mm.hub import SCHEMES, load_from_timm, register_configs
     from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
 

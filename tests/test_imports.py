@@ -29,7 +29,7 @@ ALLOWED = {
     'commands': {*TOOLBOX, 'benchmark', 'comparison', 'deploy'},
     '__main__': {'commands'},
     'registry': set(),
-    '__init__': {'checkpoints', 'backbones', 'layers', 'analysis', 'hub'},
+    '__init__': {'checkpoints', 'backbones', 'layers', 'engine', 'analysis', 'hub'},
 }
 TORCH_ONLY = ('ops', 'layers')
 

@@ -1,10 +1,12 @@
 """Recording the rates of the two paths during training."""
 
+import contextlib
 from typing import Optional
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from acmix_mm.analysis.rates import rates_of
 from acmix_mm.checkpoints.reading import WRAPPERS
@@ -39,8 +41,13 @@ class RateHook(Hook):
 
     def scalars(self, runner: Runner) -> dict[str, float]:
         """Return the rates of the model by the names of their scalars."""
-        weights = {WRAPPERS.sub('', key): value for key, value in runner.model.named_parameters()}
-        rates = rates_of(weights, 'The model for RateHook')
+        model = runner.model
+        # With FSDP, each process has a part of the rates only.
+        gathered = (FullyShardedDataParallel.summon_full_params(model, writeback=False)
+                    if isinstance(model, FullyShardedDataParallel) else contextlib.nullcontext())
+        with gathered:
+            weights = {WRAPPERS.sub('', key): value for key, value in model.named_parameters()}
+            rates = rates_of(weights, 'The model for RateHook')
         return {f'rates/{layer}.{rate}': value
                 for rate, values in (('rate1', rates.attention), ('rate2', rates.convolution))
                 for layer, value in zip(rates.layers, values.tolist())}

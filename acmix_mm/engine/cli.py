@@ -73,7 +73,7 @@ def config_from(args: argparse.Namespace) -> Config:
         UsageError: mmcv does not work, or an option does not match the config.
     """
     check_mmcv()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    os.environ.setdefault('LOCAL_RANK', os.environ.get('SLURM_LOCALID', str(args.local_rank)))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -12,7 +13,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from acmix_mm.checkpoints.loading import summary
@@ -60,12 +61,85 @@ class DataOnlyRunner(Runner):
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
-        check_weights(self.model, checkpoint, filename, self.requires_all_weights)
+        check_weights(shapes_of(self.model), checkpoint, filename, self.requires_all_weights)
         return checkpoint
 
     def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
         """Save like :meth:`Runner.save_checkpoint`; ``meta`` also records package versions."""
         super().save_checkpoint(*args, meta={**(meta or {}), 'versions': versions()}, **kwargs)
+
+
+class DataOnlyFlexibleRunner(FlexibleRunner):
+    """MMEngine's runner for strategies such as FSDP, with the changes of :class:`DataOnlyRunner`.
+
+    The model is built when the runner is created, as by MMEngine's other runner.
+    """
+
+    requires_all_weights = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        with constructor_errors_as_usage_errors():
+            self.model = self.strategy.build_model(self.model)
+        log_convolutions(self.model)
+        # Recorded now, because the strategy may distribute the weights over the processes.
+        self.weight_shapes = shapes_of(self.model)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Load a checkpoint into the model like :meth:`FlexibleRunner.load_checkpoint`.
+
+        Raises:
+            CheckpointError: the file is missing, unreachable, damaged, contains code, or does not
+                match the model.
+        """
+        with self.loading_as_data(filename):
+            super().load_checkpoint(filename, *args, **kwargs)
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume from a checkpoint like :meth:`FlexibleRunner.resume`.
+
+        Raises:
+            CheckpointError: the file is missing, unreachable, damaged, contains code, or does not
+                match the model.
+        """
+        with self.loading_as_data(filename):
+            super().resume(filename, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def loading_as_data(self, filename: str) -> Iterator[None]:
+        """Read a checkpoint as data only, and explain errors until it has been read."""
+        self.unread: Optional[str] = filename
+        try:
+            with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
+                yield
+        except LOAD_ERRORS as error:
+            if self.unread is None:
+                raise
+            raise CheckpointError(explain_load_error(filename, error)) from error
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call the hooks like :meth:`FlexibleRunner.call_hook`.
+
+        MMEngine calls ``after_load_checkpoint`` when a checkpoint has been read, and before its
+        weights are loaded into the model; this checks them first.
+
+        Raises:
+            CheckpointError: the checkpoint does not match the model.
+        """
+        if fn_name == 'after_load_checkpoint':
+            check_weights(self.weight_shapes, kwargs['checkpoint'], self.unread,
+                          self.requires_all_weights)
+            self.unread = None
+        super().call_hook(fn_name, **kwargs)
+
+    def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
+        """Save like :meth:`FlexibleRunner.save_checkpoint`; ``meta`` also records package versions.
+        """
+        super().save_checkpoint(*args, meta={**(meta or {}), 'versions': versions()}, **kwargs)
+
+
+# What the tools use in place of MMEngine's runners.
+DATA_ONLY_RUNNERS = {Runner: DataOnlyRunner, FlexibleRunner: DataOnlyFlexibleRunner}
 
 
 def log_convolutions(model: nn.Module) -> None:
@@ -92,22 +166,34 @@ def load_all_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None
     Raises:
         CheckpointError: the checkpoint does not match the model.
     """
-    check_weights(model, checkpoint, source, require_all=True)
+    check_weights(shapes_of(model), checkpoint, source, require_all=True)
     model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)
 
 
-def check_weights(model: nn.Module, checkpoint: Mapping, source: str, require_all: bool) -> None:
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the weights of a model, by their names in a checkpoint."""
+    # Wrappers for distributed training and for test-time augmentation call the model "module".
+    return {key.removeprefix('module.'): value.shape
+            for key, value in model.state_dict().items()}
+
+
+def check_weights(shapes: Mapping[str, torch.Size], checkpoint: Mapping, source: str,
+                  require_all: bool) -> None:
     """Check that a checkpoint contains some or, with ``require_all``, all weights of a model.
+
+    Args:
+        shapes: the shapes of the weights, see :func:`shapes_of`.
+        checkpoint: the checkpoint, or a state dict.
+        source: where it comes from, for messages.
+        require_all: whether all weights must be there.
 
     Raises:
         CheckpointError: the weights are missing or have another shape.
     """
     weights = checkpoint.get('state_dict', checkpoint)
-    # Wrappers for distributed training and for test-time augmentation call the model "module".
-    own = {key.removeprefix('module.'): value for key, value in model.state_dict().items()}
-    missing = [key for key, value in own.items()
-               if key not in weights or weights[key].shape != value.shape]
-    if len(missing) == len(own) or (require_all and missing):
+    missing = [key for key, shape in shapes.items()
+               if key not in weights or weights[key].shape != shape]
+    if len(missing) == len(shapes) or (require_all and missing):
         raise CheckpointError(f"The checkpoint {source} does not match the config's model; missing "
                               f'or of another shape: {summary(missing)}.')
 
@@ -146,8 +232,11 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
 
     Raises:
         CheckpointError: a checkpoint of ``sources`` does not exist or cannot be downloaded.
-        UsageError: a dataset is empty, or the launcher needs a GPU.
+        UsageError: a dataset is empty, the launcher needs a GPU, or there is no Slurm job.
     """
+    if cfg.launcher == 'slurm' and 'SLURM_PROCID' not in os.environ:
+        raise UsageError('--launcher slurm works in a Slurm job only: use tools/slurm_train.sh and '
+                         'tools/slurm_test.sh.')
     for source in sources:
         if is_path(source) and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
@@ -166,9 +255,20 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
                          'classes; name your own classes with --classes NAME ….') from error
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner named by the config, or a :class:`DataOnlyRunner`."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else DataOnlyRunner.from_cfg(cfg)
+def build_runner(cfg: Config) -> Union[Runner, FlexibleRunner]:
+    """Build the runner that the config names as ``runner_type``, by default ``Runner``.
+
+    In place of MMEngine's own runners, it builds those in ``DATA_ONLY_RUNNERS``.
+
+    Raises:
+        UsageError: there is no such runner.
+    """
+    named = cfg.get('runner_type', Runner)
+    runner_class = RUNNERS.get(named) if isinstance(named, str) else named
+    if runner_class is None:
+        raise UsageError(f'The runner {named!r} that the config names as runner_type is not '
+                         "registered; MMEngine's are 'Runner' and 'FlexibleRunner'.")
+    return DATA_ONLY_RUNNERS.get(runner_class, runner_class).from_cfg(cfg)
 
 
 def checkpoint_sources(node: Any) -> list[str]:
@@ -190,13 +290,15 @@ def prepare_cpu(cfg: Config) -> None:
     """Set up a distributed run without GPUs, which MMEngine does not support by itself.
 
     Raises:
-        UsageError: the launcher is not torchrun.
+        UsageError: the launcher is MPI.
     """
     if cfg.launcher == 'none':
         return
-    if cfg.launcher != 'pytorch':
-        raise UsageError(f'--launcher {cfg.launcher} needs GPUs, but torch finds none; on CPUs use '
-                         'tools/dist_train.sh, which uses torchrun.')
+    if cfg.launcher == 'mpi':
+        raise UsageError('--launcher mpi needs GPUs, but torch finds none; on CPUs use '
+                         'tools/dist_train.sh or tools/slurm_train.sh.')
+    if cfg.launcher == 'slurm':
+        set_slurm_environment()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     cfg.setdefault('model_wrapper_cfg', dict(
@@ -204,6 +306,18 @@ def prepare_cpu(cfg: Config) -> None:
         device_ids=None,
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False)))
+
+
+def set_slurm_environment() -> None:
+    """Set the environment variables that torch reads, as MMEngine does for Slurm jobs with GPUs."""
+    task = {name: os.environ[f'SLURM_{name}'] for name in ('PROCID', 'LOCALID', 'NTASKS')}
+    os.environ.update(
+        RANK=task['PROCID'], LOCAL_RANK=task['LOCALID'], WORLD_SIZE=task['NTASKS'])
+    os.environ.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in os.environ:
+        hosts = subprocess.run(['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']],
+                               check=True, capture_output=True, text=True)
+        os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
 
 
 def show_predictions(cfg: Config, show: bool, show_dir: Optional[str], wait_time: float) -> None:

@@ -91,6 +91,12 @@ def test_command_exists_and_accepts_its_options(words, parse):
         config, checkpoint, processes, *options = words[1:]
         assert processes.isdecimal()
         parse('tools/test.py', config, checkpoint, *options)
+    elif words[0] == 'tools/slurm_train.sh':
+        _, _, config, work_dir, *options = words[1:]
+        parse('tools/train.py', config, '--work-dir', work_dir, *options)
+    elif words[0] == 'tools/slurm_test.sh':
+        _, _, config, checkpoint, *options = words[1:]
+        parse('tools/test.py', config, checkpoint, *options)
     else:
         assert not words[0].startswith('tools/'), f'no check for {words[0]}'
 

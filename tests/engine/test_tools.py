@@ -229,26 +229,6 @@ def test_resnet_config_trains_and_evaluates(config, options, metric, shapes, run
     assert 0 <= logged(tmp_path, metric)[-1] <= 100
 
 
-def test_two_processes_train_and_test_together(shapes, run_tool, tmp_path):
-    port = str(20000 + os.getpid() % 20000)
-    done = run_tool('tools/dist_train.sh', DETECTION, 2, '--data-root', shapes,
-                    '--work-dir', tmp_path, '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(1),
-                    PORT=port)
-    assert done.returncode == 0, done.stderr
-    assert 'Distributed launcher: pytorch' in done.stdout
-    assert 'GPU number: 2' in done.stdout
-    # Eight images, in batches of two in each of two processes.
-    assert len(logged(tmp_path, 'loss')) == 2
-    trained_alone = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)['state_dict']
-    assert not any(key.startswith('module.') for key in trained_alone)
-    done = run_tool('tools/dist_test.sh', DETECTION, tmp_path / 'epoch_1.pth', 2,
-                    '--data-root', shapes, '--work-dir', tmp_path / 'test',
-                    '--cfg-options', *FAST, *SMALL_IMAGES, PORT=port)
-    assert done.returncode == 0, done.stderr
-    assert logged_metric(tmp_path / 'test', 'coco/bbox_mAP') == pytest.approx(
-        logged(tmp_path, 'coco/bbox_mAP')[-1])
-
-
 @pytest.mark.parametrize('tool', ['train', 'test'])
 def test_checkpoint_with_code_is_rejected_without_running_it(tool, shapes, run_tool, tmp_path):
     checkpoint = tmp_path / 'bomb.pth'
