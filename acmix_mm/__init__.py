@@ -19,11 +19,11 @@ __version__ = '0.1.0'
 if find_spec('mmengine') and find_spec('mmcv'):
     from mmengine.registry import MODELS
     from mmengine.runner import CheckpointLoader
+    from torch import distributed
 
     from acmix_mm import backbones  # noqa: F401
     from acmix_mm.analysis import rate_hook  # noqa: F401
     from acmix_mm.checkpoints.reading import allow_mmengine_checkpoints
-    from acmix_mm.engine import fsdp  # noqa: F401
     from acmix_mm.hub import SCHEMES, load_from_timm, register_configs
     from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
 
@@ -32,5 +32,7 @@ if find_spec('mmengine') and find_spec('mmcv'):
     MODELS.register_module('ACmixConvolution', module=partial(acmix_or_pointwise, mix='conv'))
     MODELS.register_module('Involution', module=involution_or_pointwise)
     CheckpointLoader.register_scheme(SCHEMES, load_from_timm)
+    if distributed.is_available():
+        from acmix_mm.engine import fsdp  # noqa: F401
     allow_mmengine_checkpoints()
     register_configs()

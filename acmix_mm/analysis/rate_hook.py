@@ -6,7 +6,6 @@ from typing import Optional
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from acmix_mm.analysis.rates import rates_of
 from acmix_mm.checkpoints.reading import WRAPPERS
@@ -43,9 +42,8 @@ class RateHook(Hook):
         """Return the rates of the model by the names of their scalars."""
         model = runner.model
         # With FSDP, each process has a part of the rates only.
-        gathered = (FullyShardedDataParallel.summon_full_params(model, writeback=False)
-                    if isinstance(model, FullyShardedDataParallel) else contextlib.nullcontext())
-        with gathered:
+        gather = getattr(model, 'summon_full_params', contextlib.nullcontext)
+        with gather(model):
             weights = {WRAPPERS.sub('', key): value for key, value in model.named_parameters()}
             rates = rates_of(weights, 'The model for RateHook')
         return {f'rates/{layer}.{rate}': value
