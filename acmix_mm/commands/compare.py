@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run this command."""
     cfg = config_from(args)
-    out = args.work_dir or os.path.join('work_dirs', 'compare', Path(args.config).stem)
+    out = args.work_dir or os.path.join('work_dirs', 'compare', Path(cfg.filename).stem)
 
     check_settings(cfg, args.mixers)
     with exclusive_folder(out):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import ConfigParsingError
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, build_functions, init_default_scope
 from torch import nn
@@ -53,15 +54,22 @@ def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
         options: settings to override, by their dotted names.
 
     Raises:
-        UsageError: the file, one of its base configs or a package that it imports is missing, or
-            an option does not match the config.
+        UsageError: the file, one of its base configs, or a package or class that it imports is
+            missing, or an option does not match the config.
     """
     path = find_config(path)
     try:
         cfg = Config.fromfile(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ConfigParsingError) as error:
         raise UsageError(f'The config {path} inherits from a file that does not exist: '
                          f'{error}') from error
+    except ValueError as error:
+        # MMEngine fails this way on acmix_mm::NAME.py.
+        if '_get_package_and_cfg_path' not in str(error):
+            raise
+        raise UsageError(f'The config {path} inherits from a package, but names no folder in it; '
+                         'write acmix_mm::configs/NAME.py or, for example, '
+                         'mmdet::mask_rcnn/NAME.py.') from error
     except ModuleNotFoundError as error:
         raise UsageError(f'The config {path} needs a package that is not installed: '
                          f'{error}') from error
@@ -70,9 +78,9 @@ def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
             cfg.merge_from_dict(options)
         except (KeyError, IndexError, TypeError) as error:
             raise UsageError(f'--cfg-options do not match the config {path}: {error}') from error
-    if cfg.get('default_scope') is None:
-        cfg.default_scope = scope_of_model(cfg)
     try:
+        if cfg.get('default_scope') is None:
+            cfg.default_scope = scope_of_model(cfg)
         name_operators(cfg)
     except ImportError as error:
         raise UsageError(f'The config {path} names a class that cannot be imported: '

@@ -75,7 +75,7 @@ def test_command_exists_and_accepts_its_options(words, parse):
             name, is_variable, _ = word.partition('=')
             assert re.search(rf'^{name} ?\?=' if is_variable else rf'^{name}:', makefile,
                              re.MULTILINE), word
-    elif words[:3] == ['python', '-m', 'acmix_mm']:
+    elif words[:3] == ['python', '-m', 'acmix_mm'] and words[3:]:
         parse('acmix_mm/__main__.py', *words[3:])
     elif words[:2] == ['python', '-m']:
         assert importlib.util.find_spec(words[2])

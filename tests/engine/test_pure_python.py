@@ -88,12 +88,21 @@ train_dataloader = dict(dataset=dict(type=ADE20KDataset))
     assert cfg.model.decode_head.num_classes == 2
 
 
-def test_a_class_that_does_not_exist_is_an_error(tmp_path):
-    (tmp_path / 'config.py').write_text('''
-from acmix_mm.backbones import ACmixSwim
-model = dict(backbone=dict(type=ACmixSwim))
-''')
-    with pytest.raises(UsageError, match=r'names a class that cannot be imported: .*ACmixSwim'):
+@pytest.mark.parametrize(('text', 'message'), [
+    ('from acmix_mm.backbones import ACmixSwim\nmodel = dict(type=ACmixSwim)',
+     'names a class that cannot be imported: .*ACmixSwim'),
+    ('from acmix_mm.backbones import ACmixSwim\nmodel = dict(backbone=dict(type=ACmixSwim))',
+     'names a class that cannot be imported: .*ACmixSwim'),
+    ('from mmengine.config import read_base\nwith read_base():\n    from .absent import *',
+     'inherits from a file that does not exist: .*absent.py'),
+    ("_base_ = 'acmix_mm::configs/absent.py'",
+     'inherits from a file that does not exist: .*absent.py'),
+    ("_base_ = 'acmix_mm::maskrcnn_acmix_swin_t.py'",
+     'names no folder in it; write acmix_mm::configs/NAME.py'),
+])
+def test_errors_in_configs(text, message, tmp_path):
+    (tmp_path / 'config.py').write_text(text)
+    with pytest.raises(UsageError, match=message):
         load_config(str(tmp_path / 'config.py'))
 
 

@@ -354,11 +354,3 @@ def test_mmcv_for_another_torch_is_reported(tmp_path, monkeypatch):
     (tmp_path / 'stamp').write_text('1.0.0\n')
     with pytest.raises(UsageError, match=r'was built for torch 1\.0\.0, but .* is installed'):
         environment.check_mmcv()
-
-
-@pytest.mark.parametrize('tool', ['train.py', 'test.py', 'make_shapes.py', 'export_onnx.py',
-                                  'publish_model.py'])
-def test_help_shows_an_example(tool, run_tool):
-    done = run_tool(f'tools/{tool}', '--help')
-    assert done.returncode == 0
-    assert f'python tools/{tool}' in done.stdout
