@@ -19,8 +19,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', nargs='?', help='config file')
     parser.add_argument('--shape', nargs=2, type=positive_int, metavar=('H', 'W'),
-                        help='height and width of the input image (default: the padded size of a '
-                        'segmentation config, 800 1344 for detection)')
+                        help='height and width of the input image (default: the size to which '
+                        'the config pads images or, if it has none, 800 1344)')
     parser.add_argument('--zoo', action='store_true',
                         help="compare the paper's ten networks with the published counts")
     args = parser.parse_args()
