@@ -59,7 +59,8 @@ def test_counts_of_the_paper_networks(backbone, network):
 
 
 @pytest.mark.parametrize('name', ['maskrcnn_acmix_r50', 'retinanet_acmix_san19',
-                                  'semfpn_acmix_pvt_t', 'upernet_acmix_swin_t'])
+                                  'rtmdet_acmix_s', 'semfpn_acmix_pvt_t', 'upernet_acmix_swin_t',
+                                  'yolox_acmix_s'])
 def test_counts_of_the_configs(name):
     model, = (model for model in read_models()[0] if model['Name'] == name)
     report = complexity_report(load_config(model['Config']), None)

@@ -1,9 +1,10 @@
-"""Counting the model of a config on the ``meta`` device: nothing is computed or downloaded."""
+"""Counting the model of a config, if possible on the ``meta`` device. Nothing is downloaded."""
 
 from typing import Any, Optional
 
 import torch
 from mmengine.config import Config
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 from acmix_mm.analysis.flops import Count, count, total
@@ -17,8 +18,23 @@ DETECTION_SIZE = (800, 1344)
 
 
 def padded_image_size(cfg: Config) -> tuple[int, int]:
-    """Return the (height, width) that a config pads images to, by default ``DETECTION_SIZE``."""
-    return tuple(cfg.model.get('data_preprocessor', {}).get('size') or DETECTION_SIZE)
+    """Return the (height, width) that a config pads images to, by default ``DETECTION_SIZE``.
+
+    It is that of the data preprocessor or, in detectors with inputs of a fixed size, of the test
+    pipeline.
+    """
+    size = cfg.model.get('data_preprocessor', {}).get('size')
+    if size:
+        return tuple(size)
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset', {})
+    transforms = {each.type: each for each in dataset.get('pipeline', [])}
+    pad, resize = transforms.get('Pad', {}), transforms.get('Resize', {})
+    # Unlike data preprocessors, transforms have (width, height).
+    if pad.get('size'):
+        return tuple(pad.size[::-1])
+    if pad.get('pad_to_square') and resize.get('scale'):
+        return (max(resize.scale),) * 2
+    return DETECTION_SIZE
 
 
 def complexity_report(cfg: Config, size: Optional[tuple[int, int]] = None) -> str:
@@ -35,7 +51,7 @@ def complexity_report(cfg: Config, size: Optional[tuple[int, int]] = None) -> st
         A Markdown table of the counts below a description of what was counted.
 
     Raises:
-        UsageError: the config has no model, or the model does not run on the ``meta`` device.
+        UsageError: the config has no model, or one that cannot be counted.
     """
     enter_scope(cfg)
     height, width = size or padded_image_size(cfg)
@@ -52,10 +68,18 @@ def complexity_report(cfg: Config, size: Optional[tuple[int, int]] = None) -> st
 
 
 def build_to_count(model: dict[str, Any]) -> nn.Module:
-    """Build the model or backbone of a config on ``meta``, without auxiliary training heads."""
+    """Build the model or backbone of a config without auxiliary training heads.
+
+    It is on ``meta`` unless it has deformable attention, which reads the sizes of its maps from
+    tensors.
+    """
+    # Not at the top: the tools check first whether mmcv has its operators.
+    from mmcv.ops import MultiScaleDeformableAttention
     network = build_network(model)
     if getattr(network, 'auxiliary_head', None) is not None:
         network.auxiliary_head = None
+    if any(isinstance(module, MultiScaleDeformableAttention) for module in network.modules()):
+        return network
     return network.to('meta')
 
 
@@ -63,21 +87,22 @@ def count_on_shapes(network: nn.Module, size: tuple[int, int]) -> dict[str, Coun
     """Count the inference path of a model, or a backbone, for one image.
 
     Args:
-        network: on ``meta``, from :func:`build_to_count`, or the backbone of such a model.
+        network: from :func:`build_to_count`, or the backbone of such a model.
         size: (height, width) of the image.
 
     Raises:
-        UsageError: the network does not run on the ``meta`` device.
+        UsageError: the network does not run on its device.
     """
-    image = torch.empty(1, 3, *size, device='meta')
+    device = next(network.parameters()).device
+    image = torch.zeros(1, 3, *size, device=device)
     run = predict if hasattr(network, 'backbone') else type(network).__call__
     try:
         return count(network, lambda: run(network, image))
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError) as error:
         height, width = size
         raise UsageError(f'{type(network).__name__} does not run on an image of {height}×{width} '
-                         'on the meta device, as dense and two-stage detectors and '
-                         f'encoder-decoders do: {error!r:.200}') from error
+                         f'on the {device} device, as dense, two-stage and query-based detectors '
+                         f'and encoder-decoders do: {error!r:.200}') from error
 
 
 def describe_model(model: nn.Module) -> str:
@@ -92,8 +117,13 @@ def describe_model(model: nn.Module) -> str:
 
 def predict(model: nn.Module, image: torch.Tensor) -> None:
     """Run inference without box selection, which depends on values and multiplies nothing."""
+    size = tuple(image.shape[2:])
+    metainfo = dict(batch_input_shape=size, img_shape=size, pad_shape=size, ori_shape=size)
+    if hasattr(model, 'encode_decode'):
+        model.encode_decode(image, [metainfo])
+        return
     if not has_roi_head(model):
-        model(image, mode='tensor')
+        model(image, [BaseDataElement(metainfo=metainfo)], mode='tensor')
         return
     maps = model.extract_feat(image)
     if model.with_rpn:

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument('config', nargs='?', help=CONFIG_HELP)
     parser.add_argument('--shape', nargs=2, type=positive_int, metavar=('H', 'W'),
-                        help='height and width of the input image (default: the padded size of a '
-                        'segmentation config, 800 1344 for detection)')
+                        help='height and width of the input image (default: the size to which '
+                        'the config pads images or, if it has none, 800 1344)')
     parser.add_argument('--zoo', action='store_true',
                         help="compare the paper's ten networks with the published counts")
 

@@ -215,10 +215,11 @@ def set_data_root(cfg: Config, data_root: str) -> None:
 
 
 def set_classes(cfg: Config, classes: Sequence[str]) -> None:
-    """Set the classes of every dataset, and ``num_classes`` of every head of the model.
+    """Set the classes of every dataset, and the number of classes of every head of the model.
 
     Raises:
-        UsageError: an annotation file has other classes, or has them in another order.
+        UsageError: an annotation file has other classes or has them in another order, or a head or
+            a loss cannot be resized.
     """
     for dataset in dataset_configs(cfg):
         if cfg.get('default_scope') == 'mmseg':
@@ -226,17 +227,56 @@ def set_classes(cfg: Config, classes: Sequence[str]) -> None:
         elif type_name(dataset.type) == 'CocoDataset':
             check_categories(dataset, classes)
         dataset.metainfo = dict(classes=tuple(classes))
+    resize_heads(cfg.model, len(classes))
 
-    def resize_heads(node: Any) -> None:
-        if isinstance(node, dict):
-            if 'num_classes' in node:
-                node['num_classes'] = len(classes)
-            node = node.values()
-        if not isinstance(node, str) and hasattr(node, '__iter__'):
-            for child in node:
-                resize_heads(child)
 
-    resize_heads(cfg.model)
+def resize_heads(node: Any, num_classes: int, old_num_classes: Optional[int] = None) -> None:
+    """Set the number of classes, and class weights in losses, everywhere in a model's config.
+
+    Args:
+        node: the model, or a part of it.
+        num_classes: the new number of classes.
+        old_num_classes: that of the head that ``node`` is part of, before the change.
+
+    Raises:
+        UsageError: a head segments stuff, or a loss weights its classes differently.
+    """
+    if isinstance(node, dict):
+        # Heads for panoptic and instance segmentation, such as Mask2Former's.
+        if node.get('num_stuff_classes'):
+            raise UsageError(f"The config's {node['type']} is for panoptic segmentation, but "
+                             '--classes is for detection, and for instance or semantic '
+                             'segmentation: name a config for one of these.')
+        for key in ('num_classes', 'num_things_classes'):
+            if key in node:
+                old_num_classes = node[key]
+                node[key] = num_classes
+        weights = node.get('class_weight')
+        if old_num_classes is not None and isinstance(weights, (list, tuple)):
+            node['class_weight'] = resize_class_weight(weights, num_classes, old_num_classes)
+        node = node.values()
+    if not isinstance(node, str) and hasattr(node, '__iter__'):
+        for child in node:
+            resize_heads(child, num_classes, old_num_classes)
+
+
+def resize_class_weight(weights: Sequence[float], num_classes: int,
+                        old_num_classes: int) -> Sequence[float]:
+    """Change the number of equal class weights; a weight of the background stays the last.
+
+    Weights that ``--cfg-options`` has set for the new classes stay as they are.
+
+    Raises:
+        UsageError: the weights are of the old classes and differ.
+    """
+    background = (0, 1)
+    if len(weights) - old_num_classes in background and len(set(weights[:old_num_classes])) == 1:
+        return [*weights[:1] * num_classes, *weights[old_num_classes:]]
+    if len(weights) - num_classes in background:
+        return weights
+    raise UsageError(f"The config's class_weight {list(weights)} is not for the {num_classes} "
+                     'classes of --classes: set it with --cfg-options, with a weight for each '
+                     'class, or to None.')
 
 
 def check_categories(dataset: ConfigDict, classes: Sequence[str]) -> None:
@@ -284,7 +324,11 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
     expected: dict[str, None] = {}
     for dataset in dataset_configs(cfg, splits):
         root = dataset.get('data_root') or ''
-        prefixes = dataset.get('data_prefix') or {}
+        prefixes = dict(dataset.get('data_prefix') or {})
+        # MMDetection's Mask2Former for instances inherits the label maps of the panoptic one.
+        if dataset.type == 'CocoDataset' and not any(
+                transform.get('with_seg') for transform in dataset.get('pipeline', [])):
+            prefixes.pop('seg', None)
         for path in (dataset.get('ann_file'), *prefixes.values()):
             if path:
                 expected[os.path.join(root, path)] = None

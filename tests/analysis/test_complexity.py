@@ -4,8 +4,14 @@ import re
 
 import pytest
 
-from acmix_mm.analysis.complexity import complexity_report
-from acmix_mm.engine.config import load_config
+from acmix_mm.analysis.complexity import (
+    build_to_count,
+    complexity_report,
+    count_on_shapes,
+    padded_image_size,
+)
+from acmix_mm.analysis.flops import total
+from acmix_mm.engine.config import enter_scope, load_config
 from acmix_mm.utils.errors import UsageError
 
 
@@ -60,6 +66,70 @@ def test_acmix_in_neck_and_heads_counts():
     assert all(row(report, 'model, multiply-adds'))
 
 
+@pytest.mark.parametrize(('name', 'size'), [
+    ('yolox_acmix_s', (640, 640)), ('rtmdet_acmix_s', (640, 640)),
+    ('dino_acmix_swin_t', (800, 1344)), ('mask2former_acmix_swin_t_ade20k', (512, 512))])
+def test_default_size(name, size):
+    """That of the data preprocessor or, if images are padded in the pipeline, of the pipeline."""
+    assert padded_image_size(load_config(f'configs/{name}.py')) == size
+
+
+def test_width_and_height_are_not_exchanged():
+    cfg = load_config('configs/rtmdet_acmix_s.py',
+                      {'test_dataloader.dataset.pipeline.2.size': (640, 320)})
+    assert padded_image_size(cfg) == (320, 640)
+
+
+SHALLOW = {'model.backbone.depths': [1, 1, 1, 1]}
+
+
+def multiply_adds(config, options):
+    """Multiply-adds of a config's model with a shallow backbone, for one image of 128×128."""
+    cfg = load_config(f'configs/{config}.py', {**SHALLOW, **options})
+    enter_scope(cfg)
+    return total(count_on_shapes(build_to_count(cfg.model), (128, 128))).multiply_adds
+
+
+def test_decoder_of_dino_counts():
+    """One more layer, with 10 queries on the 340 positions of maps at strides 8 to 64."""
+    counts = [multiply_adds('dino_acmix_swin_t', {
+        'model.num_queries': 10, 'model.encoder.num_layers': 1, 'model.decoder.num_layers': number})
+        for number in (1, 2)]
+    square = 256**2
+    attention = 10 * 4 * square + 2 * 10**2 * 256
+    # Values, the offsets of four points in four levels for eight heads, their weights, the output.
+    deformable = 340 * square + 10 * (256 * 256 + 256 * 128 + square)
+    ffn = 2 * 10 * 256 * 2048
+    # The positional encoding of the reference points, the boxes (once for the next layer, and once
+    # as an output), and the scores.
+    heads = 10 * (512 * 256 + square + 2 * (2 * square + 256 * 4) + 256 * 80)
+    assert counts[1] - counts[0] == attention + deformable + ffn + heads
+
+
+def test_decoder_of_mask2former_counts():
+    """Three more layers, with 10 queries on the maps at strides 8 to 32, with 336 positions."""
+    head = 'model.panoptic_head'
+    counts = [multiply_adds('mask2former_acmix_swin_t_coco', {
+        f'{head}.num_queries': 10, f'{head}.pixel_decoder.encoder.num_layers': 1,
+        f'{head}.transformer_decoder.num_layers': number}) for number in (3, 6)]
+    square = 256**2
+    attention = 10 * 4 * square + 2 * 10**2 * 256
+    cross_attention = 3 * 10 * 2 * square + 336 * 2 * square + 2 * 10 * 336 * 256
+    ffn = 2 * 10 * 256 * 2048
+    heads = 10 * (3 * square + 256 * 81 + 256 * 32 * 32)
+    assert counts[1] - counts[0] == 3 * (attention + ffn + heads) + cross_attention
+
+
+def test_label_map_of_mask2former_counts():
+    """A class adds a score of each query, and a map at the size of the image."""
+    head = 'model.decode_head'
+    counts = [multiply_adds('mask2former_acmix_swin_t_ade20k', {
+        f'{head}.num_queries': 10, f'{head}.pixel_decoder.encoder.num_layers': 1,
+        f'{head}.transformer_decoder.num_layers': 1, f'{head}.num_classes': number})
+        for number in (150, 151)]
+    assert counts[1] - counts[0] == 2 * 10 * 256 + 10 * 128 * 128
+
+
 @pytest.mark.parametrize(('text', 'added'), [
     ("_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'", 'maskrcnn_acmix_swin_t'),
     ("_base_ = 'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py'", 'retinanet_acmix_pvt_t'),
@@ -77,9 +147,11 @@ def test_baseline_lacks_the_convolution_path(text, added, tmp_path):
 
 @pytest.mark.parametrize(('text', 'message'), [
     ('optimizer = 1', 'has no model'),
-    ("_base_ = 'mmdet::detr/detr_r50_8xb2-150e_coco.py'",
-     'DETR does not run on an image of 64×64 on the meta device'),
-], ids=['no model', 'other model'])
+    ("_base_ = 'mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py'",
+     'SparseRCNN does not run on an image of 64×64 on the meta device'),
+    ("_base_ = 'mmdet::condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py'",
+     "CondInst does not run .* no attribute 'gt_instances'"),
+], ids=['no model', 'sparse', 'ground truth'])
 def test_unsupported_models(text, message, tmp_path):
     (tmp_path / 'other.py').write_text(text)
     with pytest.raises(UsageError, match=message):

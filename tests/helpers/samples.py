@@ -23,6 +23,8 @@ def image_sample(cfg, height=96, width=72):
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     sample = DetDataSample(metainfo=meta)
-    sample.gt_instances = InstanceData(
-        bboxes=boxes, labels=labels, masks=BitmapMasks(masks.numpy(), height, width))
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+    # RTMDet assigns boxes by masks, as tensors, if there are any.
+    if cfg.model.type != 'RTMDet':
+        sample.gt_instances.masks = BitmapMasks(masks.numpy(), height, width)
     return image, sample

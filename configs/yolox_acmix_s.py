@@ -1,0 +1,8 @@
+# ACmix in the neck and head of YOLOX-s, selected by conv_cfg. The backbone stays plain.
+# Baseline: mmdet::yolox/yolox_s_8xb8-300e_coco.py
+_base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
+custom_imports = dict(imports=['acmix_mm'])
+conv_cfg = dict(type='ACmix', num_heads=4)
+model = dict(neck=dict(conv_cfg=conv_cfg), bbox_head=dict(conv_cfg=conv_cfg))
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys=dict(rate1=dict(decay_mult=0.), rate2=dict(decay_mult=0.))))
