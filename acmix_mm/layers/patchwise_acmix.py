@@ -206,16 +206,18 @@ def statistics(padded: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         size: (height, width) of the windows, which start at every position.
 
     Returns:
-        Two of (channels · windows,), in row-major order of windows, at least float32.
+        Two of (channels · windows,), in row-major order of windows, at least float32; zero for an
+        empty batch.
     """
     def window_means(maps: Tensor) -> Tensor:
         # Averaging one axis at a time is cheaper and more accurate.
         means = F.avg_pool2d(F.avg_pool2d(maps, (size[0], 1), 1), (1, size[1]), 1)
-        return means.mean(0).flatten(1)
+        return means.sum(0).flatten(1) / num_images
 
     padded = padded.to(torch.promote_types(padded.dtype, torch.float32))
+    num_images = max(padded.shape[0], 1)
     # Centring avoids cancellation in the variance if the mean is far from zero.
-    centre = padded.detach().mean((0, 2, 3))[:, None]
+    centre = (padded.detach().mean((2, 3)).sum(0) / num_images)[:, None]
     centred = padded - centre[:, :, None]
     mean = window_means(centred)
     variance = window_means(centred.square()) - mean.square()
@@ -229,7 +231,7 @@ def of_all_processes(mean: Tensor, variance: Tensor, count: int,
     counted = torch.tensor(count, device=mean.device)
     dist.all_reduce(counted, group=group)
     total = int(counted.item())
-    share = count / total
+    share = count / max(total, 1)
     joint_mean = all_reduce(share * mean, group=group)
     deviation = variance + (mean - joint_mean).square()
     return joint_mean, all_reduce(share * deviation, group=group), total
@@ -238,10 +240,15 @@ def of_all_processes(mean: Tensor, variance: Tensor, count: int,
 @torch.no_grad()
 def update_running_statistics(norm: _BatchNorm, mean: Tensor, variance: Tensor,
                               count: int) -> None:
-    """Update the running statistics of ``norm`` from a batch, as its forward pass does."""
+    """Update the running statistics of ``norm`` from a batch, as its forward pass does.
+
+    As there, an empty batch counts as a batch and leaves the statistics as they are.
+    """
     assert norm.num_batches_tracked is not None
     assert norm.running_mean is not None and norm.running_var is not None
     norm.num_batches_tracked += 1
+    if not count:
+        return
     momentum = norm.momentum
     if momentum is None:
         momentum = 1 / norm.num_batches_tracked.item()

@@ -1,18 +1,26 @@
-"""Differentiable functions that save only their inputs for the backward pass."""
+"""Differentiable functions with backward passes of their own, of which gradients can be taken.
 
+A backward pass written by hand is not recorded by autograd. For gradients of gradients
+(``create_graph=True``), it is replaced by that of the same function in torch's own operations.
+"""
+
+import inspect
+import itertools
 from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from acmix_mm.ops.caching import is_compiling
 
 
 def recomputing(run: Callable[..., Tensor],
                 run_backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
-    """Make a differentiable function of a forward and a backward pass.
+    """Make a differentiable function that saves only its inputs for the backward pass.
 
     Args:
-        run: takes tensors, then other arguments; returns a tensor.
+        run: takes tensors, then other arguments; returns a tensor. It consists of differentiable
+            operations.
         run_backward: takes the gradient of the output and the arguments of ``run``; returns the
             gradient of each tensor.
     """
@@ -26,9 +34,37 @@ def recomputing(run: Callable[..., Tensor],
             return run(*arguments)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-            grads = run_backward(grad_out, *ctx.saved_tensors, *ctx.others)
-            return (*grads, *[None] * len(ctx.others))
+            arguments = *ctx.saved_tensors, *ctx.others
+            if creates_graph():
+                # Autograd cannot see inside a custom op.
+                return differentiable_gradients(inspect.unwrap(run), grad_out, *arguments)
+            return *run_backward(grad_out, *arguments), *[None] * len(ctx.others)
 
     return Recomputing.apply
+
+
+def creates_graph() -> bool:
+    """Whether the gradients that a backward pass returns are to be differentiated."""
+    # torch.compile has no second derivatives; it raises an error when they are computed.
+    return not is_compiling() and torch.is_grad_enabled()
+
+
+def differentiable_gradients(run: Callable[..., Tensor], grad_out: Tensor,
+                             *arguments: Any) -> tuple[Optional[Tensor], ...]:
+    """Compute gradients by autograd, so that they can be differentiated in turn.
+
+    Args:
+        run: takes the arguments; returns a tensor. It consists of differentiable operations.
+        grad_out: gradient of its output.
+        arguments: tensors and others.
+
+    Returns:
+        The gradient of each argument; None if it does not require one.
+    """
+    # One tensor may have been computed from another; as views, each has a gradient of its own.
+    views = [each.view_as(each) if isinstance(each, Tensor) else each for each in arguments]
+    needed = [isinstance(each, Tensor) and each.requires_grad for each in views]
+    leaves = itertools.compress(views, needed)
+    grads = iter(torch.autograd.grad(run(*views), tuple(leaves), grad_out, create_graph=True))
+    return tuple(next(grads) if each else None for each in needed)

@@ -31,6 +31,8 @@ _is_compiling = getattr(torch.compiler, 'is_compiling', lambda: True)
 
 ENVIRONMENT_VARIABLE = 'ACMIX_BACKEND'
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The interpreter's products of bfloat16 matrices are wrong.
+INTERPRETER_DTYPES = (torch.float32, torch.float16)
 
 
 class Backend(NamedTuple):
@@ -39,12 +41,13 @@ class Backend(NamedTuple):
     Attributes:
         name: its name, unique within the operator.
         run: the implementation; takes checked arguments.
-        unavailable: returns why this machine cannot run it, or None if it can.
+        unavailable: takes a dtype; returns why this machine cannot run it in that dtype, or None
+            if it can.
     """
 
     name: str
     run: Callable[..., Tensor]
-    unavailable: Callable[[], Optional[str]] = lambda: None
+    unavailable: Callable[[torch.dtype], Optional[str]] = lambda dtype: None
 
 
 _operators: dict[str, dict[str, Backend]] = {}
@@ -116,11 +119,12 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
         _preferred = outside
 
 
-def available_backends(op: str) -> dict[str, Optional[str]]:
+def available_backends(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Optional[str]]:
     """Map the name of each backend of an operator to None, or to why this machine cannot run it.
 
     Args:
         op: name of the operator, such as ``'shift_conv'``.
+        dtype: of its inputs.
 
     Raises:
         ValueError: there is no such operator.
@@ -128,7 +132,7 @@ def available_backends(op: str) -> dict[str, Optional[str]]:
     if op not in _operators:
         raise ValueError(f'There is no operator {op!r}; operators with backends are '
                          f'{", ".join(sorted(_operators))}.')
-    return {name: backend.unavailable() for name, backend in _operators[op].items()}
+    return {name: backend.unavailable(dtype) for name, backend in _operators[op].items()}
 
 
 def read_environment() -> None:
@@ -175,10 +179,12 @@ TRITON_VERSION = _triton_version()
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether the Triton kernels run on a tensor: on an NVIDIA GPU, or in Triton's interpreter."""
-    if tensor.dtype not in TRITON_DTYPES or not has_triton():
+    if not has_triton():
         return False
     if interprets_triton():
-        return True
+        return tensor.dtype in INTERPRETER_DTYPES
+    if tensor.dtype not in TRITON_DTYPES:
+        return False
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
 
 
@@ -192,13 +198,16 @@ def interprets_triton() -> bool:
     return os.environ.get('TRITON_INTERPRET') == '1'
 
 
-def triton_unavailable() -> Optional[str]:
-    """Why this machine cannot run the Triton kernels, or None if it can."""
+def triton_unavailable(dtype: torch.dtype) -> Optional[str]:
+    """Why this machine cannot run the Triton kernels in a dtype, or None if it can."""
     if not has_triton():
         found = 'it is not installed' if TRITON_VERSION is None else f'found {TRITON_VERSION}'
         return f'needs the package triton in version 3 or newer; {found}'
+    if dtype not in TRITON_DTYPES:
+        return f'takes float32, bfloat16 or float16; got {dtype}'
     if interprets_triton():
-        return None
+        return None if dtype in INTERPRETER_DTYPES else (
+            f"takes float32 or float16 in Triton's interpreter; got {dtype}")
     capabilities = [torch.cuda.get_device_capability(index)
                     for index in range(torch.cuda.device_count())]
     if max(capabilities, default=(0, 0)) >= (8, 0):
@@ -212,5 +221,6 @@ def require_triton(operator: str, tensor: Tensor) -> None:
     if not runs_triton(tensor):
         raise ValueError(
             f"{operator}'s backend 'triton' takes float32, bfloat16 or float16 on an NVIDIA GPU of "
-            'compute capability 8.0 or higher, with triton 3 or newer installed; got '
-            f'{tensor.dtype} on {tensor.device}. Leave out backend to have one chosen.')
+            'compute capability 8.0 or higher, with triton 3 or newer installed, and float32 or '
+            f"float16 in Triton's interpreter; got {tensor.dtype} on {tensor.device}. Leave out "
+            'backend to have one chosen.')

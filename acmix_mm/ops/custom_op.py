@@ -1,5 +1,6 @@
 """Functions that torch.compile and torch.export keep as one node of the graph."""
 
+import functools
 from typing import Callable
 
 import torch
@@ -12,7 +13,8 @@ def custom_op(fake: Callable) -> Callable[[Callable], Callable]:
     for each size. The schema follows from the type annotations. The function must neither modify
     nor return its arguments.
 
-    Torch has custom ops since 2.4; before, the function is returned unchanged.
+    ``inspect.unwrap`` returns the function itself. Torch has custom ops since 2.4; before, the
+    function is returned unchanged.
 
     Args:
         fake: takes the same arguments and returns empty tensors with the shapes, dtypes and
@@ -23,5 +25,6 @@ def custom_op(fake: Callable) -> Callable[[Callable], Callable]:
             return run
         operator = torch.library.custom_op(f'acmix_mm::{run.__name__}', run, mutates_args=())
         operator.register_fake(fake)
+        functools.update_wrapper(operator, run)
         return operator
     return register

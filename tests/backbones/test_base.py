@@ -173,6 +173,34 @@ def test_checkpoints_that_do_not_fit_raise(host, tmp_path):
 
 
 @each_host
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
+def test_empty_batch(host, training):
+    model = BACKBONES[host](**SMALL[host]).train(training)
+    maps = model(torch.zeros(0, 3, 65, 50))
+    expected = model.eval()(torch.zeros(1, 3, 65, 50))
+    assert [each.shape[1:] for each in maps] == [each.shape[1:] for each in expected]
+    sum(each.sum() for each in maps).backward()
+    for parameter in model.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert all(each.isfinite().all() for each in model.buffers())
+
+
+def test_gradient_penalty_with_checkpointing():
+    """Recomputed blocks have the same second derivatives."""
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = BACKBONES['Swin'](**SMALL['Swin'], with_cp=with_cp).double().eval()
+        image = torch.randn(1, 3, 32, 64, dtype=torch.float64, requires_grad=True)
+        gradient, = torch.autograd.grad(model(image)[3].square().sum(), image, create_graph=True)
+        gradient.square().sum().backward()
+        results.append([image.grad, *(each.grad for each in model.parameters())])
+    assert results[0][0].abs().max() > 0
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected)
+
+
+@each_host
 def test_replaced_convolutions(host):
     model = BACKBONES[host](**SMALL[host])
     replaced = model.replaced_convolutions()

@@ -186,6 +186,24 @@ def test_trains_a_step_and_predicts(path):
             assert instances.masks.shape == (len(instances.bboxes), 96, 72)
 
 
+def test_mask_head_without_positive_rois():
+    """An image without objects gives the mask head, which has ACmix, an empty batch."""
+    cfg = load_config('configs/maskrcnn_r50_acmix_fpn_mask.py', {
+        'model.backbone.init_cfg': None, 'model.backbone.base_channels': 8,
+        'model.neck.in_channels': [32, 64, 128, 256],
+        'model.roi_head.bbox_head.fc_out_channels': 16})
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).train()
+    image, sample = image_sample(cfg, 64, 64)
+    sample.gt_instances = sample.gt_instances[:0]
+    batch = model.data_preprocessor(dict(inputs=[image], data_samples=[sample]), training=True)
+    losses = model(**batch, mode='loss')
+    assert losses['loss_mask'] == 0
+    model.parse_losses(losses)[0].backward()
+    for parameter in model.roi_head.mask_head.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
 def test_backbones_are_found_from_both_scopes():
     """In MMDetection's and MMSegmentation's configs only the type of the backbone must change."""
     import mmdet.registry

@@ -62,6 +62,19 @@ def slide(kernel_size, stride=1, dilation=1):
     return functools.partial(sliding_window_attention, kernel_size=kernel_size, stride=stride,
                              dilation=dilation)
 
+
+def features_tensors(batch, channels, height, width, kernel_size):
+    around = channels * (kernel_size**2 + 1)
+    q, k = torch.randn(2, batch, channels, height, width)
+    return [q, k, torch.randn(around), torch.randn(around), torch.randn(3, around) / around**0.5]
+
+
+def aggregation_tensors(batch, channels, height, width, kernel_size, groups=2):
+    area = kernel_size**2
+    return [torch.randn(batch, channels, height, width), torch.randn(batch, 3, height, width),
+            torch.randn(groups * area, 3) / area, torch.randn(groups * area) / area]
+
+
 def involution_tensors(batch, groups, per_group, height, width, kernel_size, stride=1):
     size = [-(-extent // stride) for extent in (height, width)]
     return [torch.randn(batch, groups * per_group, height, width),

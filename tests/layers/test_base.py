@@ -1,7 +1,13 @@
-"""What all layers report about themselves, and the two paths of the ACmix layers."""
+"""What all layers report about themselves, and the two paths of the ACmix layers.
+
+Also what holds for every layer: second derivatives and empty batches.
+"""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.weights import randomised
 from torch import nn
 
 from acmix_mm.layers import ACmixConv2d, Involution2d, PatchwiseACmix, ReducedACmix, WindowACmix
@@ -17,6 +23,7 @@ from acmix_mm.layers.base import (
     PointAttention,
     TwoPathLayer,
 )
+from acmix_mm.ops import use_backend
 
 TWO_PATHS = {
     'window': (lambda **options: WindowACmix(8, 2, 4, shift_size=2, **options), (1, 9, 14, 8)),
@@ -141,6 +148,56 @@ def test_elementwise_operations():
     # Norms of 2 · (1 + 9) and 1 channels; biases of q, k, v and of the last linear layer.
     expected = 2 * 20 * (3 * (20 + 1) + 2 + 2 + 8 + 9)
     assert layer.elementwise_operations(x, layer(x)) == expected
+
+
+def penalty_gradients(layer, x):
+    """Gradients of a penalty on the gradient with respect to the input."""
+    leaf = x.clone().requires_grad_()
+    gradient, = torch.autograd.grad(layer(leaf).sum(), leaf, create_graph=True)
+    tensors = [leaf, *layer.parameters()]
+    # A bias does not change the gradient with respect to the input.
+    grads = torch.autograd.grad(gradient.square().sum(), tensors, allow_unused=True)
+    return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(tensors, grads)]
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_gradient_penalty(name):
+    """In training, where some arguments of an operator are computed from others."""
+    build, shape = LAYERS[name]
+    layer, x = randomised(build()).double(), torch.randn(2, *shape[1:], dtype=torch.float64)
+    context = nullcontext()
+    if name == 'reduced':
+        # Torch's fused attention refuses second derivatives; its composite one computes them.
+        with pytest.raises(RuntimeError, match=r'attention.* is not implemented'):
+            penalty_gradients(layer, x)
+        attention = pytest.importorskip('torch.nn.attention', reason='torch has it since 2.3')
+        context = attention.sdpa_kernel(attention.SDPBackend.MATH)
+    with context:
+        actual = penalty_gradients(layer, x)
+        with use_backend('reference'):
+            expected = penalty_gradients(layer, x)
+    assert expected[0].abs().max() > 0
+    for fast, slow in zip(actual, expected):
+        torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
+def test_empty_batch(name, training):
+    """As in nn.Conv2d and nn.BatchNorm2d: gradients are zero, statistics stay as they are."""
+    build, shape = LAYERS[name]
+    layer = build().train(training)
+    before = {key: value.clone() for key, value in layer.named_buffers()}
+    x = torch.zeros(0, *shape[1:], requires_grad=True)
+    out = layer(x)
+    assert out.shape == (0, *build()(torch.zeros(shape)).shape[1:])
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    for parameter in layer.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    for key, value in layer.named_buffers():
+        if not key.endswith('num_batches_tracked'):
+            assert torch.equal(value, before[key])
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

@@ -156,3 +156,31 @@ def test_half_precision_and_autocast():
         out = layer.to(dtype)(x.to(dtype))
         assert out.dtype == dtype
         assert relative_error(out.float(), expected) < 0.05
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_as_accurate_as_in_a_plain_layer(dtype):
+    """For queries and keys whose mean is five times their standard deviation.
+
+    Like torch's batch norm, the layer applies scale and shift in float32.
+    """
+    layer = PatchwiseACmix(64, 4, 16, 7, mix='attn')
+    for conv in (layer.conv1, layer.conv2):
+        nn.init.normal_(conv.bias, std=5 * (1 / 3)**0.5)
+    x = torch.randn(2, 64, 20, 24)
+    with torch.no_grad():
+        exact = layer(x)
+        with torch.autocast('cpu', dtype):
+            ours, plain = layer(x), patchwise_attention(layer, x)
+    errors = [(out.float() - exact).square().mean().sqrt() for out in (ours, plain)]
+    assert 0 < errors[0] < 1.1 * errors[1]
+
+
+def test_no_overflow_under_float16_autocast():
+    """The shift of a norm exceeds the range of float16 if the keys are large and vary little."""
+    layer = PatchwiseACmix(32, 2, 8, 3, mix='attn')
+    x = 300 * torch.randn(32, 1, 1).expand(2, 32, 5, 6)
+    expected = layer(x)
+    with torch.autocast('cpu', torch.float16):
+        out = layer(x)
+    assert relative_error(out.float(), expected) < 0.01

@@ -142,8 +142,8 @@ def test_available_backends(monkeypatch):
     assert set(backend._operators) == set(BACKENDS)
     assert not any(available_backends('involution').values())
 
-    def reason():
-        return available_backends('shift_conv')['triton']
+    def reason(dtype=torch.float32):
+        return available_backends('shift_conv', dtype)['triton']
     monkeypatch.setattr(backend, 'TRITON_VERSION', None)
     assert reason() == 'needs the package triton in version 3 or newer; it is not installed'
     monkeypatch.setattr(backend, 'TRITON_VERSION', '2.1.0')
@@ -151,12 +151,15 @@ def test_available_backends(monkeypatch):
     monkeypatch.setattr(backend, 'TRITON_VERSION', '3.2.0')
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     assert reason() is None
+    assert reason(torch.bfloat16) == ("takes float32 or float16 in Triton's interpreter; got "
+                                      'torch.bfloat16')
+    assert reason(torch.float64) == 'takes float32, bfloat16 or float16; got torch.float64'
     monkeypatch.delenv('TRITON_INTERPRET')
     for capabilities, found in (([], 'no GPU'), ([(7, 5), (6, 1)], '7.5, 6.1'), ([(9, 0)], None)):
         monkeypatch.setattr(torch.cuda, 'device_count', lambda each=capabilities: len(each))
         monkeypatch.setattr(torch.cuda, 'get_device_capability', capabilities.__getitem__)
-        assert reason() == (found and 'needs an NVIDIA GPU of compute capability 8.0 or higher; '
-                            f'found {found}')
+        assert reason(torch.bfloat16) == (
+            found and f'needs an NVIDIA GPU of compute capability 8.0 or higher; found {found}')
 
 
 def test_choice_is_logged_once(caplog):

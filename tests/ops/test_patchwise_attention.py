@@ -5,22 +5,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.operators import TOLERANCE, compare
+from helpers.operators import TOLERANCE, aggregation_tensors, compare, features_tensors
 
 from acmix_mm.ops import patch_aggregation, patch_features
 from acmix_mm.ops.patchwise_attention import chunked
-
-
-def features_tensors(batch, channels, height, width, kernel_size):
-    around = channels * (kernel_size**2 + 1)
-    q, k = torch.randn(2, batch, channels, height, width)
-    return [q, k, torch.randn(around), torch.randn(around), torch.randn(3, around) / around**0.5]
-
-
-def aggregation_tensors(batch, channels, height, width, kernel_size, groups=2):
-    area = kernel_size**2
-    return [torch.randn(batch, channels, height, width), torch.randn(batch, 3, height, width),
-            torch.randn(groups * area, 3) / area, torch.randn(groups * area) / area]
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)

@@ -9,5 +9,6 @@ def involution_reference(x: Tensor, kernels: Tensor, stride: int, dilation: int)
     groups, kernel_size, size = kernels.shape[1], kernels.shape[2], kernels.shape[4:]
     copies = F.unfold(x, kernel_size, dilation=dilation, padding=dilation * (kernel_size // 2),
                       stride=stride)
-    copies = copies.view(x.shape[0], groups, -1, kernel_size**2, *size)
+    copies = copies.unflatten(1, (groups, x.shape[1] // groups, kernel_size**2))
+    copies = copies.unflatten(4, size)
     return (kernels.flatten(2, 3).unsqueeze(2) * copies).sum(3).flatten(1, 2)

@@ -27,8 +27,9 @@ def patch_features(q: Tensor, k: Tensor, scale: Tensor, shift: Tensor, weight: T
     Args:
         q: queries, (batch, channels, height, width), any floating dtype.
         k: keys, (batch, key channels, height, width).
-        scale: (channels + key channels · kernel_size²,), where the neighbours vary fastest.
-        shift: the same shape as ``scale``.
+        scale: (channels + key channels · kernel_size²,), where the neighbours vary fastest. Applied
+            in its own precision, which may be higher than that of ``q``.
+        shift: the same shape and dtype as ``scale``.
         weight: (features, channels + key channels · kernel_size²).
         kernel_size: side of the neighbourhood, odd.
         backend: ``'reference'`` or ``'chunked'``. By default the latter, in an export the former.

@@ -20,13 +20,15 @@ def compute_features(keys: Tensor, q: Tensor, scale: Tensor, shift: Tensor,
                      weight: Tensor) -> Tensor:
     """The equation of :func:`acmix_mm.ops.patch_features`."""
     around = torch.cat([q, keys.flatten(1, 2)], 1)
-    around = torch.addcmul(shift[:, None], scale[:, None], around).relu()
-    return torch.matmul(weight, around)
+    # Rounded to half precision, scale and shift no longer cancel, and the shift may overflow.
+    normed = torch.addcmul(shift[:, None], scale[:, None], around).relu()
+    return torch.matmul(weight.to(around.dtype), normed.to(around.dtype))
 
 
 def aggregate(values: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The equation of :func:`acmix_mm.ops.patch_aggregation`."""
-    weights = torch.matmul(weight, features) + bias[:, None]
+    weight, bias = weight.to(values.dtype), bias.to(values.dtype)
+    weights = torch.matmul(weight, features.to(values.dtype)) + bias[:, None]
     weights = weights.unflatten(1, (-1, values.shape[2]))
     shared = values.unflatten(1, (-1, weights.shape[1]))
     return (shared * weights[:, None]).sum(3).flatten(1, 2)

@@ -5,7 +5,6 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from acmix_mm.ops.shift_conv.folding import BorderRegions, convolved_bias, folded_kernels
 
@@ -15,7 +14,7 @@ def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     """Mix the maps by one matrix product, then run one grouped convolution."""
     mixed = F.linear(maps.permute(0, 3, 4, 2, 1), fc_weight)
     bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
-    return _GroupedConv.apply(mixed, shift_weight.to(mixed.dtype), bias, stride, dilation)
+    return grouped_conv(mixed, shift_weight.to(mixed.dtype), bias, stride, dilation)
 
 
 def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
@@ -23,7 +22,7 @@ def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     """Fold the two linear steps into one grouped convolution of all the maps."""
     kernels = folded_kernels(fc_weight, shift_weight)
     bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
-    return _GroupedConv.apply(maps.permute(0, 3, 4, 2, 1), kernels, bias, stride, dilation)
+    return grouped_conv(maps.permute(0, 3, 4, 2, 1), kernels, bias, stride, dilation)
 
 
 class _GroupedConv(torch.autograd.Function):
@@ -31,7 +30,7 @@ class _GroupedConv(torch.autograd.Function):
 
     oneDNN's grouped convolution is twice as fast in this channels-last layout. The copy it takes is
     made again in the backward pass instead of being saved: the input is a view of the projections,
-    which are saved anyway.
+    which are saved anyway. The backward pass consists of differentiable operations.
 
     ``bias`` comes from :func:`convolved_bias`.
     """
@@ -51,9 +50,9 @@ class _GroupedConv(torch.autograd.Function):
         return ctx.regions.add(out, difference)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        groups, kernels = ctx.saved_tensors
+        # Under autocast, the forward pass has cast float32 inputs.
+        groups, kernels = (each.to(grad_out.dtype) for each in ctx.saved_tensors)
         images = as_images(groups)
         stride, padding, dilation = (2 * [ctx.geometry[key]]
                                      for key in ('stride', 'padding', 'dilation'))
@@ -65,6 +64,9 @@ class _GroupedConv(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = ctx.regions.gradient(grad_out, grad_bias)
         return grad_images, grad_kernels, grad_bias, None, None
+
+
+grouped_conv = _GroupedConv.apply
 
 
 def as_images(groups: Tensor) -> Tensor:

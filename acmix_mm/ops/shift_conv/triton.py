@@ -4,12 +4,12 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from acmix_mm.ops.autograd import creates_graph, differentiable_gradients
 from acmix_mm.ops.backend import require_triton
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.shift_conv.folding import BorderRegions, convolved_bias, folded_kernels
-from acmix_mm.ops.shift_conv.grouped import as_images
+from acmix_mm.ops.shift_conv.grouped import as_images, grouped_conv
 
 
 def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
@@ -38,21 +38,31 @@ class _GroupedConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
                 dilation: int, groups_last: bool) -> Tensor:
-        ctx.save_for_backward(groups, kernels)
+        ctx.save_for_backward(groups, kernels, bias)
         ctx.geometry = stride, dilation
         if bias is not None:
             ctx.regions = BorderRegions(bias.shape, groups.shape[1:3], stride)
         return convolve_triton(groups, kernels, bias, stride, dilation, groups_last)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        grads = convolve_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+        groups, kernels, bias = ctx.saved_tensors
+        if creates_graph():
+            return *differentiable_gradients(_convolve, grad_out, groups, kernels, bias,
+                                             *ctx.geometry), None
+        grads = convolve_triton_backward(grad_out, groups, kernels, *ctx.geometry)
         grad_bias = None
         if ctx.needs_input_grad[2]:
             images = as_images(grad_out)
             grad_bias = ctx.regions.gradient(images, images.sum((0, 2, 3)))
         return *grads, grad_bias, None, None, None
+
+
+def _convolve(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+              dilation: int) -> Tensor:
+    """The same convolution, in operations whose gradients can be differentiated."""
+    out = grouped_conv(groups, kernels, bias, stride, dilation)
+    return out.permute(0, 2, 3, 1).unflatten(3, (groups.shape[3], -1))
 
 
 def _empty_output(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,

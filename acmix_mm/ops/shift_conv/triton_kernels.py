@@ -54,7 +54,8 @@ def convolve_kernels_backward(grads: Tensor, maps: Tensor, kernel_size: int, str
     taps, in_channels, out_channels = kernel_size**2, maps.shape[4], grads.shape[4]
     blocks = tiling(groups, out_channels)
     positions = grads.shape[0] * grads.shape[1] * grads.shape[2]
-    rounds = min(triton.next_power_of_2(triton.cdiv(positions, blocks['POSITIONS'])), MAX_ROUNDS)
+    rounds = triton.cdiv(max(positions, 1), blocks['POSITIONS'])
+    rounds = min(triton.next_power_of_2(rounds), MAX_ROUNDS)
     shares = triton.cdiv(positions, rounds * blocks['POSITIONS'])
     partial = maps.new_empty(shares, taps, in_channels, out_channels, groups, dtype=torch.float32)
     grid = (shares * taps * in_channels * blocks['OUTPUT_BLOCKS'] * blocks['GROUP_BLOCKS'],)

@@ -39,7 +39,8 @@ def blocks_of_tiles(q: Tensor, kernel_size: int, stride: int, dilation: int) -> 
     batch, height, width, num_heads, _ = q.shape
     tile, span = tile_and_span(kernel_size, stride, dilation)
     rows, columns = (-(-extent // (tile * stride)) for extent in (height, width))
-    at_once = max(BLOCK_LOGITS // (batch * num_heads * tile**2 * span**2), 1)
+    logits_of_tile = max(batch, 1) * num_heads * tile**2 * span**2
+    at_once = max(BLOCK_LOGITS // logits_of_tile, 1)
     mask = tile_mask(tile, span, kernel_size, stride, dilation, q.dtype, q.device)
     axis: dict[str, Any] = dict(tile=tile, stride=stride, span=span,
                                 reach=dilation * (kernel_size // 2), device=q.device)

@@ -1,14 +1,15 @@
 """Sliding-window attention by Triton kernels for NVIDIA GPUs: tiled, with a streamed softmax."""
 
+import inspect
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from acmix_mm.ops.autograd import creates_graph, differentiable_gradients
 from acmix_mm.ops.backend import require_triton, runs_triton
 from acmix_mm.ops.custom_op import custom_op
-from acmix_mm.ops.sliding_attention.tiled import positions_gradient
+from acmix_mm.ops.sliding_attention.tiled import attend_tiled, positions_gradient
 
 
 def sliding_attention_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
@@ -41,8 +42,11 @@ class _TritonAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        if creates_graph():
+            qkv, positions = ctx.saved_tensors[:2]
+            return differentiable_gradients(inspect.unwrap(attend_tiled), grad_out, qkv, positions,
+                                            *ctx.geometry)
         grad_qkv = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
         return grad_qkv, positions_gradient(grad_qkv), *[None] * len(ctx.geometry)
 

@@ -97,8 +97,9 @@ class _WindowRows:
 
     def put(self, stacks: Sequence[Tensor], maps: Tensor, row: int) -> None:
         """Write a row of windows."""
-        for window, stack in zip(self._windows(maps, row), stacks):
-            window.copy_(stack.view(window.shape))
+        windows = self._windows(maps, row)
+        for index, stack in enumerate(stacks):
+            windows[index].copy_(stack.view(windows.shape[1:]))
 
     def _windows(self, maps: Tensor, row: int) -> Tensor:
         """A view: (stacks, batch, windows, num_heads, window height, window width, head_dims)."""

@@ -1,0 +1,144 @@
+"""What holds for every backend of every operator: second derivatives and empty batches."""
+
+import functools
+
+import pytest
+import torch
+from helpers.operators import (
+    DEVICE,
+    aggregation_tensors,
+    conv_tensors,
+    features_tensors,
+    involution_tensors,
+    sliding_tensors,
+    window_tensors,
+)
+from torch.autograd import grad, gradgradcheck
+
+from acmix_mm.ops import (
+    available_backends,
+    involution,
+    patch_aggregation,
+    patch_features,
+    shift_conv,
+    sliding_window_attention,
+    window_attention,
+)
+from acmix_mm.ops.involution import chunked as involution_chunked
+from acmix_mm.ops.patchwise_attention import chunked as patchwise_chunked
+from acmix_mm.ops.sliding_attention import tiles
+
+# Functions of tensors, and functions of the batch size that return small tensors.
+OPERATORS = {
+    'sliding_window_attention': (
+        functools.partial(sliding_window_attention, kernel_size=3),
+        lambda batch: sliding_tensors(batch, 1, 2, 3, 9)),
+    'window_attention': (
+        functools.partial(window_attention, window_size=(2, 3), shift_size=1),
+        lambda batch: window_tensors(batch, (2, 2), (2, 3), 2, 2)),
+    'shift_conv': (
+        functools.partial(shift_conv, stride=2),
+        lambda batch: conv_tensors(batch, 2, 2, 3, 4, 3, True, True)),
+    'patch_features': (
+        functools.partial(patch_features, kernel_size=3),
+        lambda batch: features_tensors(batch, 2, 3, 2, 3)),
+    'patch_aggregation': (
+        functools.partial(patch_aggregation, kernel_size=3),
+        lambda batch: aggregation_tensors(batch, 4, 3, 2, 3)),
+    'involution': (
+        functools.partial(involution, stride=2),
+        lambda batch: involution_tensors(batch, 2, 2, 4, 3, 3, 2)),
+}
+CASES = [(operator, backend) for operator in OPERATORS for backend in available_backends(operator)]
+# The backend 'dense' runs torch's fused attention; see test_fused_attention.
+DIFFERENTIABLE_TWICE = [case for case in CASES if 'dense' not in case]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Several chunks, even of the smallest maps."""
+    for module, name in ((involution_chunked, 'CPU_CHUNK'), (patchwise_chunked, 'CHUNK'),
+                         (tiles, 'BLOCK_LOGITS')):
+        monkeypatch.setattr(module, name, 1)
+
+
+def prepare(operator, backend, batch, dtype):
+    """The operator on a backend, and its inputs."""
+    if backend == 'triton':
+        pytest.importorskip('triton')
+    run, tensors_of = OPERATORS[operator]
+    device = DEVICE if backend == 'triton' else 'cpu'
+    tensors = [each.to(device, dtype).requires_grad_() for each in tensors_of(batch)]
+    return functools.partial(run, backend=backend), tensors
+
+
+def second_derivatives(run, tensors):
+    """The gradients of a penalty on all gradients."""
+    first = grad(run(*tensors).square().sum(), tensors, create_graph=True)
+    return grad(sum(each.square().sum() for each in first), tensors)
+
+
+@pytest.mark.parametrize(('operator', 'backend'), DIFFERENTIABLE_TWICE)
+def test_second_derivatives(operator, backend):
+    if backend != 'triton':
+        assert gradgradcheck(*prepare(operator, backend, 1, torch.float64), fast_mode=True)
+        return
+    # The kernels compute in float32 at most.
+    run, tensors = prepare(operator, backend, 1, torch.float32)
+    reference = prepare(operator, 'reference', 1, torch.float64)[0]
+    expected = second_derivatives(reference, [each.double() for each in tensors])
+    for actual, exact in zip(second_derivatives(run, tensors), expected):
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max())
+
+
+def test_fused_attention():
+    """Torch's fused attention refuses second derivatives; its composite one computes them."""
+    run, tensors = prepare('sliding_window_attention', 'dense', 1, torch.float64)
+    with pytest.raises(RuntimeError, match=r'attention.* is not implemented'):
+        second_derivatives(run, tensors)
+    attention = pytest.importorskip('torch.nn.attention', reason='torch has it since 2.3')
+    with attention.sdpa_kernel(attention.SDPBackend.MATH):
+        assert gradgradcheck(run, tensors, fast_mode=True)
+
+
+def test_gradients_that_are_not_needed():
+    """Second derivatives with respect to some of the tensors only."""
+    for operator, backend in DIFFERENTIABLE_TWICE:
+        if backend == 'triton':
+            continue
+        run, tensors = prepare(operator, backend, 1, torch.float32)
+        for tensor in tensors[:-1]:
+            tensor.requires_grad_(False)
+        first, = grad(run(*tensors).square().sum(), tensors[-1], create_graph=True)
+        second, = grad(first.square().sum(), tensors[-1])
+        assert second.abs().max() > 0
+
+
+def test_compiled_operators_refuse_second_derivatives():
+    run, tensors = prepare('window_attention', 'chunked', 1, torch.float32)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match='does not currently support double backward'):
+        second_derivatives(torch.compile(run, backend='aot_eager'), tensors)
+
+
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_functional_transforms_are_refused(operator):
+    run, tensors = prepare(operator, next(
+        name for name in available_backends(operator) if name in ('tiled', 'chunked', 'folded')),
+                           1, torch.float32)
+    with pytest.raises(RuntimeError, match='must override the setup_context'):
+        torch.func.grad(lambda first: run(first, *tensors[1:]).sum())(tensors[0])
+    with pytest.raises(NotImplementedError, match='must implement the jvp function'), \
+            torch.autograd.forward_ad.dual_level():
+        run(torch.autograd.forward_ad.make_dual(tensors[0], tensors[0].detach()), *tensors[1:])
+
+
+@pytest.mark.parametrize(('operator', 'backend'), CASES)
+def test_empty_batch(operator, backend):
+    run, tensors = prepare(operator, backend, 0, torch.float32)
+    out = run(*tensors)
+    shape = OPERATORS[operator][0](*OPERATORS[operator][1](1)).shape
+    assert out.shape == (0, *shape[1:])
+    out.sum().backward()
+    for each in tensors:
+        assert torch.equal(each.grad, torch.zeros_like(each))
