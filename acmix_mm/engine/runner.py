@@ -16,13 +16,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from acmix_mm.checkpoints.loading import summary
-from acmix_mm.checkpoints.reading import (
-    HAS_ALLOW_LIST,
-    LOAD_ERRORS,
-    explain_load_error,
-    is_path,
-    weights_only,
-)
+from acmix_mm.checkpoints.reading import LOAD_ERRORS, explain_load_error, is_path, weights_only
 from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
@@ -55,7 +49,7 @@ class DataOnlyRunner(Runner):
                 match the model.
         """
         try:
-            with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
+            with weights_only():
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
