@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from acmix_mm.analysis.flops import count, total
 from acmix_mm.layers import Involution2d
@@ -163,7 +163,7 @@ def test_conv_cfg_in_necks_and_heads(cfg, inputs, layers):
     built = [module for module in involved.modules() if isinstance(module, Involution2d)]
     assert len(built) == layers
     involved.init_weights()
-    expected, actual = (tree_leaves(module(x)) for module in (plain, involved))
+    expected, actual = (tree_flatten(module(x))[0] for module in (plain, involved))
     assert [each.shape for each in actual] == [each.shape for each in expected]
     sum(each.square().sum() for each in actual).backward()
     assert all(module.span.weight.grad is not None for module in built)
