@@ -5,8 +5,9 @@ Importing this package registers the backbones and the convolution types ``ACmix
 ``MODELS``, where MMDetection and MMSegmentation find them, ``RateHook`` in ``HOOKS``, and the
 checkpoint addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. It also allows torch to
 load the checkpoints that MMEngine writes, as data, so that MMDetection's and MMSegmentation's own
-tools and inferencers can use them. Without OpenMMLab nothing is registered; ``acmix_mm.ops`` and
-``acmix_mm.layers`` require torch only.
+tools and inferencers can use them, and lets MMEngine find the configs of MMSegmentation's fork.
+Without OpenMMLab nothing is registered; ``acmix_mm.ops`` and ``acmix_mm.layers`` require torch
+only.
 """
 
 from functools import partial
@@ -23,6 +24,7 @@ if find_spec('mmengine') and find_spec('mmcv'):
     from acmix_mm.checkpoints.reading import allow_mmengine_checkpoints
     from acmix_mm.hub import SCHEMES, load_from_timm
     from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
+    from acmix_mm.utils.distributions import find_mmseg_configs
 
     MODELS.register_module('ACmix', module=acmix_or_pointwise)
     MODELS.register_module('SlidingAttention', module=partial(acmix_or_pointwise, mix='attn'))
@@ -30,3 +32,4 @@ if find_spec('mmengine') and find_spec('mmcv'):
     MODELS.register_module('Involution', module=involution_or_pointwise)
     CheckpointLoader.register_scheme(SCHEMES, load_from_timm)
     allow_mmengine_checkpoints()
+    find_mmseg_configs()

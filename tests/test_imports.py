@@ -20,13 +20,13 @@ ALLOWED = {
     'timm': {*FOUNDATIONS, 'backbones'},
     'hub': {'utils', 'checkpoints', 'timm'},
     'datasets': {'utils'},
-    'environment': {'utils'},
+    'environment': {'utils', 'ops'},
     'engine': {*FOUNDATIONS, 'backbones', 'datasets', 'environment'},
     'analysis': TOOLBOX - {'analysis'},
     'benchmark': {'utils', 'ops', 'layers', 'backbones'},
     'comparison': {*TOOLBOX, 'benchmark'},
     'deploy': TOOLBOX,
-    '__init__': {'checkpoints', 'backbones', 'layers', 'analysis', 'hub'},
+    '__init__': {'utils', 'checkpoints', 'backbones', 'layers', 'analysis', 'hub'},
 }
 TORCH_ONLY = ('ops', 'layers')
 
