@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT
 from helpers.hosts import assert_equal_networks
 from helpers.installed_configs import HOSTS, InstalledBackbone, installed_backbones
+from helpers.stack import needs_pinned
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
@@ -134,6 +135,7 @@ def test_features_of_resnets_without_acmix_equal_the_hosts(installed):
                               ours(backbone)(**arguments, acmix_stages=()), size)
 
 
+@needs_pinned
 def test_table_in_the_documentation(installed, outcomes):
     rows = [['plain backbone', 'config files', 'accepted', 'rejected']]
     for host in sorted({backbone.type for backbone in installed}, key=HOSTS.index):

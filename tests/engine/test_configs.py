@@ -1,6 +1,7 @@
 """Tests of the configs: each trains and predicts, and differs little from its baseline."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.engine.config import load_config, set_classes, set_data_root
 
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py'))
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py')
+                 if path.parent.name != '_base_')
 # MMDetection's and MMSegmentation's configs of the plain hosts with the same schedule.
 BASELINES = {
     'configs/maskrcnn_acmix_swin_t.py': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
@@ -112,6 +114,15 @@ def test_trains_a_step_and_predicts(path):
         assert len(instances.bboxes) == len(instances.scores)
         if 'roi_head' in cfg.model:
             assert instances.masks.shape == (len(instances.bboxes), 96, 72)
+
+
+def test_mmseg_bases_follow_the_import_of_this_package():
+    """With MMSegmentation's fork, MMEngine does not find them before."""
+    found = [path for path in CONFIGS if re.search(r"^[^#]*'mmseg::", (ROOT / path).read_text(),
+                                                   re.MULTILINE)]
+    assert found
+    for path in found:
+        assert "_base_ = ['./_base_/acmix_mm.py'," in (ROOT / path).read_text(), path
 
 
 def test_backbones_are_found_from_both_scopes():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.operators import assert_compiled_is_equal, involution_loop
+from helpers.stack import needs_custom_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.cnn import ConvModule, build_conv_layer
@@ -18,6 +19,7 @@ from acmix_mm.layers.base import REST
 from acmix_mm.ops import use_backend
 
 
+@needs_custom_ops
 @pytest.mark.parametrize('stride', [1, 2])
 def test_compile(stride):
     assert_compiled_is_equal(Involution2d(8, 8, 3, stride=stride, group_channels=4).eval(),
