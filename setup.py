@@ -1,4 +1,4 @@
-"""Packaging of acmix_mm; constraints.txt has the versions that are tested together."""
+"""Packaging of acmix_mm; constraints/ has the versions that are tested together."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,12 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'acmix_mm/__init__.py').read_text()).group(1)
 
 # Training and evaluation need these. They are extras because an OpenMMLab environment already has
-# them, and MMDetection users may not want MMSegmentation.
+# them, and MMDetection users may not want MMSegmentation. Packages of OpenMMLab and of its
+# maintained forks overwrite each other, so that an extra has either.
 # mmcv 2.1 is the newest version that MMDetection 3.3 and MMSegmentation 1.2 accept.
 OPENMMLAB = ['mmengine>=0.10.0,<0.11', 'mmcv>=2.0.0,<2.2']
+FORKS = ['onedl-mmengine>=0.10.12,<0.11', 'onedl-mmcv>=2.3.6,<2.4']
+TOKENIZER = ['ftfy', 'regex']
 
 setup(
     name='acmix-mm',
@@ -47,8 +50,10 @@ setup(
     install_requires=['torch>=2.1'],
     extras_require={
         'det': [*OPENMMLAB, 'mmdet>=3.3,<3.4'],
-        'seg': [*OPENMMLAB, 'mmsegmentation>=1.2,<1.3', 'ftfy', 'regex'],
-        'timm': [*OPENMMLAB, 'timm>=1.0,<2'],
+        'seg': [*OPENMMLAB, 'mmsegmentation>=1.2,<1.3', *TOKENIZER],
+        'onedl-det': [*FORKS, 'onedl-mmdetection>=3.5.1,<3.6'],
+        'onedl-seg': [*FORKS, 'onedl-mmsegmentation>=1.4.2,<1.5', *TOKENIZER],
+        'timm': ['timm>=1.0,<2'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
     },
 )

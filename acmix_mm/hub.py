@@ -5,26 +5,32 @@ checkpoints, and calls :func:`register_configs`.
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Optional
 
 from torch import Tensor
 
 from acmix_mm.checkpoints.reading import HUB_SCHEMES, weights_only
+from acmix_mm.utils.distributions import installed_versions
 from acmix_mm.utils.errors import CheckpointError
 
 SCHEMES = ('timm://', *HUB_SCHEMES)
 
 
 def register_configs() -> None:
-    """Make this package's configs available to MMEngine as ``acmix_mm::configs/NAME.py``.
+    """Let MMEngine find configs as ``acmix_mm::configs/NAME.py`` and, under the forks, ``mmseg::``.
 
-    The name works in ``_base_`` and in ``mmengine.hub.get_config``.
+    The names work in ``_base_`` and in ``mmengine.hub.get_config``.
     """
     from mmengine.config.utils import MODULE2PACKAGE
 
     # MMEngine looks in the folder of this module. For the name of the distribution, acmix-mm, it
     # would look in site-packages, where an editable installation is not.
     MODULE2PACKAGE['acmix_mm'] = __name__
+    # MMEngine maps mmseg to the distribution mmsegmentation, which the forks do not install. It
+    # accepts the name of the package, too.
+    if find_spec('mmseg') and not installed_versions('mmsegmentation'):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
 
 
 def load_from_timm(filename: str, map_location: Optional[Any] = None,

@@ -1,6 +1,6 @@
 # Baseline: fpn_pvt_t_ade20k_40k.py of PVT's authors with 4 images on each of 4 GPUs, for which that
 # config specifies half the learning rate and twice the iterations.
-_base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+_base_ = ['./_base_/acmix_mm.py', 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py']
 custom_imports = dict(imports=['acmix_mm'])
 pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'
 model = dict(

@@ -1,5 +1,5 @@
 # Baseline: mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py
-_base_ = 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py'
+_base_ = ['./_base_/acmix_mm.py', 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py']
 custom_imports = dict(imports=['acmix_mm'])
 model = dict(
     pretrained=None,

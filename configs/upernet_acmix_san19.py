@@ -1,7 +1,7 @@
 # Baseline: mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py with a SAN-19 backbone.
 # Trained from scratch: no ACmix-SAN weights are published. To start from the SAN authors' plain
 # san19_patchwise, pass --cfg-options model.backbone.init_cfg.checkpoint=FILE
-_base_ = 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py'
+_base_ = ['./_base_/acmix_mm.py', 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py']
 custom_imports = dict(imports=['acmix_mm'])
 model = dict(
     pretrained=None,

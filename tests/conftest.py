@@ -15,6 +15,12 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
 
+def pytest_collection_modifyitems(items):
+    # Imports acmix_mm, which reads the variable above.
+    from helpers.stack import skip_unavailable
+    skip_unavailable(items)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

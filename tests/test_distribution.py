@@ -1,5 +1,6 @@
 """What the wheel holds, and that it installs and imports in a clean virtual environment."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,11 @@ def test_wheel_holds_the_package_its_configs_and_its_licence(wheel):
     assert not any(name.startswith(('tests', 'tools')) for name in names)
     assert 'License: Apache-2.0' in text or 'License-Expression: Apache-2.0' in text
     assert any(name.endswith('LICENSE') for name in names)
+    # The forks install the same packages as OpenMMLab, so that no extra may have both.
+    extras = re.findall(r'^Requires-Dist: ([\w-]+).*extra == .([\w-]+)', text, re.MULTILINE)
+    forks = {extra for name, extra in extras if name.startswith('onedl-')}
+    assert forks == {'onedl-det', 'onedl-seg'}
+    assert not any(name.startswith('mm') for name, extra in extras if extra in {*forks, 'timm'})
 
 
 def test_wheel_imports_in_a_clean_environment(wheel, tmp_path):

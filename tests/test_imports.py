@@ -20,7 +20,7 @@ ALLOWED = {
     'timm': {*FOUNDATIONS, 'backbones'},
     'hub': {'utils', 'checkpoints', 'timm'},
     'datasets': {'utils'},
-    'environment': {'utils'},
+    'environment': {'utils', 'ops'},
     'engine': {*FOUNDATIONS, 'backbones', 'datasets', 'environment'},
     'analysis': TOOLBOX - {'analysis'},
     'benchmark': {'utils', 'ops', 'layers', 'backbones'},

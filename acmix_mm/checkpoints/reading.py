@@ -1,12 +1,15 @@
 """Reading checkpoints as data: torch unpickles tensors and plain containers, and nothing else."""
 
 import argparse
+import codecs
 import contextlib
 import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Callable, NamedTuple
+from unittest import mock
 from urllib.error import URLError
 
 import numpy as np
@@ -15,6 +18,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
+from acmix_mm.checkpoints import data_pickle
 from acmix_mm.utils.errors import CheckpointError
 
 # Raised for files that are missing, unreachable, damaged, or that hold more than data.
@@ -24,7 +28,7 @@ LOAD_ERRORS = (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.
 WEIGHT_ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 # Prefixes added by DistributedDataParallel and torch.compile.
 WRAPPERS = re.compile(r'^((module|_orig_mod)\.)+')
-# Older versions of torch have no allow list for classes and refuse those of MMEngine's checkpoints.
+# Older versions of torch have no allow list for the classes of MMEngine's checkpoints.
 HAS_ALLOW_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
 # Addresses without '://'.
 HUB_SCHEMES = ('hf-hub:', 'hf_hub:')
@@ -32,22 +36,34 @@ HUB_SCHEMES = ('hf-hub:', 'hf_hub:')
 
 @contextlib.contextmanager
 def weights_only() -> Iterator[None]:
-    """Force ``weights_only=True`` on every ``torch.load`` in the context, also after a download.
+    """Force every ``torch.load`` in the context to load data only, also after a download.
 
     MMEngine does not pass ``weights_only``, and torch.hub, which downloads for MMEngine, passes
     False. ``argparse.Namespace`` is allowed: timm and many training scripts save their arguments
-    in one, and unpickling it only sets attributes. (torch < 2.5 cannot allow it.)
+    in one, and unpickling it only sets attributes.
+
+    Before torch 2.6, ``torch.load`` is replaced by one that uses
+    :mod:`acmix_mm.checkpoints.data_pickle`.
     """
-    allowed = getattr(torch.serialization, 'safe_globals', contextlib.nullcontext)
     force, force_not = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
     before = {name: os.environ.pop(name, None) for name in (force, force_not)}
-    os.environ[force] = '1'
     try:
-        with allowed([argparse.Namespace]):
-            yield
+        if HAS_ALLOW_LIST:
+            os.environ[force] = '1'
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                yield
+        else:
+            with mock.patch.object(torch, 'load', partial(load_data, torch.load)):
+                yield
     finally:
-        del os.environ[force]
+        os.environ.pop(force, None)
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def load_data(load: Callable, f: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load data with ``torch.load`` of an older torch; ``weights_only`` is ignored."""
+    data_pickle.check_format(f)
+    return load(f, *args, **{**kwargs, 'weights_only': False, 'pickle_module': data_pickle})
 
 
 def read_checkpoint(source: str) -> Mapping:
@@ -92,19 +108,25 @@ def read_safetensors(path: str) -> Mapping[str, Tensor]:
 def allow_mmengine_checkpoints() -> None:
     """Allow torch to load the log history in MMEngine's checkpoints, with its NumPy arrays.
 
-    Importing ``acmix_mm`` calls this. All other classes stay refused.
+    Importing ``acmix_mm`` calls this. All other classes stay refused. Before torch 2.6, this holds
+    only inside :func:`weights_only`.
     """
-    if not HAS_ALLOW_LIST:
-        return
     dtypes = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
     functions: dict[str, Any] = {'_reconstruct': np.empty(0).__reduce__()[0],
                                  'scalar': np.int64(0).__reduce__()[0]}
     # NumPy 2 renamed the module core to _core.
-    names = [(function, f'numpy.{core}.multiarray.{name}')
+    named = [(function, f'numpy.{core}.multiarray.{name}')
              for name, function in functions.items() for core in ('core', '_core')]
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, *dtypes, (history_statistic, 'builtins.getattr'),
-        *names])
+    named.append((history_statistic, 'builtins.getattr'))
+    classes = [HistoryBuffer, np.ndarray, np.dtype, *dtypes]
+    if HAS_ALLOW_LIST:
+        torch.serialization.add_safe_globals([*classes, *named])
+        return
+    # Pickle's protocol 2 uses Python 2's name, and encodes the bytes of a NumPy number as text.
+    named += [(history_statistic, '__builtin__.getattr'), (codecs.encode, '_codecs.encode')]
+    classes.append(argparse.Namespace)
+    named += [(each, f'{each.__module__}.{each.__qualname__}') for each in classes]
+    data_pickle.ALLOWED.update({name: value for value, name in named})
 
 
 def history_statistic(owner: type, name: str) -> Callable:

@@ -1,12 +1,10 @@
 """Exporting the model of a config to ONNX, verified with ONNX Runtime."""
 
 import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from importlib.util import find_spec
 from random import Random
 from typing import Any, Optional
 
@@ -16,13 +14,14 @@ from mmcv.cnn.bricks.transformer import AdaptivePadding
 from mmengine.config import Config
 from sympy import Integer
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
 from acmix_mm.checkpoints.reading import read_checkpoint
 from acmix_mm.engine.cli import file_to_write
 from acmix_mm.engine.config import build_model
 from acmix_mm.engine.runner import load_all_weights
+from acmix_mm.environment import export_unavailable
 from acmix_mm.layers.base import OperatorLayer
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
@@ -193,6 +192,7 @@ def export_program(network: nn.Module,
     if fixed_shape is not None:
         with torch.no_grad():
             return torch.export.export(network, (torch.zeros(1, 3, *fixed_shape),))
+    from torch.export import Dim  # since torch 2.2
     side = smallest_side(network)
     # Odd and different: torch.export would keep a condition that holds for the example by chance.
     example = torch.zeros(2, 3, side * 3 // 2 | 1, side * 2 | 1)
@@ -315,23 +315,18 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
 
 
 def check_exporter() -> None:
-    """Check that the packages needed for an export to ONNX are installed.
+    """Check that torch and the installed packages can export to ONNX.
 
     Raises:
         UsageError: a package is missing, or torch is too old.
     """
-    missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if not find_spec(name)]
-    if missing:
-        raise UsageError(f'Export to ONNX needs {", ".join(missing)}; run '
-                         'pip install onnx onnxruntime onnxscript.')
-    if 'prefer_deferred_runtime_asserts_over_guards' not in inspect.signature(
-            torch.export.export).parameters:
-        raise UsageError(f'Export to ONNX needs a newer torch than {torch.__version__}; it is '
-                         'tested with 2.11.')
+    reason = export_unavailable()
+    if reason is not None:
+        raise UsageError(f'Export to ONNX {reason}.')
 
 
 def translate(program: ExportedProgram, network: nn.Module,
-              side: Optional[int]) -> torch.onnx.ONNXProgram:
+              side: Optional[int]) -> 'torch.onnx.ONNXProgram':
     """Translate a traced program to ONNX.
 
     Args:

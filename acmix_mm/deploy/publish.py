@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acmix_mm.checkpoints.reading import HAS_ALLOW_LIST, read_checkpoint
+from acmix_mm.checkpoints.reading import read_checkpoint
 from acmix_mm.engine.cli import file_to_write
 from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
-from acmix_mm.utils.errors import CheckpointError, UsageError
+from acmix_mm.utils.errors import CheckpointError
 
 # The entries of a checkpoint's meta to keep; the others describe the machine or serve resuming.
 PUBLISHED_META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'seed', 'time', 'mmengine_version',
@@ -40,12 +40,9 @@ def publish(source: str, target: str) -> Path:
         The path of the published file.
 
     Raises:
-        UsageError: the directory of ``target`` does not exist, or torch is too old.
+        UsageError: the directory of ``target`` does not exist.
         CheckpointError: the source cannot be read, contains code, or has no weights.
     """
-    if not HAS_ALLOW_LIST:
-        raise UsageError('Publishing reads a training checkpoint without running code from it, '
-                         f'which needs torch 2.6 or newer; this is torch {torch.__version__}.')
     path = file_to_write(target)
     checkpoint = read_checkpoint(source)
     weights = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None

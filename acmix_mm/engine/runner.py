@@ -17,13 +17,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from acmix_mm.checkpoints.loading import summary
-from acmix_mm.checkpoints.reading import (
-    HAS_ALLOW_LIST,
-    LOAD_ERRORS,
-    explain_load_error,
-    is_path,
-    weights_only,
-)
+from acmix_mm.checkpoints.reading import LOAD_ERRORS, explain_load_error, is_path, weights_only
 from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
@@ -57,7 +51,7 @@ class DataOnlyRunner(Runner):
                 match the model.
         """
         try:
-            with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
+            with weights_only():
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
@@ -110,7 +104,7 @@ class DataOnlyFlexibleRunner(FlexibleRunner):
         """Read a checkpoint as data only, and explain errors until it has been read."""
         self.unread: Optional[str] = filename
         try:
-            with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
+            with weights_only():
                 yield
         except LOAD_ERRORS as error:
             if self.unread is None:

@@ -181,7 +181,8 @@ def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *
 @cached_by_size
 def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """x and y of every position, (height, width, 2), from -1 to 1 along each axis."""
-    # torch.linspace does not accept dynamic sizes.
-    x, y = (torch.arange(extent, device=device) * (2 / max(extent - 1, 1)) - 1
-            for extent in (width, height))
+    # torch.linspace does not accept dynamic sizes, and ONNX has no arithmetic on them but that of
+    # tensors.
+    x, y = (positions * (2 / positions[-1:].clamp(min=1)) - 1
+            for positions in (torch.arange(extent, device=device) for extent in (width, height)))
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).to(dtype)

@@ -9,9 +9,12 @@ from helpers.operators import (
     sliding_tensors,
     window_tensors,
 )
+from helpers.stack import needs_custom_ops
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
 from acmix_mm.layers import ACmixConv2d, WindowACmix
+
+pytestmark = needs_custom_ops
 
 
 @pytest.mark.parametrize(('layer', 'shape'), [

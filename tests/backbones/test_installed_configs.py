@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT
 from helpers.hosts import assert_equal_features, assert_equal_networks, build_on_meta
 from helpers.installed_configs import HOSTS, InstalledBackbone, installed_backbones
+from helpers.stack import needs_pinned
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
@@ -161,6 +162,7 @@ def test_features_of_swins_and_pvts_without_acmix_equal_the_hosts(installed):
         assert_equal_features(plain(backbone), network, backbone.arguments, size)
 
 
+@needs_pinned
 def test_table_in_the_documentation(installed, outcomes):
     rows = [['plain backbone', 'config files', 'accepted', 'rejected']]
     for host in sorted({backbone.type for backbone in installed}, key=HOSTS.index):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import relative_error
 from helpers.checkpoints import load_pretrained
+from helpers.stack import HALF_DTYPES
 from helpers.weights import randomised
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -166,7 +167,7 @@ def test_half_precision_and_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         for out, full in zip(model(x), expected):
             assert relative_error(out.float(), full) < 0.05
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in HALF_DTYPES:
         for out, full in zip(model.to(dtype)(x.to(dtype)), expected):
             assert out.dtype == dtype
             assert relative_error(out.float(), full) < 0.1

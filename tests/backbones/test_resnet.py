@@ -256,7 +256,7 @@ def test_standardised_kernels_of_a_plain_checkpoint_are_approximated(depth, tmp_
     model = load_pretrained(ACmixResNet, tmp_path / 'plain.pth', **arguments, acmix_stages=(0,))
     x = torch.randn(1, 3, 65, 64)
     for expected, actual in zip(plain(x), model(x)):
-        assert relative_error(actual, expected) < 1e-5
+        assert relative_error(actual, expected) < 2e-5
     assert 'layer1.0 0%' in log_text()
 
 

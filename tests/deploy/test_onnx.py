@@ -6,6 +6,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import ROOT, relative_error
+from helpers.stack import needs_export
 from torch import nn
 
 from acmix_mm.analysis.complexity import padded_image_size
@@ -29,6 +30,7 @@ from acmix_mm.deploy.onnx import (
 from acmix_mm.engine.config import build_model, load_config
 from acmix_mm.utils.errors import UsageError
 
+pytestmark = needs_export
 # (network, smallest height and width)
 NETWORKS = {
     'swin': (lambda: ACmixSwinTransformer(

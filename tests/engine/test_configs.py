@@ -17,7 +17,8 @@ from mmengine.registry import MODELS, init_default_scope
 from acmix_mm.engine.config import check_data, load_config, set_classes, set_data_root
 from acmix_mm.utils.errors import UsageError
 
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py'))
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py')
+                 if path.parent.name != '_base_')
 # MMDetection's and MMSegmentation's configs of the plain hosts with the same schedule.
 BASELINES = {
     'configs/maskrcnn_acmix_swin_t.py': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
@@ -202,6 +203,15 @@ def test_mask_head_without_positive_rois():
     model.parse_losses(losses)[0].backward()
     for parameter in model.roi_head.mask_head.parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+def test_mmseg_bases_follow_the_import_of_this_package():
+    """With MMSegmentation's fork, MMEngine does not find them before."""
+    found = [path for path in CONFIGS if re.search(r"^[^#]*'mmseg::", (ROOT / path).read_text(),
+                                                   re.MULTILINE)]
+    assert found
+    for path in found:
+        assert "_base_ = ['./_base_/acmix_mm.py'," in (ROOT / path).read_text(), path
 
 
 def test_backbones_are_found_from_both_scopes():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from acmix_mm.layers import ACmixConv2d
 from acmix_mm.layers.acmix_conv import coordinates
@@ -179,7 +179,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
+        for result in tree_flatten(results)[0]:
             if isinstance(result, torch.Tensor):
                 self.elements = max(self.elements, result.numel())
         return results

@@ -6,7 +6,7 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from mmengine.model import kaiming_init
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import ACmixConv2d
@@ -92,7 +92,7 @@ def test_acmix_in_openmmlab_modules(cfg, inputs, layers):
     plain, ours = MODELS.build(dict(cfg)), MODELS.build(dict(cfg, conv_cfg=ACMIX))
     assert len([module for module in ours.modules() if isinstance(module, ACmixConv2d)]) == layers
     ours.init_weights()
-    expected, actual = (tree_leaves(module(x)) for module in (plain, ours))
+    expected, actual = (tree_flatten(module(x))[0] for module in (plain, ours))
     assert [each.shape for each in actual] == [each.shape for each in expected]
     sum(each.square().sum() for each in actual).backward()
     for module in ours.modules():
@@ -128,7 +128,7 @@ def test_single_path_in_openmmlab_modules(type_, cfg, sizes, layers):
     built = [module for module in ours.modules() if isinstance(module, ACmixConv2d)]
     assert len(built) == layers
     ours.init_weights()
-    expected, actual = (tree_leaves(module(x)) for module in (plain, ours))
+    expected, actual = (tree_flatten(module(x))[0] for module in (plain, ours))
     assert [each.shape for each in actual] == [each.shape for each in expected]
     sum(each.square().sum() for each in actual).backward()
     assert all(module.conv3.weight.grad is not None for module in built)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from acmix_mm.layers.padded_conv import PaddedConvolution
 
@@ -108,7 +108,7 @@ def train_one_step(case, conv_cfg):
     x = ([torch.randn(shape) for shape in case.inputs] if isinstance(case.inputs, list) else
          torch.randn(case.inputs))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    loss = sum(out.square().mean() for out in tree_leaves(model(x)))
+    loss = sum(out.square().mean() for out in tree_flatten(model(x))[0])
     loss.backward()
     for layer_name, layer in layers.items():
         gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}

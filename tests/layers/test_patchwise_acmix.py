@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ROOT, relative_error
+from helpers.stack import HALF_DTYPES
 from helpers.weights import patchwise_attention, randomised
 from torch import nn
 
@@ -152,7 +153,7 @@ def test_half_precision_and_autocast():
     expected = layer(x)
     with torch.autocast('cpu', torch.bfloat16):
         assert relative_error(layer(x).float(), expected) < 0.05
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in HALF_DTYPES:
         out = layer.to(dtype)(x.to(dtype))
         assert out.dtype == dtype
         assert relative_error(out.float(), expected) < 0.05

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.operators import conv_tensors, sliding_tensors, window_tensors
+from helpers.stack import needs_torch
 
 from acmix_mm.ops import (
     available_backends,
@@ -26,6 +27,7 @@ BACKENDS = {
     'patch_aggregation': {'reference', 'chunked', 'kernel_rows'},
     'involution': {'reference', 'chunked'},
 }
+needs_logged_choices = needs_torch('2.3', 'logging the choice of a backend')
 
 
 @pytest.fixture
@@ -109,6 +111,7 @@ def run_python(code, **environment):
                           check=False, env={'PYTHONPATH': str(ROOT), 'PATH': '', **environment})
 
 
+@needs_logged_choices
 def test_environment_variable():
     code = '''
 import logging
@@ -162,6 +165,7 @@ def test_available_backends(monkeypatch):
             found and f'needs an NVIDIA GPU of compute capability 8.0 or higher; found {found}')
 
 
+@needs_logged_choices
 def test_choice_is_logged_once(caplog):
     backend._log_once.cache_clear()
     with caplog.at_level(logging.DEBUG, logger='acmix_mm'):
@@ -173,6 +177,7 @@ def test_choice_is_logged_once(caplog):
         "window_attention runs on backend 'sdpa' (cpu)"]
 
 
+@needs_torch('2.5', 'torch.compile of contexts')
 @pytest.mark.parametrize('where', ['outside', 'inside'])
 def test_compiled_functions_follow_the_context(where):
     """Around a compiled function or within it, without a graph break."""
@@ -216,6 +221,7 @@ class Attention(torch.nn.Module):
         return sliding_window_attention(qkv, positions, 3)
 
 
+@needs_torch('2.7', 'telling an export from torch.compile')
 @pytest.mark.parametrize(('name', 'target'), [
     (None, 'aten.scaled_dot_product_attention.default'),
     ('tiled', 'acmix_mm.attend_tiled.default'),

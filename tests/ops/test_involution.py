@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.operators import TOLERANCE, compare, involution_loop, involution_tensors
+from helpers.stack import needs_custom_ops
 from torch.nn.functional import conv2d
 
 from acmix_mm.ops import involution
@@ -118,6 +119,7 @@ def test_invalid_arguments(change, message):
         involution(**{**given, **change})
 
 
+@needs_custom_ops
 def test_custom_op_registration():
     operators, opcheck = torch.ops.acmix_mm, torch.library.opcheck
     for stride in (1, 2):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.operators import DEVICE, compare, conv_tensors, slide, sliding_tensors
+from helpers.stack import needs_triton
 
 from acmix_mm.ops import shift_conv, sliding_window_attention
 
-pytest.importorskip('triton')
+pytestmark = needs_triton
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == 'cuda' else ()))
 

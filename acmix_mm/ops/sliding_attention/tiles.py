@@ -83,9 +83,11 @@ class TilesOfAxis:
         self.where: Union[slice, Tensor] = inside
         self.parts = [(slice(inside.start - start, inside.stop - start), inside)]
         if inside != slice(start, stop):
-            self.where = reflected_range(start, stop, extent, device)
+            # Numbers are read on the CPU: a tensor on meta has none.
+            reflected = reflected_range(start, stop, extent, torch.device('cpu'))
+            self.where = reflected.to(device)
             for index, (position, image) in enumerate(zip(range(start, min(stop, extent + reach)),
-                                                          self.where.tolist())):
+                                                          reflected.tolist())):
                 if not 0 <= position < extent:
                     self.parts.append((slice(index, index + 1), slice(image, image + 1)))
 
