@@ -124,6 +124,9 @@ def test_differs_from_its_baseline_only_in_conv_cfg(path, baseline, tmp_path):
     plain['optim_wrapper']['paramwise_cfg']['custom_keys'] = dict()
     assert new_custom_keys(ours, plain) == dict(rate1=dict(decay_mult=0.),
                                                 rate2=dict(decay_mult=0.))
+    # The baseline of RTMDet inherits that of another schedule.
+    batch_sizes = [each['auto_scale_lr'].pop('base_batch_size') for each in (ours, plain)]
+    assert batch_sizes == ([256, 16] if 'rtmdet' in path else [64, 64])
     assert ours == plain
 
 

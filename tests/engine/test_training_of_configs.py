@@ -135,6 +135,14 @@ def test_config_trains_and_evaluates(case, tool, shapes, plain_swin, tmp_path):
     assert all(0 < loss < 1000 for loss in losses)
     saved = torch.load(tmp_path / case.checkpoint, weights_only=False)
     assert list(saved['meta']['dataset_meta']['classes']) == case.classes
+    if 'swin' in case.config:
+        # The rates of a warm start from a plain Swin, and a low learning rate.
+        layer = 'backbone.stages.0.blocks.0.attn.w_msa'
+        rates = [saved['state_dict'][f'{layer}.{rate}'].item() for rate in ('rate1', 'rate2')]
+        assert rates == pytest.approx([1, 0], abs=1e-2)
+        plain = torch.load(plain_swin)['patch_embed.projection.weight']
+        torch.testing.assert_close(
+            saved['state_dict']['backbone.patch_embed.projection.weight'], plain, rtol=0, atol=1e-3)
 
     # The config that was written into the work directory has the data and the classes.
     tool('tools/test.py', tmp_path / f'{case.config}.py', tmp_path / case.checkpoint, '--work-dir',
