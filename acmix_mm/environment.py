@@ -147,7 +147,7 @@ def features() -> dict[str, Optional[str]]:
         'train and test segmentors': training_unavailable('mmseg'),
         'count FLOPs': None if find_spec('mmengine') else 'needs mmengine',
         'export to ONNX': export_unavailable(),
-        'Triton kernels': triton_unavailable(),
+        'Triton kernels': triton_unavailable(torch.float32),
         'timm models': timm_unavailable(),
         "refuse code in checkpoints, in OpenMMLab's own tools": openmmlab_loading_unavailable(),
     }

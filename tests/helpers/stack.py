@@ -51,7 +51,7 @@ def skip_unavailable(items):
     if not torch.cuda.is_available():
         reasons[torch.float16] = reasons['float16'] = float16_unavailable()
     if not has_triton():
-        reasons['triton'] = triton_unavailable()
+        reasons['triton'] = triton_unavailable(torch.float32)
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, 'callspec') else ()
         for each in parameters:
