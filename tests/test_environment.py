@@ -4,8 +4,7 @@ import pytest
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 
-from acmix_mm import environment
-from acmix_mm.hub import register_configs
+from acmix_mm import environment, hub
 from acmix_mm.utils import distributions
 from acmix_mm.utils.errors import UsageError
 
@@ -20,7 +19,7 @@ def install(monkeypatch):
     def pretend(versions):
         def installed_versions(*names):
             return {name: versions[name] for name in names if name in versions}
-        for module in (environment, distributions):
+        for module in (environment, distributions, hub):
             monkeypatch.setattr(module, 'installed_versions', installed_versions)
     return pretend
 
@@ -75,5 +74,5 @@ def test_mmengine_finds_the_configs_of_either_mmsegmentation(installed, expected
                                                              monkeypatch):
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
     install(installed)
-    register_configs()
+    hub.register_configs()
     assert MODULE2PACKAGE['mmseg'] == expected
