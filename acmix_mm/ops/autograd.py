@@ -1,4 +1,4 @@
-"""Differentiable functions with backward passes of their own, of which gradients can be taken.
+"""Functions with backward passes of their own that can be differentiated more than once.
 
 A backward pass written by hand is not recorded by autograd. For gradients of gradients
 (``create_graph=True``), it is replaced by that of the same function in torch's own operations.

@@ -84,6 +84,14 @@ def test_cpu_without_the_interpreter_is_an_error(monkeypatch):
         shift_conv(*conv_tensors(1, 1, 4, 3, 3, 3, False, True), backend='triton')
 
 
+@pytest.mark.skipif(DEVICE == 'cuda', reason='only the interpreter refuses bfloat16')
+def test_interpreter_refuses_bfloat16():
+    tensors = [tensor.bfloat16() for tensor in sliding_tensors(1, 1, 4, 3, 3)]
+    message = r"and float32 or float16 in Triton's interpreter; got torch.bfloat16 on cpu"
+    with pytest.raises(ValueError, match=message):
+        sliding_window_attention(*tensors, 3, backend='triton')
+
+
 def test_kernels_compile_for_gpus():
     """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
     environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}

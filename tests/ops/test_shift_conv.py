@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import relative_error
 from helpers.operators import TOLERANCE, compare, conv_tensors
 
 from acmix_mm.ops import shift_conv
@@ -60,6 +61,22 @@ def test_gradcheck(backend):
     tensors = [tensor.double().requires_grad_()
                for tensor in conv_tensors(1, 2, 2, 3, 4, 3, True, True)]
     assert torch.autograd.gradcheck(functools.partial(shift_conv, backend=backend), tensors)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_float32_under_autocast(backend):
+    """The backward pass runs outside autocast, on float32 inputs and a gradient in bfloat16."""
+    tensors = conv_tensors(1, 2, 4, 5, 6, 3, True, True)
+    results = []
+    for enabled in (False, True):
+        leaves = [each.clone().requires_grad_() for each in tensors]
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            out = shift_conv(*leaves, backend=backend)
+        out.square().sum().backward()
+        results.append([each.grad for each in leaves])
+    for expected, actual in zip(*results):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, expected) < 0.1
 
 
 @pytest.mark.parametrize(('change', 'message'), [
