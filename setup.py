@@ -14,7 +14,6 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'acmix_mm/__init__.py').rea
 # mmcv 2.1 is the newest version that MMDetection 3.3 and MMSegmentation 1.2 accept.
 OPENMMLAB = ['mmengine>=0.10.0,<0.11', 'mmcv>=2.0.0,<2.2']
 FORKS = ['onedl-mmengine>=0.10.12,<0.11', 'onedl-mmcv>=2.3.6,<2.4']
-TOKENIZER = ['ftfy', 'regex']
 
 setup(
     name='acmix-mm',
@@ -50,9 +49,9 @@ setup(
     install_requires=['torch>=2.1'],
     extras_require={
         'det': [*OPENMMLAB, 'mmdet>=3.3,<3.4'],
-        'seg': [*OPENMMLAB, 'mmsegmentation>=1.2,<1.3', *TOKENIZER],
+        'seg': [*OPENMMLAB, 'mmsegmentation>=1.2,<1.3', 'ftfy', 'regex'],
         'onedl-det': [*FORKS, 'onedl-mmdetection>=3.5.1,<3.6'],
-        'onedl-seg': [*FORKS, 'onedl-mmsegmentation>=1.4.2,<1.5', *TOKENIZER],
+        'onedl-seg': [*FORKS, 'onedl-mmsegmentation>=1.4.2,<1.5'],
         'timm': ['timm>=1.0,<2'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
     },

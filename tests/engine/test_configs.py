@@ -166,17 +166,20 @@ def test_trains_a_step_and_predicts(path):
             rate = (0.1 if is_slow else 1) * cfg.optim_wrapper.optimizer.lr
             assert group['lr'] == pytest.approx(rate), name
 
-    before = {name: parameter.detach().clone()
-              for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    # Not whether the parameter changes: the step of a rate may be less than the spacing of float32.
+    largest = {}
+    for name, parameter in model.backbone.named_parameters():
+        if parameter.requires_grad:
+            largest[name] = 0
+            parameter.register_hook(
+                lambda grad, name=name: largest.update({name: grad.abs().max().item()}))
     image, sample = image_sample(cfg)
     losses = model.train_step(dict(inputs=[image, image.flip(2)], data_samples=[
         sample, sample.clone()]), optimizer)
     assert torch.isfinite(losses['loss'])
-    parameters = dict(model.backbone.named_parameters())
     # Softmax cancels the bias of the position encoding.
-    unchanged = [name for name, old in before.items()
-             if torch.equal(parameters[name], old) and not name.endswith('conv_p.bias')]
-    assert not unchanged
+    assert [name for name, gradient in largest.items()
+            if gradient == 0 and not name.endswith('conv_p.bias')] == []
 
     model.eval()
     prediction = model.test_step(dict(inputs=[image], data_samples=[sample]))[0]

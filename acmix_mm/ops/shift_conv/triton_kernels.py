@@ -124,6 +124,13 @@ def load_weights(place, mask):
 
 
 @triton.jit
+def groups_with(offset, output, groups, num_groups, out_channels):
+    """The groups that have the output channel ``output + offset``: all or none, (groups)."""
+    # Triton 3.9's interpreter broadcasts a comparison of two numbers to integers, not booleans.
+    return groups < tl.where(output + offset < out_channels, num_groups, 0)
+
+
+@triton.jit
 def region_of(position, extent, regions):
     """The border region of a position along an axis; see acmix_mm.ops.shift_conv.folding."""
     return tl.maximum(tl.minimum(position, regions // 2), position - extent + regions)
@@ -149,8 +156,9 @@ def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_st
 
     sum0 = tl.zeros((POSITIONS, GROUPS), tl.float32)
     sum1, sum2, sum3 = sum0, sum0, sum0
-    rest_outputs = out_channels - output
-    has1, has2, has3 = rest_outputs > 1, rest_outputs > 2, rest_outputs > 3
+    has1 = groups_with(1, output, groups, num_groups, out_channels)
+    has2 = groups_with(2, output, groups, num_groups, out_channels)
+    has3 = groups_with(3, output, groups, num_groups, out_channels)
     reach: tl.constexpr = DILATION * (KERNEL_SIZE // 2)
     for tap in range(KERNEL_SIZE * KERNEL_SIZE):
         down = tap // KERNEL_SIZE * DILATION - reach
@@ -170,9 +178,9 @@ def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_st
             place = weights + ((tap * IN_CHANNELS + channel) * out_channels + output) * num_groups
             place += groups
             sum0 += inputs * load_weights(place, is_group)
-            sum1 += inputs * load_weights(place + num_groups, is_group & has1)
-            sum2 += inputs * load_weights(place + 2 * num_groups, is_group & has2)
-            sum3 += inputs * load_weights(place + 3 * num_groups, is_group & has3)
+            sum1 += inputs * load_weights(place + num_groups, has1)
+            sum2 += inputs * load_weights(place + 2 * num_groups, has2)
+            sum3 += inputs * load_weights(place + 3 * num_groups, has3)
 
     # Interleave the output channels, so that stores are coalesced.
     sums = tl.interleave(tl.interleave(sum0, sum2), tl.interleave(sum1, sum3))
@@ -211,8 +219,9 @@ def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_st
 
     sum0 = tl.zeros((POSITIONS, GROUPS), tl.float32)
     sum1, sum2, sum3 = sum0, sum0, sum0
-    rest_outputs = out_channels - output
-    has1, has2, has3 = rest_outputs > 1, rest_outputs > 2, rest_outputs > 3
+    has1 = groups_with(1, output, groups, num_groups, out_channels)
+    has2 = groups_with(2, output, groups, num_groups, out_channels)
+    has3 = groups_with(3, output, groups, num_groups, out_channels)
     reach: tl.constexpr = DILATION * (KERNEL_SIZE // 2)
     down = tap // KERNEL_SIZE * DILATION - reach
     across = tap % KERNEL_SIZE * DILATION - reach
@@ -229,18 +238,18 @@ def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_st
                                      is_group, out_height, out_width, grad_stride_b, grad_stride_y,
                                      grad_stride_x, grad_stride_g)
         sum1 += inputs * load_inputs(place + grad_stride_c, image, out_row, out_column,
-                                     is_inside & has1, groups, is_group, out_height, out_width,
+                                     is_inside, groups, has1, out_height, out_width,
                                      grad_stride_b, grad_stride_y, grad_stride_x, grad_stride_g)
         sum2 += inputs * load_inputs(place + 2 * grad_stride_c, image, out_row, out_column,
-                                     is_inside & has2, groups, is_group, out_height, out_width,
+                                     is_inside, groups, has2, out_height, out_width,
                                      grad_stride_b, grad_stride_y, grad_stride_x, grad_stride_g)
         sum3 += inputs * load_inputs(place + 3 * grad_stride_c, image, out_row, out_column,
-                                     is_inside & has3, groups, is_group, out_height, out_width,
+                                     is_inside, groups, has3, out_height, out_width,
                                      grad_stride_b, grad_stride_y, grad_stride_x, grad_stride_g)
 
     place = ((share * KERNEL_SIZE * KERNEL_SIZE + tap) * IN_CHANNELS + channel) * out_channels
     place = partial + (place + output) * num_groups + groups
     tl.store(place, tl.sum(sum0, 0), mask=is_group)
-    tl.store(place + num_groups, tl.sum(sum1, 0), mask=is_group & has1)
-    tl.store(place + 2 * num_groups, tl.sum(sum2, 0), mask=is_group & has2)
-    tl.store(place + 3 * num_groups, tl.sum(sum3, 0), mask=is_group & has3)
+    tl.store(place + num_groups, tl.sum(sum1, 0), mask=has1)
+    tl.store(place + 2 * num_groups, tl.sum(sum2, 0), mask=has2)
+    tl.store(place + 3 * num_groups, tl.sum(sum3, 0), mask=has3)
