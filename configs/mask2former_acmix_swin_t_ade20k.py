@@ -1,5 +1,6 @@
 # Baseline: mmseg::mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py
-_base_ = 'mmseg::mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py'
+_base_ = ['./_base_/acmix_mm.py',
+          'mmseg::mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py']
 custom_imports = dict(imports=['mmdet.models', 'acmix_mm'])
 model = dict(backbone=dict(type='ACmixSwinTransformer'))
 # The baseline trains the backbone at a tenth of the learning rate. The convolution paths and the

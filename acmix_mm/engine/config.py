@@ -39,7 +39,7 @@ def find_config(name: str) -> str:
             if os.path.isfile(path):
                 return path
     installed = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix()
-                       for path in CONFIGS.glob('**/*.py'))
+                       for path in CONFIGS.glob('**/*.py') if path.parent.name != '_base_')
     wanted = Path(name).with_suffix('').as_posix().removeprefix('configs/')
     close = difflib.get_close_matches(wanted, installed)
     known = f'similar ones are {", ".join(close)}' if close else f'there are {", ".join(installed)}'
