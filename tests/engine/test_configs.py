@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CONFIGS, ROOT
 from helpers.samples import image_sample
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -17,8 +17,6 @@ from mmengine.registry import MODELS, init_default_scope
 from acmix_mm.engine.config import check_data, load_config, set_classes, set_data_root
 from acmix_mm.utils.errors import UsageError
 
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py')
-                 if path.parent.name != '_base_')
 # MMDetection's and MMSegmentation's configs of the plain hosts with the same schedule.
 BASELINES = {
     'configs/maskrcnn_acmix_swin_t.py': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',

@@ -5,7 +5,7 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
-from helpers import ROOT
+from helpers import CONFIGS
 from helpers.samples import image_sample
 from helpers.tools import data_options, logged, logged_metric
 from mmdet.datasets import CocoDataset
@@ -25,7 +25,6 @@ BUILT = ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'val_
          'test_evaluator', 'train_cfg', 'val_cfg', 'test_cfg', 'optim_wrapper', 'param_scheduler',
          'default_hooks', 'custom_hooks', 'visualizer', 'log_processor', 'tta_model',
          'tta_pipeline')
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py'))
 
 
 @pytest.fixture(scope='module')

@@ -9,6 +9,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT.parent / 'shared' / 'golden'
+# All configs that can be run.
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob('configs/**/*.py')
+                 if path.parent.name != '_base_')
 
 
 class Golden:
