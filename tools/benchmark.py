@@ -14,6 +14,8 @@ import json
 import torch
 
 from acmix_mm.benchmark import CASES, DTYPES, PASSES, Setting, compare, machine, results_table
+from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.output_paths import file_to_write
 
 
 def main() -> None:
@@ -30,6 +32,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda needs a GPU that torch can use; there is none.')
+    if args.json:
+        try:
+            file_to_write(args.json)
+        except UsageError as error:
+            parser.error(str(error))
     torch.set_num_threads(args.threads)
     setting = Setting(args.device, args.dtype, args.batch)
     results = []

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmengine.config import Config, DictAction
 from torch import distributed
 
 from acmix_mm.engine.config import load_config, set_classes, set_data_root
+from acmix_mm.engine.data_only import data_only
 from acmix_mm.environment import check_mmcv
 from acmix_mm.utils.errors import UsageError
 
@@ -88,30 +90,22 @@ def config_from(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def file_to_write(name: str) -> Path:
-    """Return the path of an output file, after checking that its directory is writable.
-
-    Raises:
-        UsageError: the directory does not exist or is not writable.
-    """
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise UsageError(f'The directory {path.parent} does not exist; create it, or name another '
-                         'file.')
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f'The directory {path.parent} is not writable; name another file.')
-    return path
-
-
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool's main function; print a user-facing error and exit with status 1."""
+    """Run a tool's main function; print a user-facing error and exit with status 1.
+
+    The tool reads checkpoints and annotations as data. SIGTERM interrupts it, like Ctrl-C.
+    """
+    # Only one process per node prints the message.
+    is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if is_first:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit('Interrupted.')
+        with data_only():
+            main()
+    except KeyboardInterrupt as error:
+        sys.exit(' '.join(['Interrupted.', *error.args]) if is_first else 1)
     except UsageError as error:
-        # Only one process per node prints the message.
-        sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
+        sys.exit(f'error: {error}' if is_first else 1)
     exit_after_gloo()
 
 

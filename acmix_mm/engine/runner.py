@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Optional, Union
-from urllib.error import URLError
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -16,14 +15,16 @@ from mmengine.runner import Runner
 from torch import nn
 
 from acmix_mm.checkpoints.loading import summary
-from acmix_mm.checkpoints.reading import (
-    HAS_ALLOW_LIST,
-    LOAD_ERRORS,
-    explain_load_error,
-    is_path,
-    weights_only,
-)
+from acmix_mm.checkpoints.reading import LOAD_ERRORS, explain_load_error, is_path
 from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
+from acmix_mm.engine.data_only import data_only
+from acmix_mm.engine.outputs import (
+    atomic_files,
+    check_outputs,
+    training_folder,
+    use_atomic_checkpoints,
+)
+from acmix_mm.engine.resuming import make_reproducible
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
 from acmix_mm.utils.errors import CheckpointError, UsageError
@@ -55,7 +56,7 @@ class DataOnlyRunner(Runner):
                 match the model.
         """
         try:
-            with weights_only() if HAS_ALLOW_LIST else contextlib.nullcontext():
+            with data_only():
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
@@ -111,6 +112,7 @@ def check_weights(model: nn.Module, checkpoint: Mapping, source: str, require_al
                               f'or of another shape: {summary(missing)}.')
 
 
+@data_only()
 def train(cfg: Config) -> None:
     """Train a model as configured, after checking that data and checkpoints exist.
 
@@ -122,10 +124,13 @@ def train(cfg: Config) -> None:
         raise UsageError('Mixed precision needs a GPU, but torch finds none: leave out --amp or, '
                          'if the config enables it, pass --cfg-options '
                          'optim_wrapper.type=OptimWrapper.')
-    with prepared(cfg, checkpoint_sources(cfg)):
+    make_reproducible(cfg)
+    use_atomic_checkpoints(cfg)
+    with prepared(cfg, checkpoint_sources(cfg)), training_folder(cfg):
         build_runner(cfg).train()
 
 
+@data_only()
 def test(cfg: Config) -> dict[str, float]:
     """Test the checkpoint ``cfg.load_from`` and return its metrics.
 
@@ -133,7 +138,7 @@ def test(cfg: Config) -> dict[str, float]:
         UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_data(cfg, ('test',))
-    with prepared(cfg, [cfg.load_from]):
+    with prepared(cfg, [cfg.load_from]), atomic_files():
         runner = build_runner(cfg)
         runner.requires_all_weights = True
         return runner.test()
@@ -141,12 +146,13 @@ def test(cfg: Config) -> dict[str, float]:
 
 @contextlib.contextmanager
 def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
-    """Check checkpoints and prepare CPU runs; explain failed downloads and empty datasets.
+    """Check checkpoints and output paths, and prepare CPU runs; explain empty datasets.
 
     Raises:
-        CheckpointError: a checkpoint of ``sources`` does not exist or cannot be downloaded.
-        UsageError: a dataset is empty, or the launcher needs a GPU.
+        CheckpointError: a checkpoint of ``sources`` does not exist.
+        UsageError: a dataset is empty, a directory is not writable, or the launcher needs a GPU.
     """
+    check_outputs(cfg)
     for source in sources:
         if is_path(source) and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
@@ -154,9 +160,6 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
         prepare_cpu(cfg)
     try:
         yield
-    except (URLError, ConnectionError, TimeoutError) as error:
-        remote = [source for source in sources if not is_path(source)]
-        raise CheckpointError(explain_load_error(' or '.join(remote), error)) from error
     except ValueError as error:
         # MMEngine fails this way on a dataset without images.
         if str(error) != 'need at least one array to concatenate':
@@ -166,8 +169,9 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner named by the config, or a :class:`DataOnlyRunner`."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else DataOnlyRunner.from_cfg(cfg)
+    """Build the runner named by the config; :class:`DataOnlyRunner` in place of MMEngine's."""
+    named = cfg.get('runner_type', 'Runner')
+    return DataOnlyRunner.from_cfg(cfg) if named == 'Runner' else RUNNERS.build(cfg)
 
 
 def checkpoint_sources(node: Any) -> list[str]:
