@@ -20,7 +20,7 @@ from acmix_mm.utils.errors import CheckpointError
 
 CHECKPOINT_NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
 # Where a checkpoint records, in its message hub, the iteration of the last validation.
-VALIDATED = 'validated_iter'
+VALIDATED = 'last_validated_iter'
 
 
 def repair_last_checkpoint(work_dir: str) -> None:

@@ -1,7 +1,6 @@
 """Nothing that a checkpoint, an annotation file or a file of proposals contains is run."""
 
 import functools
-import itertools
 import pickle
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.comparison import DETECTION, config
 from helpers.tools import Bomb
 from mmengine.config import ConfigDict
 from mmengine.registry import RUNNERS
@@ -26,30 +24,9 @@ from acmix_mm.engine.runner import train
 from acmix_mm.utils.errors import UsageError
 
 REFUSED = 'is refused and nothing in it was run'
-SMALL = {**{f'{split}_dataloader.dataset.pipeline.{index}.scale': (32, 32)
-            for split, index in (('train', 2), ('val', 1), ('test', 1))},
-         **{f'{split}_dataloader.{name}': value for split in ('train', 'val', 'test')
-            for name, value in (('num_workers', 0), ('persistent_workers', False))},
-         'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 5,
-         'model.backbone.embed_dims': 12, 'model.neck.in_channels': [12, 24, 48, 96]}
 PLAIN_SWIN = dict(type='SwinTransformer', embed_dims=12, depths=[1, 1, 1, 1],
                   num_heads=[3, 3, 6, 12])
 PLAIN_RESNET = dict(type='ResNet', depth=18, base_channels=6)
-numbers = itertools.count()
-
-
-@pytest.fixture
-def small_config(shapes, tmp_path):
-    """A function that returns a config of a small detector, with a new work directory."""
-    def make(**options):
-        cfg = config(DETECTION, shapes, **SMALL)
-        # MMEngine's names of runs have a resolution of a second.
-        number = next(numbers)
-        cfg.update(work_dir=str(tmp_path / f'work{number}'), launcher='none',
-                   experiment_name=f'data-only-{number}')
-        cfg.merge_from_dict(options)
-        return cfg
-    return make
 
 
 @pytest.fixture
@@ -68,8 +45,6 @@ def server(tmp_path):
 @pytest.fixture(autouse=True)
 def _unsafe_environment(monkeypatch, tmp_path):
     """Set the variable that users of MMEngine set for torch 2.6, and an empty download cache."""
-    # Formatting the logged config takes longer than anything else.
-    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
 
@@ -100,10 +75,10 @@ def test_the_bomb_works(tmp_path):
     ('load_from', 'URL'), ('load_from with Runner', 'legacy'), ('resume', 'legacy'),
     ('resume with Runner', 'zip'), ('test', 'legacy'),
 ])
-def test_checkpoint(place, kind, small_config, server, tmp_path):
+def test_checkpoint(place, kind, small_detector, server, tmp_path):
     path = write_bomb(tmp_path, kind.replace('URL', 'zip'))
     source = f'{server}/{path.name}' if kind == 'URL' else str(path)
-    cfg = small_config()
+    cfg = small_detector()
     if place.endswith('with Runner'):
         cfg.runner_type = 'Runner'
     if place == 'test' or 'load_from' in place:
@@ -131,9 +106,9 @@ class OtherRunner(Runner):
 
 
 @pytest.mark.parametrize('runner', ['Runner', 'OtherRunner'])
-def test_config_in_a_checkpoint(runner, small_config, tmp_path):
+def test_config_in_a_checkpoint(runner, small_detector, tmp_path):
     """MMEngine's runners execute ``meta['config']`` when they resume."""
-    cfg = small_config(resume=True, load_from=str(tmp_path / 'trained.pth'), runner_type=runner)
+    cfg = small_detector(resume=True, load_from=str(tmp_path / 'trained.pth'), runner_type=runner)
     torch.save(dict(
         meta=dict(epoch=1, iter=4, config=f'import os; os.system("touch {tmp_path}/ran")'),
         state_dict=build_model(cfg).state_dict(),
@@ -144,12 +119,12 @@ def test_config_in_a_checkpoint(runner, small_config, tmp_path):
 
 @pytest.mark.parametrize(('suffix', 'option'), [
     ('pkl', 'ann_file'), ('pickle', 'proposal_file'), ('yaml', 'ann_file')])
-def test_annotations(suffix, option, small_config, tmp_path):
+def test_annotations(suffix, option, small_detector, tmp_path):
     path = tmp_path / f'data.{suffix}'
     bomb = dict(metainfo={}, data_list=[Bomb(tmp_path / 'ran')])
     path.write_bytes(yaml.dump(bomb).encode() if suffix == 'yaml' else pickle.dumps(bomb))
     assert 'touch' in path.read_text(errors='replace')
-    cfg = small_config(**{f'train_dataloader.dataset.{option}': str(path)})
+    cfg = small_detector(**{f'train_dataloader.dataset.{option}': str(path)})
     if option == 'ann_file':
         cfg.train_dataloader.dataset.type = 'BaseDetDataset'
     with pytest.raises(UsageError, match=f'{path} {REFUSED}.*save it as JSON'):
@@ -157,10 +132,10 @@ def test_annotations(suffix, option, small_config, tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
-def test_data_that_libraries_unpickle_by_themselves(small_config, tmp_path):
+def test_data_that_libraries_unpickle_by_themselves(small_detector, tmp_path):
     np.save(tmp_path / 'hierarchy.npy', np.array([Bomb(tmp_path / 'ran')], object),
             allow_pickle=True)
-    cfg = small_config(**{'train_dataloader.dataset.hierarchy_file':
+    cfg = small_detector(**{'train_dataloader.dataset.hierarchy_file':
                           str(tmp_path / 'hierarchy.npy')})
     with pytest.raises(UsageError, match=f'hierarchy.npy {REFUSED}'):
         check_data(cfg, ('train',))
