@@ -6,8 +6,11 @@ import signal
 import socket
 from copy import deepcopy
 
+import mmdet.utils
+import mmseg.utils
 import pytest
 import torch
+import torchvision  # noqa: F401  MMEngine imports it in each process that trains.
 from helpers.comparison import SEGMENTATION, TINY, config
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -43,6 +46,13 @@ class Kill(Hook):
 
     before_train = before_train_iter = after_train_iter = kill
     before_val_iter = after_val_epoch = before_save_checkpoint = kill
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _imported():
+    """Import what MMEngine would otherwise import in each of the new processes."""
+    mmdet.utils.register_all_modules(init_default_scope=False)
+    mmseg.utils.register_all_modules(init_default_scope=False)
 
 
 def run(cfg, ranks=1):
