@@ -31,7 +31,7 @@ def check_outputs(cfg: Config) -> None:
         UsageError: a directory is not writable.
     """
     hooks = cfg.get('default_hooks') or {}
-    folders = [cfg.work_dir, (hooks.get('checkpoint') or {}).get('out_dir'),
+    folders = [cfg.get('work_dir'), (hooks.get('checkpoint') or {}).get('out_dir'),
                (hooks.get('visualization') or {}).get('test_out_dir'),
                (cfg.get('visualizer') or {}).get('save_dir')]
     for evaluator in evaluator_configs(cfg):

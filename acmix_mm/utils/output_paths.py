@@ -16,7 +16,7 @@ def file_to_write(name: Union[str, Path]) -> Path:
     """
     path = Path(name)
     if path.is_dir():
-        raise UsageError(f'{path} is a directory; name a file.')
+        raise UsageError(f'{path} cannot be written (it is a directory); name a file.')
     if not path.parent.is_dir():
         raise UsageError(f'The directory {path.parent} does not exist; create it, or name another '
                          'file.')

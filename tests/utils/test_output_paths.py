@@ -17,7 +17,7 @@ def test_paths_that_cannot_be_written(tmp_path):
     for folder in (tmp_path / 'file', tmp_path / 'file' / 'a' / 'b', '/proc/none'):
         with pytest.raises(UsageError, match=f'{folder} cannot be written .*name another one'):
             folder_to_write(folder)
-    with pytest.raises(UsageError, match='is a directory; name a file'):
+    with pytest.raises(UsageError, match=r'cannot be written \(it is a directory\); name a file'):
         file_to_write(tmp_path)
     with pytest.raises(UsageError, match='none does not exist; create it, or name another file'):
         file_to_write(tmp_path / 'none' / 'a.pth')
