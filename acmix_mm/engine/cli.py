@@ -15,7 +15,7 @@ from torch import distributed
 from acmix_mm.engine.config import load_config, set_classes, set_data_root
 from acmix_mm.engine.data_only import data_only
 from acmix_mm.environment import check_mmcv
-from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.errors import UsageError, is_interruption
 
 
 class KeyValue(DictAction):
@@ -102,8 +102,13 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         with data_only():
             main()
-    except KeyboardInterrupt as error:
-        sys.exit(' '.join(['Interrupted.', *error.args]) if is_first else 1)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not is_interruption(error):
+            raise
+        # torch's handler would report, while this process exits, that the workers were stopped.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        hint = error.args if isinstance(error, KeyboardInterrupt) else ()
+        sys.exit(' '.join(['Interrupted.', *hint]) if is_first else 1)
     except UsageError as error:
         sys.exit(f'error: {error}' if is_first else 1)
     exit_after_gloo()

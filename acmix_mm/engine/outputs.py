@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from acmix_mm.engine.config import evaluator_configs
 from acmix_mm.engine.resuming import repair_last_checkpoint
 from acmix_mm.utils.atomic_write import PARTIAL, atomic_write
-from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.errors import UsageError, is_interruption
 from acmix_mm.utils.output_paths import folder_to_write
 
 # Each launcher's environment variable for the rank of a process.
@@ -83,7 +83,9 @@ def training_folder(cfg: Config) -> Iterator[None]:
         try:
             with atomic_files():
                 yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            if not is_interruption(error):
+                raise
             raise KeyboardInterrupt('Pass --resume to continue from the last checkpoint in '
                                     f'{cfg.work_dir}.') from None
         except (OSError, UsageError) as error:

@@ -37,6 +37,15 @@ class AfterEpoch(Hook):
             AfterEpoch.function()
 
 
+@pytest.fixture(autouse=True)
+def _signals():
+    """Restore the handlers of the signals that the tools handle."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGCHLD)}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.fixture
 def one_image_epochs(small_detector, monkeypatch):
     """A function that returns a config of epochs with one image, of which only the last is kept."""
@@ -74,14 +83,22 @@ def test_a_full_disk_keeps_the_last_checkpoint(one_image_epochs):
 
 def test_sigterm_interrupts_like_ctrl_c(one_image_epochs):
     cfg = one_image_epochs(lambda: signal.raise_signal(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit, match=r'^Interrupted\. Pass --resume to continue from the '
-                           f'last checkpoint in {cfg.work_dir}'):
-            run_tool(lambda: train(cfg))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit, match=r'^Interrupted\. Pass --resume to continue from the '
+                       f'last checkpoint in {cfg.work_dir}'):
+        run_tool(lambda: train(cfg))
     assert checkpoints(cfg) == ['epoch_1.pth']
+
+
+def test_a_signal_may_also_end_the_workers(tmp_path):
+    def main():
+        with training_folder(Config(dict(launcher='none', work_dir=str(tmp_path)))):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError('DataLoader worker is killed by signal: Terminated.')
+
+    with pytest.raises(SystemExit, match=r'^Interrupted\. Pass --resume'):
+        run_tool(main)
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
