@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,8 @@ def training_folder(cfg: Config) -> Iterator[None]:
                 path.unlink()
         if is_main and cfg.get('resume') and not cfg.get('load_from'):
             repair_last_checkpoint(cfg.work_dir)
+        # Each log message would print a traceback when the disk is full.
+        raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False
         try:
             with atomic_files():
                 yield
@@ -92,9 +95,11 @@ def training_folder(cfg: Config) -> Iterator[None]:
             cause = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(cause, OSError) or cause.errno not in DISK_FULL:
                 raise
-            raise UsageError(f'The disk is full: {str(error).rstrip(".")}. The complete '
-                             f'checkpoints in {cfg.work_dir} are kept; free some space and pass '
-                             '--resume to continue from the last one.') from error
+            raise UsageError(f'The disk is full: {str(error).rstrip(".")}. Complete checkpoints '
+                             f'in {cfg.work_dir} are kept; free some space and pass --resume to '
+                             'continue from the last one.') from error
+        finally:
+            logging.raiseExceptions = raise_exceptions
 
 
 class AtomicLocalBackend(LocalBackend):

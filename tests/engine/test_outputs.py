@@ -1,5 +1,7 @@
 """The files of a run: checked before the work, written atomically, in a folder of its own."""
 
+import contextlib
+import logging
 import os
 import resource
 import signal
@@ -79,6 +81,18 @@ def test_a_full_disk_keeps_the_last_checkpoint(one_image_epochs):
     assert torch.load(f'{cfg.work_dir}/epoch_1.pth')['meta']['epoch'] == 1
     with open(f'{cfg.work_dir}/last_checkpoint') as file:
         assert file.read() == f'{cfg.work_dir}/epoch_1.pth'
+
+
+def test_log_messages_on_a_full_disk_print_nothing(tmp_path, capsys):
+    handler = logging.FileHandler('/dev/full', delay=True)
+    record = logging.makeLogRecord(dict(msg='message'))
+    with training_folder(Config(dict(launcher='none', work_dir=str(tmp_path)))):
+        handler.emit(record)
+    assert capsys.readouterr().err == ''
+    handler.emit(record)
+    assert 'No space left on device' in capsys.readouterr().err
+    with contextlib.suppress(OSError):
+        handler.close()
 
 
 def test_sigterm_interrupts_like_ctrl_c(one_image_epochs):
