@@ -22,6 +22,7 @@ from acmix_mm.analysis.receptive_field import ENERGY_SHARE, ReceptiveField
 from acmix_mm.layers.base import PointAttention
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.output_paths import file_to_write
 
 # Colour map, marker and label of each path in plots of rates.
 PATHS = {'attention': ('Blues', 'o', '|α|, attention (rate1)'),
@@ -42,12 +43,10 @@ def save(figure: Figure, path: str) -> None:
 
 
 def check_png(path: str) -> None:
-    """Raise UsageError unless ``path`` is a ``.png`` file in an existing folder."""
+    """Raise UsageError unless ``path`` is a ``.png`` file that can be written."""
     if Path(path).suffix != '.png':
         raise UsageError(f'Figures are written as .png files, got {path}.')
-    if not Path(path).parent.is_dir():
-        raise UsageError(f'The folder {Path(path).parent} does not exist; create it or choose '
-                         'another one.')
+    file_to_write(path)
 
 
 def draw_rates(columns: Sequence[Sequence[Rates]]) -> Figure:

@@ -21,6 +21,7 @@ from acmix_mm.engine.config import build_model
 from acmix_mm.engine.runner import load_all_weights
 from acmix_mm.layers.base import TwoPathLayer
 from acmix_mm.utils.errors import CheckpointError, UsageError
+from acmix_mm.utils.output_paths import folder_to_write
 
 # Detections below this score are not drawn: the default of MMDetection's visualizer.
 SCORE_THRESHOLD = 0.3
@@ -54,6 +55,7 @@ def visualize(cfg: Config, checkpoint: str, images: Sequence[str], out_dir: str,
         if names.count(name) > 1:
             raise UsageError(f'Two images are called {name}, and their figures would overwrite '
                              'each other; run the tool once for each, with different --out-dir.')
+    folder_to_write(out_dir)
     pixels = [read_image(path) for path in images]
     points = [query_point(path, image, point) for path, image in zip(images, pixels)]
     model = load_model(cfg, checkpoint)
@@ -61,10 +63,7 @@ def visualize(cfg: Config, checkpoint: str, images: Sequence[str], out_dir: str,
     if not stages:
         raise UsageError(f'The backbone of {cfg.filename} has no ACmix layer to visualize; '
                          'tools/test.py --show-dir draws the predictions of any model.')
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f'The folder {out_dir} cannot be created ({error.strerror}).') from error
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
 
     written = []
     for path, name, image, query in zip(images, names, pixels, points):

@@ -13,14 +13,16 @@ import logging
 import os
 import pkgutil
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import distributed
 
-from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.errors import UsageError, is_interruption
 
 
 def command_names() -> list[str]:
@@ -64,7 +66,7 @@ def run_tool(name: str) -> None:
 
 
 def run_command(name: str, program: str, arguments: Sequence[str]) -> None:
-    """Run a command.
+    """Run a command, which reads checkpoints and annotations as data.
 
     Args:
         name: one of :func:`command_names`.
@@ -87,19 +89,40 @@ def run_command(name: str, program: str, arguments: Sequence[str]) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_arguments(parser)
     parser.set_defaults(command_line=f'{program} {shlex.join(arguments)}')
-    command.run(parser.parse_args(arguments))
+    given = parser.parse_args(arguments)
+    with reading_data_only():
+        command.run(given)
+
+
+def reading_data_only() -> contextlib.AbstractContextManager:
+    """Make MMEngine, if it is installed, read checkpoints and annotations as data."""
+    if not find_spec('mmengine'):
+        return contextlib.nullcontext()
+    from acmix_mm.engine.data_only import data_only
+    return data_only()
 
 
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Print a user-facing error without its traceback, and exit with status 1."""
+    """Print a user-facing error without its traceback, and exit with status 1.
+
+    SIGTERM interrupts the command, like Ctrl-C.
+    """
+    # Only one process per node prints the message.
+    is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if is_first:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit('Interrupted.')
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not is_interruption(error):
+            raise
+        # torch's handler would report, while this process exits, that the workers were stopped.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        hint = error.args if isinstance(error, KeyboardInterrupt) else ()
+        sys.exit(' '.join(['Interrupted.', *hint]) if is_first else 1)
     except UsageError as error:
-        # Only one process per node prints the message.
-        sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
+        sys.exit(f'error: {error}' if is_first else 1)
     exit_after_gloo()
 
 

@@ -15,6 +15,7 @@ import torch
 
 from acmix_mm.benchmark import CASES, DTYPES, PASSES, Setting, compare, machine, results_table
 from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.output_paths import file_to_write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
     """Run this command."""
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UsageError('--device cuda needs a GPU that torch can use; there is none.')
+    if args.json:
+        file_to_write(args.json)
     torch.set_num_threads(args.threads)
     setting = Setting(args.device, args.dtype, args.batch)
     results = []

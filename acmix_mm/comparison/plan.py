@@ -23,10 +23,11 @@ from acmix_mm.comparison.matching import (
     match,
     match_by_measuring,
 )
-from acmix_mm.comparison.record import seed_by_epoch, write_json
-from acmix_mm.comparison.schedule import Budget, is_epoch_based, iterations_of, save_often, stretch
+from acmix_mm.comparison.record import write_json
+from acmix_mm.comparison.schedule import Budget, iterations_of, save_often, stretch
 from acmix_mm.comparison.timing import iteration_seconds, latencies, validation_image_size
 from acmix_mm.engine.config import check_data
+from acmix_mm.engine.resuming import is_epoch_based
 from acmix_mm.engine.runner import checkpoint_sources
 from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
@@ -71,6 +72,11 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
         if differing:
             raise UsageError(f'{out} belongs to another comparison, which differs in '
                              f'{", ".join(differing)}; name another folder with --work-dir.')
+        if not all('size' in variant for variant in plan['variants'].values()):
+            raise UsageError(f'{out} was planned by an earlier version, which did not record the '
+                             'sizes of the networks; name another folder with --work-dir.')
+        # A config is a program; the one in the folder may have been replaced.
+        write_configs(cfg, plan, out)
         return plan
 
     # MMEngine would log the details of every model that is built for matching.
@@ -88,9 +94,8 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
 
     variants = {}
     for mixer, family in families.items():
-        config = config_of_run(cfg, models[mixer], budget and iterations[mixer])
-        write_config(config, os.path.join(out, mixer, 'config.py'))
         variants[mixer] = dict(
+            size=sizes[mixer]._asdict(),
             change=family.describe(sizes[mixer]),
             counts=family.counts(sizes[mixer])._asdict(),
             latency={name: each._asdict() for name, each in measured[mixer]._asdict().items()},
@@ -99,8 +104,24 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
                 start=checkpoint_sources(cfg.model) or ['scratch'],
                 machine=processor(get_device()), versions=versions(),
                 date=time.strftime('%Y-%m-%d'), variants=variants)
+    write_configs(cfg, plan, out)
     write_json(path, plan)
     return plan
+
+
+def write_configs(cfg: Config, plan: dict[str, Any], out: str) -> None:
+    """Write the config of each network of a plan, ``config.py`` in the folder of its mixer."""
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    for mixer in plan['settings']['mixers']:
+        variant = plan['variants'][mixer]
+        width, blocks = variant['size'].values()
+        size = BackboneSize(int(width), tuple(map(int, blocks)))
+        model = Family(cfg.model, mixer, plan['shape']).config(size)
+        iterations = int(variant['iterations']) if plan['settings']['budget'] else None
+        path = os.path.join(out, mixer, 'config.py')
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with atomic_write(path) as temporary:
+            config_of_run(cfg, model, iterations).dump(temporary)
 
 
 def digest(cfg: Config) -> str:
@@ -203,15 +224,7 @@ def config_of_run(cfg: Config, model: Any, iterations: Optional[int]) -> Config:
     save_often(cfg)
     if is_epoch_based(cfg):
         cfg.default_hooks.logger.log_metric_by_epoch = False
-        seed_by_epoch(cfg.train_dataloader)
-    cfg.setdefault('custom_imports', dict(imports=[]))
-    cfg.custom_imports.imports.append('acmix_mm.comparison.record')
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='SeedSteps'),
-                        dict(type='RecordRun')]
+    imports = cfg.setdefault('custom_imports', dict(imports=[])).imports
+    imports.append('acmix_mm.comparison.record')
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='RecordRun')]
     return cfg
-
-
-def write_config(cfg: Config, path: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with atomic_write(path) as temporary:
-        cfg.dump(temporary)

@@ -1,15 +1,9 @@
-"""Hooks that record a compared run, and make it reproducible when it is interrupted and resumed.
+"""A hook that records a compared run."""
 
-The configs that a comparison writes contain these hooks, so that a run gives the same results when
-it is started by itself.
-"""
-
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, Optional
 
@@ -17,55 +11,15 @@ import numpy as np
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
+from mmengine.runner import Runner
 
 from acmix_mm.benchmark import PeakMemory
+from acmix_mm.engine.resuming import VALIDATED
 from acmix_mm.utils.atomic_write import atomic_write
 
 RESULT = 'result.json'
 # Largest number of points in a loss curve.
 CURVE_POINTS = 100
-
-
-@HOOKS.register_module()
-class SeedSteps(Hook):
-    """Make the random numbers of an iteration depend only on the seed and the iteration.
-
-    A resumed run then gives the same results as an uninterrupted one, and networks that draw
-    different random numbers see the same augmented images. In epoch-based training the seed is set
-    once per epoch, and the data loader must restart its workers (:func:`seed_by_epoch`).
-    """
-
-    def before_train(self, runner: Runner) -> None:
-        loop = runner.train_loop
-        if not isinstance(loop, EpochBasedTrainLoop):
-            # On resuming, the loop skips the batches that were already trained on.
-            loop.dataloader_iterator = seeded(loop.dataloader_iterator, runner.seed)
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            set_random_seed(step_seed(runner.seed, runner.epoch))
-
-
-def seeded(batches: Iterator, seed: int) -> Iterator:
-    """Yield batches, setting the seed before each is loaded; training on it follows that seed."""
-    for step in itertools.count():
-        set_random_seed(step_seed(seed, step))
-        yield next(batches)
-
-
-def step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
-
-
-def keep_torch_seed(worker_id: int) -> None:
-    """Do nothing, in place of MMEngine's worker_init_fn, so that workers keep torch's seeds."""
-
-
-def seed_by_epoch(dataloader: dict[str, Any]) -> None:
-    """Make a data loader restart its workers with new seeds in each epoch."""
-    dataloader.update(persistent_workers=False,
-                      worker_init_fn=dict(type=f'{__name__}.{keep_torch_seed.__name__}'))
 
 
 @HOOKS.register_module()
@@ -77,8 +31,7 @@ class RecordRun(Hook):
     ``metrics`` of the last validation; ``validations``, pairs of iteration and metrics; and
     ``loss``, pairs of iteration and mean loss since the previous pair.
 
-    Checkpoints contain the record so far. A validation that was interrupted, or that ran after the
-    last checkpoint, is repeated on resuming.
+    Checkpoints contain the record so far.
     """
 
     priority = 'LOWEST'
@@ -92,24 +45,18 @@ class RecordRun(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.recorded = checkpoint.get('comparison', self.recorded)
+        # A checkpoint that was saved for its best metrics does not have their record yet.
+        validations = [iteration for iteration, _ in self.recorded['validations']]
+        info = checkpoint['message_hub']['runtime_info']
+        if info.get(VALIDATED) not in validations:
+            info.pop(VALIDATED, None)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self.stop()
         checkpoint['comparison'] = deepcopy(self.recorded)
 
     def before_train(self, runner: Runner) -> None:
-        if self.lacks_validation(runner):
-            runner.val_loop.run()
         self.start()
-
-    def lacks_validation(self, runner: Runner) -> bool:
-        """Whether a validation is due at the loaded checkpoint that it does not record."""
-        loop = runner.train_loop
-        by_epoch = isinstance(loop, EpochBasedTrainLoop)
-        done, last = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
-        recorded = [iteration for iteration, _ in self.recorded['validations']]
-        return (done >= max(loop.val_begin, 1) and runner.iter not in recorded
-                and (done % loop.val_interval == 0 or done >= last))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self.steps += 1

@@ -1,6 +1,5 @@
 """The runs of a comparison, each a process that can be killed and resumed."""
 
-import contextlib
 import ctypes
 import glob
 import json
@@ -14,9 +13,6 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, Optional
-
-from filelock import FileLock, Timeout
-from mmengine.runner import find_latest_checkpoint
 
 from acmix_mm.comparison.record import RESULT
 from acmix_mm.utils.errors import UsageError
@@ -62,24 +58,6 @@ class Run(NamedTuple):
             return None
         with open(path) as file:
             return json.load(file)
-
-
-@contextlib.contextmanager
-def exclusive_folder(out: str) -> Iterator[None]:
-    """Lock a folder, which is created if necessary, against other comparisons.
-
-    Raises:
-        UsageError: another process has locked the folder.
-    """
-    os.makedirs(out, exist_ok=True)
-    try:
-        # On Linux an flock, which the kernel releases even if the process is killed.
-        lock = FileLock(os.path.join(out, 'lock')).acquire(blocking=False)
-    except Timeout as error:
-        raise UsageError(f'Another comparison is running in {out}; wait for it to finish, or name '
-                         'another folder with --work-dir.') from error
-    with lock:
-        yield
 
 
 def all_runs(out: str, mixers: list[str], seeds: int) -> list[Run]:
@@ -139,10 +117,7 @@ def train(run: Run) -> Iterator[int]:
         UsageError: the run failed.
     """
     os.makedirs(run.folder, exist_ok=True)
-    checkpoint = latest_checkpoint(run.folder)
-    command = [sys.executable, *run.command[1:]]
-    if checkpoint is not None:
-        command += ['--resume', checkpoint]
+    command = [sys.executable, *run.command[1:], '--resume']
     output = os.path.join(run.folder, 'output.txt')
     with open(output, 'a') as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
@@ -181,19 +156,6 @@ def stop(process: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def latest_checkpoint(folder: str) -> Optional[str]:
-    """Return the latest complete checkpoint of a run, or None.
-
-    MMEngine writes its path to the file ``last_checkpoint`` only after the checkpoint is complete.
-    """
-    # Without that file, find_latest_checkpoint() would print a message.
-    if not os.path.exists(os.path.join(folder, 'last_checkpoint')):
-        return None
-    path = find_latest_checkpoint(folder)
-    # The path is absolute, but the folder may have been moved.
-    return os.path.join(folder, os.path.basename(path)) if path else None
 
 
 def logged_iteration(folder: str) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple, Optional, Union
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
+from acmix_mm.engine.resuming import is_epoch_based
 from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
@@ -47,10 +48,6 @@ def read_budget(text: str) -> Budget:
         raise argparse.ArgumentTypeError('must be iterations or minutes of training, as in '
                                          f'300iters or 20minutes; got {text}')
     return Budget(amount, found[2] or found[4])
-
-
-def is_epoch_based(cfg: Config) -> bool:
-    return cfg.train_cfg.get('by_epoch', 'max_epochs' in cfg.train_cfg)
 
 
 def iterations_of_epoch(cfg: Config) -> int:

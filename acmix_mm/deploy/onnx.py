@@ -18,13 +18,13 @@ from torch.export import ExportedProgram
 
 from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
 from acmix_mm.checkpoints.reading import read_checkpoint
-from acmix_mm.engine.cli import file_to_write
 from acmix_mm.engine.config import build_model
 from acmix_mm.engine.runner import load_all_weights
 from acmix_mm.environment import export_unavailable
 from acmix_mm.layers.base import OperatorLayer
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.output_paths import file_to_write
 
 OPSET = 20
 # A file is kept only if no output differs from torch's by more, relative to the largest value.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from acmix_mm.checkpoints.reading import read_checkpoint
-from acmix_mm.engine.cli import file_to_write
 from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import CheckpointError
+from acmix_mm.utils.output_paths import file_to_write
 
 # The entries of a checkpoint's meta to keep; the others describe the machine or serve resuming.
 PUBLISHED_META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'seed', 'time', 'mmengine_version',

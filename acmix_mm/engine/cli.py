@@ -10,7 +10,6 @@ from mmengine.config import Config, DictAction
 
 from acmix_mm.engine.config import load_config, set_classes, set_data_root
 from acmix_mm.environment import check_mmcv
-from acmix_mm.utils.errors import UsageError
 
 CONFIG_HELP = 'config file, or the name of an installed config'
 
@@ -85,18 +84,3 @@ def config_from(args: argparse.Namespace) -> Config:
     if args.classes is not None:
         set_classes(cfg, args.classes)
     return cfg
-
-
-def file_to_write(name: str) -> Path:
-    """Return the path of an output file, after checking that its directory is writable.
-
-    Raises:
-        UsageError: the directory does not exist or is not writable.
-    """
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise UsageError(f'The directory {path.parent} does not exist; create it, or name another '
-                         'file.')
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f'The directory {path.parent} is not writable; name another file.')
-    return path

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import ConfigParsingError
 from mmengine.model import revert_sync_batchnorm
@@ -316,10 +317,10 @@ def accept_any_classes(dataset: ConfigDict) -> None:
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
-    """Check that the data of the given splits exists.
+    """Check that the data of the given splits exists, and that loading it runs no code.
 
     Raises:
-        UsageError: a file or folder is missing.
+        UsageError: a file or folder is missing, or would be unpickled.
     """
     expected: dict[str, None] = {}
     for dataset in dataset_configs(cfg, splits):
@@ -344,3 +345,27 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
             f'  Expected: {", ".join(local)}\n'
             '  If the data is elsewhere, pass --data-root DIR, the folder that contains these.\n'
             '  If you have no data, `make demo` generates a small dataset and trains on it.')
+    check_pickled_data(cfg, splits)
+
+
+def check_pickled_data(cfg: Config, splits: Sequence[str]) -> None:
+    """Refuse data that MMDetection and MMSegmentation would unpickle by themselves.
+
+    Raises:
+        UsageError: a class hierarchy of Open Images contains Python objects, or a transform loads
+            images as pickles.
+    """
+    for dataset in dataset_configs(cfg, splits):
+        hierarchy = dataset.get('hierarchy_file') or ''
+        path = os.path.join(dataset.get('data_root') or '', hierarchy)
+        if hierarchy and not hierarchy.endswith('.json') and os.path.isfile(path):
+            try:
+                np.load(path, allow_pickle=False)
+            except ValueError as error:
+                raise UsageError(f'The file {path} is refused and nothing in it was run: it is not '
+                                 f'an array of numbers ({error}).') from error
+        for transform in dataset.get('pipeline') or []:
+            if transform.get('decode_backend') == 'pickle':
+                raise UsageError(f'{transform.type} would load images as pickles, which may '
+                                 'contain code: convert them to .npy files and set '
+                                 "decode_backend='numpy'.")

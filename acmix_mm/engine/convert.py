@@ -12,9 +12,9 @@ from acmix_mm import __version__
 from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.datasets.shapes import draw
-from acmix_mm.engine.cli import file_to_write
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import CheckpointError, UsageError
+from acmix_mm.utils.output_paths import file_to_write
 
 # The networks of the paper by short name, as in 'swin-t': the host and the backbone's arguments.
 ARCHS = {network.name.removeprefix('ACmix-').lower(): (host, network.arguments)

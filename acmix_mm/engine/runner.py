@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Optional, Union
-from urllib.error import URLError
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -17,8 +16,16 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from acmix_mm.checkpoints.loading import summary
-from acmix_mm.checkpoints.reading import LOAD_ERRORS, explain_load_error, is_path, weights_only
+from acmix_mm.checkpoints.reading import LOAD_ERRORS, explain_load_error, is_path
 from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
+from acmix_mm.engine.data_only import data_only
+from acmix_mm.engine.outputs import (
+    atomic_files,
+    check_outputs,
+    training_folder,
+    use_atomic_checkpoints,
+)
+from acmix_mm.engine.resuming import make_reproducible
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
 from acmix_mm.utils.config import type_name
@@ -51,7 +58,7 @@ class DataOnlyRunner(Runner):
                 match the model.
         """
         try:
-            with weights_only():
+            with data_only():
                 checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         except LOAD_ERRORS as error:
             raise CheckpointError(explain_load_error(filename, error)) from error
@@ -104,7 +111,7 @@ class DataOnlyFlexibleRunner(FlexibleRunner):
         """Read a checkpoint as data only, and explain errors until it has been read."""
         self.unread: Optional[str] = filename
         try:
-            with weights_only():
+            with data_only():
                 yield
         except LOAD_ERRORS as error:
             if self.unread is None:
@@ -192,6 +199,7 @@ def check_weights(shapes: Mapping[str, torch.Size], checkpoint: Mapping, source:
                               f'or of another shape: {summary(missing)}.')
 
 
+@data_only()
 def train(cfg: Config) -> None:
     """Train a model as configured, after checking that data and checkpoints exist.
 
@@ -203,10 +211,13 @@ def train(cfg: Config) -> None:
         raise UsageError('Mixed precision needs a GPU, but torch finds none: leave out --amp or, '
                          'if the config enables it, pass --cfg-options '
                          'optim_wrapper.type=OptimWrapper.')
-    with prepared(cfg, checkpoint_sources(cfg)):
+    make_reproducible(cfg)
+    use_atomic_checkpoints(cfg)
+    with prepared(cfg, checkpoint_sources(cfg)), training_folder(cfg):
         build_runner(cfg).train()
 
 
+@data_only()
 def test(cfg: Config) -> dict[str, float]:
     """Test the checkpoint ``cfg.load_from`` and return its metrics.
 
@@ -214,7 +225,7 @@ def test(cfg: Config) -> dict[str, float]:
         UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_data(cfg, ('test',))
-    with prepared(cfg, [cfg.load_from]):
+    with prepared(cfg, [cfg.load_from]), atomic_files():
         runner = build_runner(cfg)
         runner.requires_all_weights = True
         return runner.test()
@@ -222,15 +233,17 @@ def test(cfg: Config) -> dict[str, float]:
 
 @contextlib.contextmanager
 def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
-    """Check checkpoints and prepare CPU runs; explain failed downloads and empty datasets.
+    """Check checkpoints and output paths, and prepare CPU runs; explain empty datasets.
 
     Raises:
-        CheckpointError: a checkpoint of ``sources`` does not exist or cannot be downloaded.
-        UsageError: a dataset is empty, the launcher needs a GPU, or there is no Slurm job.
+        CheckpointError: a checkpoint of ``sources`` does not exist.
+        UsageError: a dataset is empty, a directory is not writable, the launcher needs a GPU, or
+            there is no Slurm job.
     """
     if cfg.launcher == 'slurm' and 'SLURM_PROCID' not in os.environ:
         raise UsageError('--launcher slurm works in a Slurm job only: use tools/slurm_train.sh and '
                          'tools/slurm_test.sh.')
+    check_outputs(cfg)
     for source in sources:
         if is_path(source) and not os.path.isfile(source):
             raise CheckpointError(explain_load_error(source, FileNotFoundError()))
@@ -238,9 +251,6 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
         prepare_cpu(cfg)
     try:
         yield
-    except (URLError, ConnectionError, TimeoutError) as error:
-        remote = [source for source in sources if not is_path(source)]
-        raise CheckpointError(explain_load_error(' or '.join(remote), error)) from error
     except ValueError as error:
         # MMEngine fails this way on a dataset without images.
         if str(error) != 'need at least one array to concatenate':

@@ -8,6 +8,9 @@ from typing import Union
 
 from acmix_mm.utils.errors import UsageError
 
+# Prefix of the names of files that are not complete.
+PARTIAL = '.partial.'
+
 
 @contextlib.contextmanager
 def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
@@ -20,7 +23,7 @@ def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
     """
     target = Path(path)
     # Keeps the suffix of the target: some writers choose the file format by it.
-    temporary = target.with_name(f'.partial.{target.name}')
+    temporary = target.with_name(f'{PARTIAL}{target.name}')
     try:
         yield temporary
         os.replace(temporary, target)

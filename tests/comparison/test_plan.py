@@ -63,10 +63,20 @@ def test_equal_time_gives_the_faster_network_more_iterations(shapes, tmp_path, m
         own = Config.fromfile(str(tmp_path / mixer / 'config.py'))
         assert own.train_cfg.max_iters == iterations
         assert own.param_scheduler[-1].end == iterations
-    # The second call reads the plan instead of measuring again.
+    # The second call reads the plan instead of measuring again, and replaces the configs, which are
+    # programs.
+    path = tmp_path / 'acmix' / 'config.py'
+    content = path.read_text()
+    path.write_text('raise RuntimeError')
     monkeypatch.setattr(module, 'iteration_seconds', lambda cfg, models: pytest.fail('measured'))
     again = make_plan(cfg, ['acmix', 'conv'], 'none', Budget(2, 'minutes'), str(tmp_path))
     assert again == json.loads(json.dumps(plan))
+    assert path.read_text() == content
+    for variant in plan['variants'].values():
+        del variant['size']
+    (tmp_path / 'plan.json').write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match='was planned by an earlier version'):
+        make_plan(cfg, ['acmix', 'conv'], 'none', Budget(2, 'minutes'), str(tmp_path))
     with pytest.raises(UsageError, match='belongs to another comparison, which differs in match, '
                        'budget; name another folder with --work-dir'):
         make_plan(cfg, ['acmix', 'conv'], 'params', Budget(300, 'iters'), str(tmp_path))

@@ -5,31 +5,10 @@ import pytest
 from acmix_mm.comparison.runs import (
     Run,
     duration,
-    exclusive_folder,
-    latest_checkpoint,
     quality,
     train_all,
 )
 from acmix_mm.utils.errors import UsageError
-
-
-def test_a_folder_is_locked_for_one_comparison(tmp_path):
-    with exclusive_folder(str(tmp_path)), \
-            pytest.raises(UsageError, match='comparison is running in'), \
-            exclusive_folder(str(tmp_path)):
-        pass
-    with exclusive_folder(str(tmp_path)):
-        pass
-
-
-def test_latest_checkpoint_is_complete(tmp_path):
-    assert latest_checkpoint(str(tmp_path)) is None
-    (tmp_path / 'iter_4.pth').touch()
-    # Written last, by the path at the time.
-    (tmp_path / 'last_checkpoint').write_text('/moved/since/iter_2.pth')
-    assert latest_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_2.pth')
-    (tmp_path / 'last_checkpoint').write_text('')
-    assert latest_checkpoint(str(tmp_path)) is None
 
 
 def test_quality_selects_the_main_metrics():
