@@ -2,8 +2,10 @@
 
 import functools
 import pickle
+import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import mmengine
 import numpy as np
@@ -16,7 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
-from acmix_mm.engine.cli import run_tool
+from acmix_mm.commands import errors_as_messages, run_command
 from acmix_mm.engine.config import build_model, check_data
 from acmix_mm.engine.data_only import data_only
 from acmix_mm.engine.runner import test as evaluate
@@ -147,17 +149,24 @@ def test_data_that_libraries_unpickle_by_themselves(small_detector, tmp_path):
         check_data(cfg, ('train',))
 
 
-def test_any_load_of_a_tool(server, tmp_path, capsys):
+def test_any_load_of_a_command(server, tmp_path, monkeypatch):
+    def run_function(function):
+        command = SimpleNamespace(__doc__='', add_arguments=lambda parser: None,
+                                  run=lambda args: function())
+        monkeypatch.setitem(sys.modules, 'acmix_mm.commands.load', command)
+        with errors_as_messages():
+            run_command('load', 'load', [])
+
     path = write_bomb(tmp_path)
     for load in (lambda: torch.load(path, weights_only=False),
                  lambda: torch.hub.load_state_dict_from_url(f'{server}/{path.name}')):
         with pytest.raises(pickle.UnpicklingError):
-            run_tool(load)
+            run_function(load)
     (tmp_path / 'bomb.pkl').write_bytes(pickle.dumps(Bomb(tmp_path / 'ran')))
     with pytest.raises(SystemExit, match=f'error: The file {tmp_path}/bomb.pkl {REFUSED}'):
-        run_tool(lambda: mmengine.load(str(tmp_path / 'bomb.pkl')))
+        run_function(lambda: mmengine.load(str(tmp_path / 'bomb.pkl')))
     assert not (tmp_path / 'ran').exists()
-    # Outside of the tools nothing has changed.
+    # Outside of the commands nothing has changed.
     mmengine.load(str(tmp_path / 'bomb.pkl'))
     assert (tmp_path / 'ran').exists()
 

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import save_checkpoint
 
-from acmix_mm.engine.cli import run_tool
+from acmix_mm.commands import errors_as_messages
 from acmix_mm.engine.outputs import (
     AtomicCheckpointHook,
     atomic_files,
@@ -98,21 +98,19 @@ def test_log_messages_on_a_full_disk_print_nothing(tmp_path, capsys):
 def test_sigterm_interrupts_like_ctrl_c(one_image_epochs):
     cfg = one_image_epochs(lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match=r'^Interrupted\. Pass --resume to continue from the '
-                       f'last checkpoint in {cfg.work_dir}'):
-        run_tool(lambda: train(cfg))
+                       f'last checkpoint in {cfg.work_dir}'), errors_as_messages():
+        train(cfg)
     assert checkpoints(cfg) == ['epoch_1.pth']
 
 
 def test_a_signal_may_also_end_the_workers(tmp_path):
-    def main():
-        with training_folder(Config(dict(launcher='none', work_dir=str(tmp_path)))):
-            try:
-                raise KeyboardInterrupt
-            finally:
-                raise RuntimeError('DataLoader worker is killed by signal: Terminated.')
-
-    with pytest.raises(SystemExit, match=r'^Interrupted\. Pass --resume'):
-        run_tool(main)
+    cfg = Config(dict(launcher='none', work_dir=str(tmp_path)))
+    with (pytest.raises(SystemExit, match=r'^Interrupted\. Pass --resume'), errors_as_messages(),
+          training_folder(cfg)):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError('DataLoader worker is killed by signal: Terminated.')
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
