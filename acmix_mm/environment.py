@@ -1,4 +1,4 @@
-"""Checks that the installed mmcv matches the installed torch.
+"""Checks that the installed mmcv matches the installed torch, and lists the versions.
 
 Run it with ``python -m acmix_mm.environment``.
 """
@@ -70,3 +70,4 @@ if __name__ == '__main__':
     except UsageError as error:
         sys.exit(f'error: {error}')
     print(f'mmcv and torch in {sys.prefix} match.')
+    print('\n'.join(f'{name} {each}' for name, each in versions().items()))

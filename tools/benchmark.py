@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=2, help='torch threads (default: 2)')
     parser.add_argument('--json', metavar='FILE', help='also write the results to FILE')
     args = parser.parse_args()
+    for name in ('batch', 'repeats', 'threads'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} must be a positive integer, got {getattr(args, name)}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda needs a GPU that torch can use; there is none.')
     torch.set_num_threads(args.threads)

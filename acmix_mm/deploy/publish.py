@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acmix_mm.checkpoints.reading import HAS_ALLOW_LIST, read_checkpoint
+from acmix_mm.checkpoints.reading import (
+    HAS_ALLOW_LIST,
+    check_finite,
+    is_state_dict,
+    read_checkpoint,
+)
 from acmix_mm.engine.cli import file_to_write
 from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
@@ -41,7 +46,8 @@ def publish(source: str, target: str) -> Path:
 
     Raises:
         UsageError: the directory of ``target`` does not exist, or torch is too old.
-        CheckpointError: the source cannot be read, contains code, or has no weights.
+        CheckpointError: the source cannot be read, contains code, has no weights, or has weights
+            that are NaN or infinite.
     """
     if not HAS_ALLOW_LIST:
         raise UsageError('Publishing reads a training checkpoint without running code from it, '
@@ -49,10 +55,10 @@ def publish(source: str, target: str) -> Path:
     path = file_to_write(target)
     checkpoint = read_checkpoint(source)
     weights = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
-    if not isinstance(weights, Mapping) or not weights or not all(
-            isinstance(weight, Tensor) for weight in weights.values()):
+    if not is_state_dict(weights):
         raise CheckpointError(f"The checkpoint {source} has no weights under 'state_dict'; name "
                               'one that was written by training.')
+    check_finite(weights, source)
     meta = checkpoint.get('meta')
     meta = {key: meta[key] for key in PUBLISHED_META if isinstance(meta, Mapping) and key in meta}
     meta['published_with'] = versions()

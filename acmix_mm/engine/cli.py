@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable, Optional
@@ -104,7 +105,10 @@ def file_to_write(name: str) -> Path:
 
 
 def run_tool(main: Callable[[], None]) -> None:
-    """Run a tool's main function; print a user-facing error and exit with status 1."""
+    """Run a tool's main function; print a user-facing error and exit with status 1.
+
+    Any other exception is a bug: its traceback is followed by how to report it.
+    """
     try:
         main()
     except KeyboardInterrupt:
@@ -112,6 +116,10 @@ def run_tool(main: Callable[[], None]) -> None:
     except UsageError as error:
         # Only one process per node prints the message.
         sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(f'internal error ({type(error).__name__}): please report the traceback above, '
+                 'with the command and the output of `python -m acmix_mm.environment`.')
     exit_after_gloo()
 
 

@@ -19,11 +19,16 @@ from acmix_mm.checkpoints.loading import summary
 from acmix_mm.checkpoints.reading import (
     HAS_ALLOW_LIST,
     LOAD_ERRORS,
+    check_finite,
     explain_load_error,
     is_path,
     weights_only,
 )
-from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
+from acmix_mm.engine.config import check_class_counts, check_data, enter_scope
+from acmix_mm.engine.construction import construction_errors_as_usage_errors
+from acmix_mm.engine.loading import CheckFormatHook, CheckResumableHook, not_resumable
+from acmix_mm.engine.samples import CheckSamplesHook
+from acmix_mm.engine.settings import check_config, check_parts, warn_of_misspelt_settings
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
 from acmix_mm.utils.errors import CheckpointError, UsageError
@@ -37,13 +42,8 @@ class DataOnlyRunner(Runner):
     requires_all_weights = False
 
     def build_model(self, model: Union[nn.Module, dict]) -> nn.Module:
-        """Build the model like :meth:`Runner.build_model`, and log its convolution layers.
-
-        Raises:
-            UsageError: an argument is invalid.
-        """
-        with constructor_errors_as_usage_errors():
-            built = super().build_model(model)
+        """Build the model like :meth:`Runner.build_model`, and log its convolution layers."""
+        built = super().build_model(model)
         log_convolutions(built)
         return built
 
@@ -61,6 +61,21 @@ class DataOnlyRunner(Runner):
             raise CheckpointError(explain_load_error(filename, error)) from error
         check_weights(self.model, checkpoint, filename, self.requires_all_weights)
         return checkpoint
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume like :meth:`Runner.resume`, from a checkpoint that has all that this needs.
+
+        Raises:
+            CheckpointError: as in :meth:`load_checkpoint`; or weights, or the state of the
+                optimizer, are missing or do not match the config.
+        """
+        self.requires_all_weights = True
+        self.register_hook(CheckResumableHook(filename), priority='VERY_HIGH')
+        try:
+            super().resume(filename, *args, **kwargs)
+        except ValueError as error:
+            # The optimizer has other parameter groups.
+            raise CheckpointError(not_resumable(filename, str(error))) from error
 
     def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
         """Save like :meth:`Runner.save_checkpoint`; ``meta`` also records package versions."""
@@ -99,9 +114,10 @@ def check_weights(model: nn.Module, checkpoint: Mapping, source: str, require_al
     """Check that a checkpoint contains some or, with ``require_all``, all weights of a model.
 
     Raises:
-        CheckpointError: the weights are missing or have another shape.
+        CheckpointError: the weights are missing or have another shape; or, with ``require_all``,
+            some are NaN or infinite.
     """
-    weights = checkpoint.get('state_dict', checkpoint)
+    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else {}
     # Wrappers for distributed training and for test-time augmentation call the model "module".
     own = {key.removeprefix('module.'): value for key, value in model.state_dict().items()}
     missing = [key for key, value in own.items()
@@ -109,6 +125,8 @@ def check_weights(model: nn.Module, checkpoint: Mapping, source: str, require_al
     if len(missing) == len(own) or (require_all and missing):
         raise CheckpointError(f"The checkpoint {source} does not match the config's model; missing "
                               f'or of another shape: {summary(missing)}.')
+    if require_all:
+        check_finite(weights, source)
 
 
 def train(cfg: Config) -> None:
@@ -117,13 +135,14 @@ def train(cfg: Config) -> None:
     Raises:
         UsageError: data or a checkpoint is missing or unreachable, or a setting is invalid.
     """
-    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
+    splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
+    check_run(cfg, splits)
     if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
         raise UsageError('Mixed precision needs a GPU, but torch finds none: leave out --amp or, '
                          'if the config enables it, pass --cfg-options '
                          'optim_wrapper.type=OptimWrapper.')
     with prepared(cfg, checkpoint_sources(cfg)):
-        build_runner(cfg).train()
+        build_runner(cfg, splits).train()
 
 
 def test(cfg: Config) -> dict[str, float]:
@@ -132,9 +151,9 @@ def test(cfg: Config) -> dict[str, float]:
     Raises:
         UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
-    check_data(cfg, ('test',))
+    check_run(cfg, ('test',))
     with prepared(cfg, [cfg.load_from]):
-        runner = build_runner(cfg)
+        runner = build_runner(cfg, ('test',))
         runner.requires_all_weights = True
         return runner.test()
 
@@ -153,7 +172,8 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
     if not torch.cuda.is_available():
         prepare_cpu(cfg)
     try:
-        yield
+        with construction_errors_as_usage_errors():
+            yield
     except (URLError, ConnectionError, TimeoutError) as error:
         remote = [source for source in sources if not is_path(source)]
         raise CheckpointError(explain_load_error(' or '.join(remote), error)) from error
@@ -165,9 +185,30 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
                          'classes; name your own classes with --classes NAME ….') from error
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner named by the config, or a :class:`DataOnlyRunner`."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else DataOnlyRunner.from_cfg(cfg)
+def check_run(cfg: Config, splits: Sequence[str]) -> None:
+    """Check the settings and the data of a run before anything is built.
+
+    Raises:
+        UsageError: a setting is missing or invalid, or data is missing or invalid.
+    """
+    check_parts(cfg, splits)
+    enter_scope(cfg)
+    check_config(cfg)
+    warn_of_misspelt_settings(cfg)
+    check_data(cfg, splits)
+
+
+def build_runner(cfg: Config, splits: Sequence[str]) -> Runner:
+    """Build the runner named by the config, or a :class:`DataOnlyRunner`.
+
+    Raises:
+        UsageError: the model has another number of classes than the datasets of ``splits``.
+    """
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else DataOnlyRunner.from_cfg(cfg)
+    check_class_counts(runner.model, cfg, splits)
+    runner.register_hook(CheckSamplesHook())
+    runner.register_hook(CheckFormatHook())
+    return runner
 
 
 def checkpoint_sources(node: Any) -> list[str]:

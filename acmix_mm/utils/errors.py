@@ -1,5 +1,8 @@
 """User-facing errors; the tools print their message without a traceback."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UsageError(Exception):
     """An argument, a setting or a file is invalid; the message names it and the remedy."""
@@ -7,3 +10,23 @@ class UsageError(Exception):
 
 class CheckpointError(UsageError):
     """A checkpoint is missing, unreachable, damaged, unsafe, or does not match the model."""
+
+
+class DataError(UsageError):
+    """A file of a dataset is missing, damaged, or does not match the config or the other files."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader passes an error on from a worker process with the traceback in its message.
+        super().__init__(message.rpartition('.DataError: ')[2].rstrip())
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that begins like an unknown one, or is closest to it.
+
+    Returns:
+        ``' (did you mean NAME?)'``, to be added to a message; empty if no name is close.
+    """
+    known = sorted(known, key=len)
+    begins = [each for each in known if len(name) > 2 and each.startswith(name)]
+    close = begins or get_close_matches(name, known, 1)
+    return f' (did you mean {close[0]}?)' if close else ''
