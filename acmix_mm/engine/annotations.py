@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from acmix_mm.utils.errors import DataError, suggestion
 
-# The entries that MMDetection reads, by list.
-ENTRIES = dict(
-    categories=('id', 'name'),
-    images=('id', 'file_name', 'height', 'width'),
-    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'))
+# The entries that MMDetection reads, by list, and their types.
+ID, NUMBER = (int, str), (int, float)
+ENTRIES: dict[str, dict[str, Any]] = dict(
+    categories=dict(id=ID, name=str),
+    images=dict(id=ID, file_name=str, height=NUMBER, width=NUMBER),
+    annotations=dict(id=ID, image_id=ID, category_id=ID, bbox=list, area=NUMBER))
 
 
 class Annotations(NamedTuple):
@@ -76,9 +77,11 @@ def problems(content: Any) -> Iterator[str]:
         for index, entry in enumerate(content[name]):
             if not isinstance(entry, dict):
                 yield f'{name}[{index}] is not an object'
-            missing = [key for key in keys if key not in entry]
-            if missing:
-                yield f'{name}[{index}] has no {missing[0]!r}'
+            for key, kind in keys.items():
+                if key not in entry:
+                    yield f'{name}[{index}] has no {key!r}'
+                if not isinstance(entry[key], kind):
+                    yield f'{name}[{index}] has the {key} {entry[key]!r}'
         ids = {each['id'] for each in content[name]}
         if len(ids) < len(content[name]):
             yield f'the ids of {name} are not unique'
@@ -103,10 +106,10 @@ def problems(content: Any) -> Iterator[str]:
                    f'image {image["file_name"]} has the size {size} (height, width)')
 
 
-def is_box(box: Any) -> bool:
-    """Whether ``box`` is a list of four finite numbers."""
-    return (isinstance(box, list) and len(box) == 4
-            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in box))
+def is_box(box: list) -> bool:
+    """Whether a list consists of four finite numbers."""
+    return len(box) == 4 and all(
+        isinstance(value, NUMBER) and math.isfinite(value) for value in box)
 
 
 def repeated(names: Sequence[str]) -> list[str]:

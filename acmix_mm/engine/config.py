@@ -12,6 +12,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
+from acmix_mm.backbones.base import ACmixBackbone
 from acmix_mm.engine.annotations import (
     check_annotations,
     check_class_names,
@@ -19,7 +20,13 @@ from acmix_mm.engine.annotations import (
     summary,
 )
 from acmix_mm.engine.construction import construction_errors_as_usage_errors
-from acmix_mm.engine.settings import SPLITS, check_option_names, find, parameters_of
+from acmix_mm.engine.settings import (
+    SPLITS,
+    check_option_names,
+    check_sections,
+    find,
+    parameters_of,
+)
 from acmix_mm.utils.errors import UsageError
 
 
@@ -52,6 +59,7 @@ def load_config(path: str, options: Optional[dict[str, Any]] = None) -> Config:
             cfg.merge_from_dict(options)
         except (KeyError, IndexError, TypeError) as error:
             raise UsageError(f'--cfg-options do not match the config {path}: {error}') from error
+    check_sections(cfg)
     return cfg
 
 
@@ -354,3 +362,20 @@ def is_class_head(name: str, module: nn.Module) -> bool:
     part = re.sub(r'(\.\d+)+$', '', name)
     return (part.endswith('head') and not part.endswith(('rpn_head', 'semantic_head'))
             and type(module).__name__ != 'STDCHead')
+
+
+def check_channels(model: nn.Module) -> None:
+    """Check that what follows one of our backbones reads as many channels as that puts out.
+
+    Raises:
+        UsageError: the neck or a head reads other numbers of channels.
+    """
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, ACmixBackbone):
+        return
+    outputs = [backbone.stage_info[index].channels for index in sorted(backbone.out_indices)]
+    neck = getattr(model, 'neck', None)
+    expected = getattr(neck, 'in_channels', None)
+    if isinstance(expected, (list, tuple)) and list(expected) != outputs:
+        raise UsageError(f'The neck has in_channels={list(expected)}, but the backbone puts out '
+                         f'{outputs}; correct in_channels or the backbone.')

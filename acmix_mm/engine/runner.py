@@ -24,7 +24,12 @@ from acmix_mm.checkpoints.reading import (
     is_path,
     weights_only,
 )
-from acmix_mm.engine.config import check_class_counts, check_data, enter_scope
+from acmix_mm.engine.config import (
+    check_channels,
+    check_class_counts,
+    check_data,
+    enter_scope,
+)
 from acmix_mm.engine.construction import construction_errors_as_usage_errors
 from acmix_mm.engine.loading import CheckFormatHook, CheckResumableHook, not_resumable
 from acmix_mm.engine.samples import CheckSamplesHook
@@ -137,7 +142,7 @@ def train(cfg: Config) -> None:
     """
     splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
     check_run(cfg, splits)
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper' and not torch.cuda.is_available():
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
         raise UsageError('Mixed precision needs a GPU, but torch finds none: leave out --amp or, '
                          'if the config enables it, pass --cfg-options '
                          'optim_wrapper.type=OptimWrapper.')
@@ -202,10 +207,13 @@ def build_runner(cfg: Config, splits: Sequence[str]) -> Runner:
     """Build the runner named by the config, or a :class:`DataOnlyRunner`.
 
     Raises:
-        UsageError: the model has another number of classes than the datasets of ``splits``.
+        UsageError: the model has another number of classes than the datasets of ``splits``, or its
+            neck does not fit the backbone.
     """
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else DataOnlyRunner.from_cfg(cfg)
-    check_class_counts(runner.model, cfg, splits)
+    model = getattr(runner.model, 'module', runner.model)
+    check_class_counts(model, cfg, splits)
+    check_channels(model)
     runner.register_hook(CheckSamplesHook())
     runner.register_hook(CheckFormatHook())
     return runner

@@ -50,6 +50,8 @@ TOP_LEVEL_KEYS = (
     'runner_type', 'model_wrapper_cfg', 'find_unused_parameters', 'custom_imports', 'vis_backends',
     'backend_args', 'tta_model', 'tta_pipeline', 'activation_checkpointing',
     'efficient_conv_bn_eval', 'compile')
+# Further parts of a config that are dicts.
+SECTIONS = ('default_hooks', 'visualizer', 'log_processor', 'env_cfg', 'randomness')
 # Ends of the keys of modules in a model.
 MODEL_PARTS = ('backbone', 'neck', 'head', 'data_preprocessor', 'extractor')
 
@@ -89,13 +91,13 @@ def check_config(cfg: Config) -> None:
             known = DEFAULT_HOOKS if component.key.startswith('default_hooks') else ()
             name = component.key.rpartition('.')[2]
             raise UsageError(f"{component.key} has no 'type'{suggestion(name, known)}.")
-        built = find(kind, component.registries, scope, f'{component.key}.type')
+        built = find(kind, component.registries, component.settings.get('_scope_', scope),
+                     f'{component.key}.type')
         accepted = parameters_of(built, component.passes_on)
         if built is CheckpointHook:
             accepted = {**inspect.signature(built).parameters,
                         **inspect.signature(Runner.save_checkpoint).parameters}
         if accepted is not None:
-            accepted = {name: each for name, each in accepted.items() if name != 'self'}
             names = [*accepted, *component.further_keys, 'type', '_scope_']
             check_keys(component.key, component.settings, names,
                        f'{getattr(built, "__name__", kind)} takes')
@@ -110,10 +112,27 @@ def check_config(cfg: Config) -> None:
     check_keys('randomness', cfg.get('randomness') or {},
                inspect.signature(Runner.set_randomness).parameters, 'MMEngine takes')
     clip_grad = (cfg.get('optim_wrapper') or {}).get('clip_grad') or {}
+    if not isinstance(clip_grad, Mapping):
+        raise UsageError(f'optim_wrapper.clip_grad must be a dict, got {clip_grad!r}.')
     clip = (torch.nn.utils.clip_grad_value_ if clip_grad.get('type') == 'value' else
             torch.nn.utils.clip_grad_norm_)
     check_keys('optim_wrapper.clip_grad', clip_grad, [*inspect.signature(clip).parameters, 'type'],
                f'torch.nn.utils.{clip.__name__} takes')
+
+
+def check_sections(cfg: Config) -> None:
+    """Check that the sections of a config are dicts, and that its data loaders have a dataset.
+
+    Raises:
+        UsageError: one is something else.
+    """
+    loaders = [f'{split}_dataloader' for split in SPLITS]
+    for name in ('model', 'optim_wrapper', *loaders, *SECTIONS):
+        section = cfg.get(name)
+        if section and not isinstance(section, Mapping):
+            raise UsageError(f'{name} must be a dict, got {section!r}.')
+        if section and name in loaders and not isinstance(section.get('dataset'), Mapping):
+            raise UsageError(f'{name}.dataset must be a dict, got {section.get("dataset")!r}.')
 
 
 def check_parts(cfg: Config, splits: Sequence[str]) -> None:
@@ -257,7 +276,8 @@ def parameters_of(built: Callable,
 
     Where a constructor takes ``**kwargs``, the arguments of the next class in the method resolution
     order are added, or those of all classes if there are several base classes, which a constructor
-    may call in any order. If no constructor is left, the arguments are not known.
+    may call in any order. If no constructor is left, or one ignores ``**kwargs``, the arguments are
+    not known.
 
     Args:
         built: the class or function.
@@ -275,9 +295,13 @@ def parameters_of(built: Callable,
         if '__init__' not in vars(owner):
             continue
         parameters = inspect.signature(owner.__init__).parameters
-        is_known = not any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        rest = [name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD]
+        is_known = not rest
         if (is_known and not found) or not passes_on:
             return dict(parameters) if is_known else None
+        # Some constructors ignore other arguments, which then must remain allowed.
+        if rest and inspect.getsource(owner.__init__).count(f'**{rest[0]}') < 2:
+            return None
         found = {**parameters, **found}
         if is_known and not has_branches:
             break
@@ -293,7 +317,8 @@ def check_keys(key: str, settings: Mapping[str, Any], accepted: Collection[str],
     """
     for name in settings:
         if name not in accepted:
-            listed = ', '.join(sorted(set(accepted) - {'self', 'type', '_scope_'}))
+            hidden = {'self', 'args', 'kwargs', 'type', '_scope_'}
+            listed = ', '.join(sorted(set(accepted) - hidden))
             raise UsageError(f'{key}.{name} is unknown{suggestion(name, accepted)}: {taker} '
                              f'{listed}.')
 

@@ -44,9 +44,12 @@ class Row(NamedTuple):
         return f'{self.tool}: {", ".join(self.words)[:60]}'
 
 
-DETECT = (DETECTION, '--data-root', '{data}', '--work-dir', '{tmp}/out')
-SEGMENT = (SEGMENTATION, '--data-root', '{data}', '--work-dir', '{tmp}/out')
-TEST_DETECT = (DETECTION, '{model}', *DETECT[1:])
+DATA = ('--data-root', '{data}', '--work-dir', '{tmp}/out')
+DETECT = (DETECTION, *DATA)
+SEGMENT = (SEGMENTATION, *DATA)
+TEST_DETECT = (DETECTION, '{model}', *DATA)
+COCO = ('configs/maskrcnn_acmix_swin_t.py',)
+REMOTE = 'http://127.0.0.1:9/swin.pth'
 OPTIONS = ('--cfg-options', *FAST, *SMALL_IMAGES)
 
 
@@ -138,7 +141,7 @@ def checkpoint(content, *words, tool='test', arguments=None):
         else:
             torch.save(made, tmp / 'bad.pth')
     if arguments is None:
-        arguments = (DETECTION, '{tmp}/bad.pth', *DETECT[1:], *OPTIONS)
+        arguments = (DETECTION, '{tmp}/bad.pth', *DATA, *OPTIONS)
     return Row(tool, arguments, ('bad.pth', *words), write)
 
 
@@ -214,6 +217,11 @@ SETTINGS = [
     with_option('visualizer.type=Visual', 'visualizer.type', 'Visualizer'),
     with_option('log_processor.window=5', 'log_processor.window', 'window_size'),
     with_option('env_cfg.cudnn=True', 'env_cfg.cudnn', 'cudnn_benchmark'),
+    with_option('model.neck.in_channels=[24,48,96,96]', 'in_channels=[24, 48, 96, 96]',
+                '[24, 48, 96, 192]'),
+    with_option('train_dataloader=3', 'train_dataloader must be a dict, got 3'),
+    with_option('train_dataloader.dataset=None', 'train_dataloader.dataset must be a dict'),
+    with_option('env_cfg=3', 'env_cfg must be a dict'),
     with_option('train_dataloader=None', 'has no train_dataloader'),
     with_option('optim_wrapper=None', 'has no optim_wrapper'),
     with_option('model=None', 'has no model'),
@@ -297,6 +305,8 @@ ANNOTATIONS = [
     with_annotations(changed('categories', 0, name=None), "categories[0] has no 'name'"),
     with_annotations(changed('categories', 1, name='circle'), "the name 'circle'"),
     with_annotations(changed('images', 0, file_name=None), "images[0] has no 'file_name'"),
+    with_annotations(changed('images', 0, id=[1]), 'images[0] has the id [1]'),
+    with_annotations(changed('images', 0, height='tall'), "images[0] has the height 'tall'"),
     with_annotations(changed('images', 1, id=0), 'the ids of images are not unique'),
     with_annotations(changed('annotations', 0, segmentation=None), 'Annotation 1',
                      'has no segmentation'),
@@ -419,7 +429,26 @@ COMMANDS = [
         ('none.jpg does not exist',)),
     Row('visualize', (DETECTION, '{model}', '{data}/val2017/00000.jpg', '--out-dir', '{tmp}/out',
                       '--point', '500', '5'), ('lies outside',)),
-    Row('test', (DETECTION, '{tmp}/none.pth', *DETECT[1:]), ('none.pth does not exist',)),
+    Row('train', (*COCO, '--work-dir', '{tmp}/out'),
+        ('data/coco/annotations/instances_train2017.json does not exist', 'data/coco/val2017/',
+         '--data-root DIR', 'make demo')),
+    Row('train', (*COCO, *DATA, '--classes', 'circle', '--cfg-options', *FAST,
+                  f'model.backbone.init_cfg.checkpoint={REMOTE}'),
+        (f'{REMOTE} could not be downloaded', 'init_cfg.checkpoint=FILE', 'init_cfg=None')),
+    Row('train', (*COCO, *DATA, '--classes', 'circle', '--cfg-options', *FAST,
+                  'model.backbone.init_cfg=None', f'load_from={REMOTE}'),
+        (f'{REMOTE} could not be downloaded',)),
+    Row('train', (*COCO, *DATA), ('None of the classes', 'person, bicycle', '--classes NAME')),
+    Row('train', (*DETECT, '--amp'), ('needs a GPU', 'leave out --amp')),
+    Row('train', (*DETECT, '--resume', '{tmp}/none.pth'), ('none.pth does not exist',)),
+    Row('train', (*DETECT, '--classes', 'circle', 'sqare', 'triangle'),
+        ('names sqare, but', 'are circle square triangle')),
+    Row('train', (*DETECT, '--classes', 'triangle', 'circle'),
+        ('Labels follow the order of', 'pass --classes circle triangle')),
+    Row('train', (*DETECT, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None'),
+        ('auto_scale_lr.base_batch_size=16',)),
+    Row('train', (*DETECT, '--launcher', 'mpi'), ('--launcher mpi needs GPUs', 'dist_train.sh')),
+    Row('test', (DETECTION, '{tmp}/none.pth', *DATA), ('none.pth does not exist',)),
     Row('test', (*TEST_DETECT, '--out', '{tmp}/out/a.txt'), ('--out writes detections',)),
 ]
 ROWS = [*SETTINGS, *CONFIGS, *BACKBONES, *ANNOTATIONS, *IMAGES, *CLASSES, *CHECKPOINTS, *COMMANDS]
