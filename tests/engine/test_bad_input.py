@@ -13,10 +13,16 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.tools import DETECTION, FAST, SEGMENTATION, SMALL_IMAGES, call_tool
+from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import runner as mmengine_runner
 
+from acmix_mm.engine.annotations import check_annotations
 from acmix_mm.engine.config import load_config
+from acmix_mm.engine.samples import CheckedPipeline
+from acmix_mm.engine.settings import check_config, warn_of_misspelt_settings
+from acmix_mm.layers import window_acmix
 
 TRAIN = 'annotations/instances_train2017.json'
 VAL = 'annotations/instances_val2017.json'
@@ -499,3 +505,55 @@ def test_the_table_is_large_and_covers_all_tools(request):
     assert {row.tool for row in ROWS} == tools
     assert len(ROWS) >= 120
     assert len({str(row) for row in ROWS}) > 100
+
+
+def test_bug_shows_its_traceback_and_how_to_report_it(monkeypatch):
+    """Also if a layer of this package raises it while a config is built."""
+    def broken(window_size):
+        return window_size.missing
+
+    monkeypatch.setattr(window_acmix, 'relative_position_index', broken)
+    done = call_tool('get_flops', DETECTION)
+    assert done.returncode == 1
+    assert "AttributeError: 'int' object has no attribute 'missing'" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('internal error (AttributeError): please report')
+    assert 'python -m acmix_mm.environment' in done.stderr
+
+
+def test_misspelt_setting_in_a_config_file_is_reported():
+    cfg = Config(dict(custom_hook=[], train_pipeline=[], my_classes=3))
+    with pytest.warns(UserWarning) as raised:
+        warn_of_misspelt_settings(cfg)
+    assert [str(each.message) for each in raised] == [
+        'The setting custom_hook of the config has no effect (did you mean custom_hooks?).']
+
+
+def test_class_without_a_category_is_reported(shapes):
+    """A part of a dataset may lack a class."""
+    classes = ['circle', 'hexagon', 'square', 'triangle']
+    with pytest.warns(UserWarning, match=r'val2017\.json has no category hexagon'):
+        check_annotations(shapes / VAL, classes, needs_boxes=True, needs_masks=True)
+
+
+def test_error_that_is_not_of_a_file_passes_unchanged(shapes):
+    def fail(data):
+        raise KeyError('not of a file')
+
+    pipeline = CheckedPipeline(Compose([fail]), num_classes=3, ignore_index=255)
+    image = next((shapes / 'val2017').iterdir())
+    with pytest.raises(KeyError, match='not of a file'):
+        pipeline(dict(img_path=str(image)))
+
+
+@pytest.mark.parametrize(('library', 'config'), [
+    ('mmdet', 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'),
+    ('mmdet', 'yolox/yolox_s_8xb8-300e_coco.py'),
+    ('mmdet', 'rtmdet/rtmdet-ins_s_8xb32-300e_coco.py'),
+    ('mmdet', 'vfnet/vfnet_r50_fpn_1x_coco.py'),
+    ('mmseg', 'maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512.py'),
+    ('mmseg', 'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'),
+])
+def test_configs_of_the_libraries_pass_the_checks(library, config, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = "{library}::{config}"')
+    check_config(load_config(str(path)))
