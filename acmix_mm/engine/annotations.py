@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from acmix_mm.utils.errors import DataError, suggestion
+from acmix_mm.utils.errors import UsageError, suggestion
 
 # The entries that MMDetection reads, by list, and their types.
 ID, NUMBER = (int, str), (int, float)
@@ -36,12 +36,12 @@ def read_annotations(path: Path) -> Annotations:
     """Read and check a COCO annotation file. A file that does not change is read once.
 
     Raises:
-        DataError: the file cannot be read, or is not a COCO annotation file.
+        UsageError: the file cannot be read, or is not a COCO annotation file.
     """
     try:
         return read_version(path, path.stat().st_mtime_ns)
     except OSError as error:
-        raise DataError(f'{path} cannot be read ({error.strerror}).') from error
+        raise UsageError(f'{path} cannot be read ({error.strerror}).') from error
 
 
 @lru_cache
@@ -52,10 +52,10 @@ def read_version(path: Path, time: int) -> Annotations:
         content = json.loads(text)
     except ValueError as error:
         reason = f'it is not valid JSON ({error})' if text else 'it is empty'
-        raise DataError(f'{path} is no COCO annotation file: {reason}.') from error
+        raise UsageError(f'{path} is no COCO annotation file: {reason}.') from error
     problem = next(problems(content), None)
     if problem:
-        raise DataError(f'{path} is no valid COCO annotation file: {problem}.')
+        raise UsageError(f'{path} is no valid COCO annotation file: {problem}.')
     names = {each['id']: each['name'] for each in content['categories']}
     unmasked = {names[each['category_id']]: each['id'] for each in content.get('annotations', [])
                 if not each.get('segmentation')}
@@ -130,28 +130,29 @@ def check_annotations(path: Path, classes: Sequence[str], needs_boxes: bool,
         needs_masks: whether its masks are.
 
     Raises:
-        DataError: the file is invalid, a class is misspelt, or a mask is missing.
+        UsageError: the file is invalid, a class is misspelt, or a mask is missing.
     """
     found = read_annotations(path)
     if needs_boxes and not found.has_boxes:
-        raise DataError(f"{path} is no valid COCO annotation file: it has no list 'annotations'.")
+        raise UsageError(f"{path} is no valid COCO annotation file: it has no list 'annotations'.")
     unknown = [name for name in classes if name not in found.categories]
     unused = [name for name in found.categories if name not in classes]
     listed = ' '.join(found.categories)
     if len(unknown) == len(classes):
-        raise DataError(f'None of the classes of the dataset ({summary(classes)}) is a category of '
-                        f'{path}, which has {listed}; name your own classes with --classes NAME ….')
+        raise UsageError(f'None of the classes of the dataset ({summary(classes)}) is a category '
+                         f'of {path}, which has {listed}; name your own classes with --classes '
+                         'NAME ….')
     if unknown and unused:
-        raise DataError(f'The classes of the dataset contain {summary(unknown)}, but the '
-                        f'categories of {path} are {listed}{suggestion(unknown[0], unused)}; name '
-                        'your own classes with --classes NAME ….')
+        raise UsageError(f'The classes of the dataset contain {summary(unknown)}, but the '
+                         f'categories of {path} are {listed}{suggestion(unknown[0], unused)}; name '
+                         'your own classes with --classes NAME ….')
     if unknown:
         warnings.warn(f'{path} has no category {summary(unknown)}.', stacklevel=2)
     without = [found.unmasked[name] for name in classes if name in found.unmasked]
     if needs_masks and without:
-        raise DataError(f'Annotation {without[0]} of {path} has no segmentation, but the config '
-                        'trains or evaluates masks; add the masks, or use a config for boxes '
-                        'alone.')
+        raise UsageError(f'Annotation {without[0]} of {path} has no segmentation, but the config '
+                         'trains or evaluates masks; add the masks, or use a config for boxes '
+                         'alone.')
 
 
 def summary(names: Sequence[str]) -> str:
@@ -163,12 +164,12 @@ def check_class_names(classes: Any) -> None:
     """Check the classes of a dataset.
 
     Raises:
-        DataError: they are not a list of different names.
+        UsageError: they are not a list of different names.
     """
     if not isinstance(classes, (list, tuple)) or not all(isinstance(each, str) for each in classes):
-        raise DataError(f'The classes of a dataset must be a list of names, got {classes!r}; a '
-                        "single class is written ('NAME',).")
+        raise UsageError(f'The classes of a dataset must be a list of names, got {classes!r}; a '
+                         "single class is written ('NAME',).")
     duplicates = repeated(classes)
     if duplicates:
-        raise DataError(f'The classes of a dataset must differ, got {", ".join(duplicates)} more '
-                        'than once.')
+        raise UsageError(f'The classes of a dataset must differ, got {", ".join(duplicates)} more '
+                         'than once.')

@@ -14,7 +14,7 @@ from torch import distributed
 
 from acmix_mm.engine.config import load_config, set_classes, set_data_root
 from acmix_mm.environment import check_mmcv
-from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.errors import DataError, UsageError
 
 
 class KeyValue(DictAction):
@@ -114,8 +114,9 @@ def run_tool(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit('Interrupted.')
     except UsageError as error:
-        # Only one process per node prints the message.
-        sys.exit(f'error: {error}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
+        # Only one process per node prints a message that all have; data is read by one alone.
+        prints = os.environ.get('LOCAL_RANK', '0') == '0' or isinstance(error, DataError)
+        sys.exit(f'error: {error}' if prints else 1)
     except Exception as error:
         traceback.print_exc()
         sys.exit(f'internal error ({type(error).__name__}): please report the traceback above, '

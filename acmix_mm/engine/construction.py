@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import mmcv.cnn.bricks
+from mmengine.config import Config
 from mmengine.registry import build_functions
 from mmengine.runner import runner
 from torch.cuda import OutOfMemoryError
@@ -73,9 +74,9 @@ def what_was_built(error: Exception) -> Optional[str]:
 def name_of(variables: Mapping[str, Any]) -> Optional[str]:
     """Name what a function builds from its ``cfg``: what it is registered as, and its type."""
     cfg, registry = variables.get('cfg'), variables.get('registry')
-    if not isinstance(cfg, Mapping):
+    if not isinstance(cfg, (Mapping, Config)):
         return None
-    kind = cfg.get('type', '')
+    kind = cfg.get('type') or cfg.get('runner_type', '')
     words = [getattr(registry, 'name', ''), getattr(kind, '__name__', str(kind))]
     return ' '.join(word for word in words if word)
 

@@ -44,6 +44,10 @@ SCHEDULER_KEYS = ('convert_to_iter_based',)
 DATALOADER_KEYS = ('collate_fn', 'worker_init_fn', 'num_batch_per_epoch',
                    'disable_subprocess_warning')
 WRAPPER_KEYS = ('constructor', 'paramwise_cfg')
+DEFAULT_CONSTRUCTOR = 'DefaultOptimWrapperConstructor'
+PARAMWISE_KEYS = (
+    'custom_keys', 'bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult',
+    'dwconv_decay_mult', 'dcn_offset_lr_mult', 'bypass_duplicate')
 ENVIRONMENT_KEYS = ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit')
 # What the tools and MMEngine read at the top level of a config, besides the runner's arguments.
 TOP_LEVEL_KEYS = (
@@ -111,13 +115,31 @@ def check_config(cfg: Config) -> None:
     check_keys('env_cfg', cfg.get('env_cfg') or {}, ENVIRONMENT_KEYS, 'MMEngine takes')
     check_keys('randomness', cfg.get('randomness') or {},
                inspect.signature(Runner.set_randomness).parameters, 'MMEngine takes')
-    clip_grad = (cfg.get('optim_wrapper') or {}).get('clip_grad') or {}
-    if not isinstance(clip_grad, Mapping):
-        raise UsageError(f'optim_wrapper.clip_grad must be a dict, got {clip_grad!r}.')
-    clip = (torch.nn.utils.clip_grad_value_ if clip_grad.get('type') == 'value' else
-            torch.nn.utils.clip_grad_norm_)
+    if cfg.get('optim_wrapper'):
+        check_wrapper(cfg.optim_wrapper)
+
+
+def check_wrapper(wrapper: Mapping[str, Any]) -> None:
+    """Check the settings of an optimiser wrapper that MMEngine reads only in training, or ignores.
+
+    Raises:
+        UsageError: one is unknown.
+    """
+    clip_grad = wrapper.get('clip_grad') or {}
+    by_value = isinstance(clip_grad, Mapping) and clip_grad.get('type') == 'value'
+    clip = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
     check_keys('optim_wrapper.clip_grad', clip_grad, [*inspect.signature(clip).parameters, 'type'],
                f'torch.nn.utils.{clip.__name__} takes')
+    if wrapper.get('constructor', DEFAULT_CONSTRUCTOR) == DEFAULT_CONSTRUCTOR:
+        paramwise = wrapper.get('paramwise_cfg') or {}
+        check_keys('optim_wrapper.paramwise_cfg', paramwise, PARAMWISE_KEYS,
+                   f'{DEFAULT_CONSTRUCTOR} takes')
+        custom = paramwise.get('custom_keys') or {}
+        key = 'optim_wrapper.paramwise_cfg.custom_keys'
+        check_keys(key, custom, custom, '')
+        for name, settings in custom.items():
+            check_keys(f'{key}.{name}', settings, ('lr_mult', 'decay_mult'),
+                       f'{DEFAULT_CONSTRUCTOR} takes')
 
 
 def check_sections(cfg: Config) -> None:
@@ -313,8 +335,10 @@ def check_keys(key: str, settings: Mapping[str, Any], accepted: Collection[str],
     """Check the keys of settings.
 
     Raises:
-        UsageError: a key is unknown.
+        UsageError: a key is unknown, or the settings are not a dict.
     """
+    if not isinstance(settings, Mapping):
+        raise UsageError(f'{key} must be a dict, got {settings!r}.')
     for name in settings:
         if name not in accepted:
             hidden = {'self', 'args', 'kwargs', 'type', '_scope_'}

@@ -13,7 +13,10 @@ class CheckpointError(UsageError):
 
 
 class DataError(UsageError):
-    """A file of a dataset is missing, damaged, or does not match the config or the other files."""
+    """An image or a mask is missing, damaged, or does not match the config or the other files.
+
+    Of the processes of a distributed run, the one that reads the file raises it.
+    """
 
     def __init__(self, message: str) -> None:
         # A DataLoader passes an error on from a worker process with the traceback in its message.
