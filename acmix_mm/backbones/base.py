@@ -4,6 +4,7 @@ import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Optional, Union
 
 import torch
@@ -131,7 +132,8 @@ class ACmixBackbone(BaseModule):
                           'checkpoint=...) instead', DeprecationWarning, stacklevel=3)
             init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         if init_cfg is not None and not (
-                isinstance(init_cfg, Mapping) and isinstance(init_cfg.get('checkpoint'), str)):
+                isinstance(init_cfg, Mapping)
+                and isinstance(init_cfg.get('checkpoint'), (str, PathLike))):
             raise ValueError('ACmix backbones take init_cfg=dict(type="Pretrained", '
                              f'checkpoint=...) or None, got {init_cfg!r}.')
         super().__init__(init_cfg=init_cfg)

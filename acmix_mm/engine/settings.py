@@ -138,8 +138,11 @@ def check_wrapper(wrapper: Mapping[str, Any]) -> None:
         key = 'optim_wrapper.paramwise_cfg.custom_keys'
         check_keys(key, custom, custom, '')
         for name, settings in custom.items():
-            check_keys(f'{key}.{name}', settings, ('lr_mult', 'decay_mult'),
-                       f'{DEFAULT_CONSTRUCTOR} takes')
+            check_keys(f'{key}.{name}', settings, settings, '')
+            for ignored in settings.keys() - {'lr_mult', 'decay_mult'}:
+                # Some configs of the libraries have such keys.
+                warnings.warn(f'{key}.{name}.{ignored} has no effect; lr_mult and decay_mult have.',
+                              stacklevel=2)
 
 
 def check_sections(cfg: Config) -> None:

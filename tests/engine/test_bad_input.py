@@ -21,7 +21,7 @@ from mmengine.runner import runner as mmengine_runner
 from acmix_mm.engine.annotations import check_annotations
 from acmix_mm.engine.config import load_config
 from acmix_mm.engine.samples import CheckedPipeline
-from acmix_mm.engine.settings import check_config, warn_of_misspelt_settings
+from acmix_mm.engine.settings import check_config, check_wrapper, warn_of_misspelt_settings
 from acmix_mm.layers import window_acmix
 
 TRAIN = 'annotations/instances_train2017.json'
@@ -196,8 +196,7 @@ SETTINGS = [
     with_option('optim_wrapper.clip_grad.max_nrm=1', 'clip_grad.max_nrm', 'max_norm'),
     with_option('optim_wrapper.clip_grad=3', 'optim_wrapper.clip_grad must be a dict'),
     with_option('optim_wrapper.paramwise_cfg.norm_mult=0', 'norm_mult', 'norm_decay_mult?'),
-    with_option('optim_wrapper.paramwise_cfg.custom_keys.norm.decay=0', 'norm.decay',
-                'did you mean decay_mult?'),
+    with_option('optim_wrapper.paramwise_cfg.custom_keys.norm=0', 'norm must be a dict'),
     with_option('runner_type=MyRunner', 'MyRunner'),
     with_option('optim_wraper.type=OptimWrapper', 'optim_wraper', 'did you mean optim_wrapper?'),
     with_option('trian_cfg.max_epochs=1', 'trian_cfg', 'did you mean train_cfg?'),
@@ -531,6 +530,11 @@ def test_misspelt_setting_in_a_config_file_is_reported():
         warn_of_misspelt_settings(cfg)
     assert [str(each.message) for each in raised] == [
         'The setting custom_hook of the config has no effect (did you mean custom_hooks?).']
+
+
+def test_setting_that_has_no_effect_is_reported():
+    with pytest.warns(UserWarning, match=r'custom_keys\.norm\.wd_mult has no effect'):
+        check_wrapper(dict(paramwise_cfg=dict(custom_keys=dict(norm=dict(wd_mult=0)))))
 
 
 def test_class_without_a_category_is_reported(shapes):
