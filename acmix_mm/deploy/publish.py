@@ -84,7 +84,7 @@ def check_published(path: Path, weights: Mapping[str, Tensor]) -> None:
     with no_allowed_classes():
         loaded = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
     try:
-        torch.testing.assert_close(loaded, weights, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(loaded, weights, rtol=0, atol=0)
     except AssertionError as error:
         raise CheckpointError(f'The weights read back from {path} differ from those written; '
                               'nothing was published. Check the disk.') from error

@@ -50,5 +50,5 @@ def test_a_failed_run_reports_its_last_output(tmp_path):
     run = Run(str(tmp_path), 'acmix', 0)
     tool = tmp_path / 'train.py'
     tool.write_text('import sys; print("began"); sys.exit("error: no memory")')
-    with pytest.raises(UsageError, match=r'acmix, seed 0, failed: error: no memory'):
+    with pytest.raises(UsageError, match=r'acmix, seed 0, failed: no memory'):
         train_all([run], dict(acmix=1), str(tool))
