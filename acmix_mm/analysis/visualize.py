@@ -1,6 +1,6 @@
 """Figures of a detector's or segmentor's predictions, and of its ACmix layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -115,13 +115,14 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
             names.
     """
     found = read_checkpoint(checkpoint)
-    if 'dataset_meta' not in found.get('meta', {}):
+    meta = found.get('meta') if isinstance(found, Mapping) else None
+    if not isinstance(meta, Mapping) or 'dataset_meta' not in meta:
         raise CheckpointError(f'The checkpoint {checkpoint} has no class names '
                               '(meta.dataset_meta); use one written by tools/train.py.')
     model = build_model(cfg)
     load_all_weights(model, found, checkpoint)
     # The inference functions of MMDetection and MMSegmentation read these attributes.
-    model.cfg, model.dataset_meta = cfg, found['meta']['dataset_meta']
+    model.cfg, model.dataset_meta = cfg, meta['dataset_meta']
     return model.to('cuda:0' if torch.cuda.is_available() else 'cpu')
 
 

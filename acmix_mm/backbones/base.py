@@ -4,6 +4,7 @@ import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Optional, Union
 
 import torch
@@ -94,8 +95,8 @@ class ACmixBackbone(BaseModule):
             the size of the map.
 
     Raises:
-        ValueError: both ``init_cfg`` and ``pretrained`` are given, or ``init_cfg`` names no
-            checkpoint.
+        ValueError: both ``init_cfg`` and ``pretrained`` are given, or the one that is given names
+            no checkpoint.
     """
 
     checkpoints: ClassVar[HostCheckpoints]
@@ -125,14 +126,19 @@ class ACmixBackbone(BaseModule):
 
     def __init__(self, init_cfg: Optional[dict] = None, pretrained: Optional[str] = None) -> None:
         if pretrained is not None:
+            if not isinstance(pretrained, str):
+                raise ValueError(f'pretrained must be the path or URL of a checkpoint, got '
+                                 f'{pretrained!r}.')
             if init_cfg is not None:
                 raise ValueError('init_cfg and pretrained both name a checkpoint; give one.')
             warnings.warn('pretrained is deprecated, use init_cfg=dict(type="Pretrained", '
                           'checkpoint=...) instead', DeprecationWarning, stacklevel=3)
             init_cfg = dict(type='Pretrained', checkpoint=pretrained)
-        if init_cfg is not None and 'checkpoint' not in init_cfg:
+        if init_cfg is not None and not (
+                isinstance(init_cfg, Mapping)
+                and isinstance(init_cfg.get('checkpoint'), (str, PathLike))):
             raise ValueError('ACmix backbones take init_cfg=dict(type="Pretrained", '
-                             f'checkpoint=...) or None, got {init_cfg}.')
+                             f'checkpoint=...) or None, got {init_cfg!r}.')
         super().__init__(init_cfg=init_cfg)
         self.stage_info: list[Stage] = []
 

@@ -19,6 +19,14 @@ from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
+from acmix_mm.backbones.arguments import (
+    check_image_size,
+    check_options,
+    check_outputs,
+    check_per_stage,
+    check_positive,
+    check_rates,
+)
 from acmix_mm.backbones.base import (
     WITH_PREVIOUS,
     ACmixBackbone,
@@ -228,15 +236,15 @@ class ACmixPyramidVisionTransformer(ACmixBackbone):
                  init_cfg: Optional[dict] = None,
                  mix: str = 'acmix',
                  acmix_cfg: Optional[dict] = None) -> None:
-        per_stage = dict(num_layers=num_layers, num_heads=num_heads, patch_sizes=patch_sizes,
-                         strides=strides, sr_ratios=sr_ratios)
-        for name, numbers in per_stage.items():
-            if len(numbers) != num_stages:
-                raise ValueError(f'{name} needs one number for each of the {num_stages} stages, '
-                                 f'got {tuple(numbers)}.')
-        if max(out_indices) >= num_stages:
-            raise ValueError(f'out_indices must lie below num_stages={num_stages}, got '
-                             f'{tuple(out_indices)}.')
+        check_positive(in_channels=in_channels, embed_dims=embed_dims, num_stages=num_stages)
+        check_per_stage(num_stages, num_layers=num_layers, num_heads=num_heads,
+                        patch_sizes=patch_sizes, strides=strides, sr_ratios=sr_ratios,
+                        mlp_ratios=mlp_ratios)
+        check_outputs(out_indices, self.frozen_stages, num_stages)
+        check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
+                    drop_path_rate=drop_path_rate)
+        check_image_size('pretrain_img_size', pretrain_img_size)
+        check_options(acmix_cfg)
         super().__init__(init_cfg, pretrained)
         self.out_indices = out_indices
         self.mix = mix

@@ -17,6 +17,14 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from acmix_mm.backbones.arguments import (
+    check_options,
+    check_outputs,
+    check_per_stage,
+    check_positive,
+    check_rates,
+    check_stage_indices,
+)
 from acmix_mm.backbones.base import (
     ACmixBackbone,
     Block,
@@ -292,12 +300,15 @@ class ACmixResNet(ACmixBackbone):
         if depth not in STAGE_BLOCKS:
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
                              f'{depth}; for other depths set stage_blocks.')
-        if not 1 <= num_stages <= 4 or not len(strides) == len(dilations) == num_stages:
-            raise ValueError('strides and dilations need one number for each of 1 to 4 stages, got '
-                             f'{len(strides)} and {len(dilations)} for num_stages={num_stages}.')
-        if max(out_indices) >= num_stages:
-            raise ValueError(f'out_indices must lie below num_stages={num_stages}, got '
-                             f'{tuple(out_indices)}.')
+        if num_stages not in range(1, 5):
+            raise ValueError(f'num_stages must be 1 to 4, got {num_stages!r}.')
+        check_per_stage(num_stages, strides=strides, dilations=dilations)
+        check_positive(in_channels=in_channels, base_channels=base_channels, num_heads=num_heads,
+                       attn_kernel_size=attn_kernel_size)
+        check_outputs(out_indices, frozen_stages, num_stages)
+        check_rates(drop_path_rate=drop_path_rate)
+        check_options(acmix_cfg)
+        check_acmix_stages(acmix_stages, num_stages)
         if style not in ('pytorch', 'caffe'):
             raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}.")
         check_one_mixer(mixer, mix, acmix_cfg)
@@ -334,6 +345,7 @@ class ACmixResNet(ACmixBackbone):
                          attn_kernel_size=attn_kernel_size, mix=mix, **(acmix_cfg or {}))
         stage_blocks = self.stage_blocks_of(
             dict(depth=depth, num_stages=num_stages, stage_blocks=stage_blocks))
+        check_per_stage(num_stages, stage_blocks=stage_blocks)
         if multi_grid is not None and len(multi_grid) < stage_blocks[-1]:
             raise ValueError('multi_grid needs one dilation for each of the '
                              f'{stage_blocks[-1]} blocks of the last stage, got '
@@ -509,6 +521,20 @@ class ACmixResNetV1d(ACmixResNet):
 
     def __init__(self, depth: int, **arguments: Any) -> None:
         super().__init__(depth, **self.fixed_arguments, **arguments)
+
+
+def check_acmix_stages(acmix_stages: Sequence[int], num_stages: int) -> None:
+    """Check that ``acmix_stages`` is empty, or that one of its stages is built.
+
+    The default names all four stages, of which fewer may be built.
+
+    Raises:
+        ValueError: it has other numbers than 0 to 3, or none of its stages is built.
+    """
+    check_stage_indices(4, acmix_stages=acmix_stages)
+    if acmix_stages and min(acmix_stages) >= num_stages:
+        raise ValueError(f'acmix_stages must contain a stage below num_stages={num_stages}, or be '
+                         f'empty, got {tuple(acmix_stages)}.')
 
 
 def dilations_of_blocks(dilation: int, blocks: int, multi_grid: Optional[Sequence[int]],

@@ -9,6 +9,13 @@ from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from acmix_mm.backbones.arguments import (
+    check_options,
+    check_outputs,
+    check_per_stage,
+    check_positive,
+    check_rates,
+)
 from acmix_mm.backbones.base import (
     WITH_PREVIOUS,
     ACmixBackbone,
@@ -146,15 +153,14 @@ class ACmixSAN(ACmixBackbone):
             raise ValueError(f'depth must be one of {", ".join(map(str, STAGE_BLOCKS))}, got '
                              f'{depth}; for other depths set stage_blocks.')
         stage_blocks = self.stage_blocks_of(dict(depth=depth, stage_blocks=stage_blocks))
-        if len(stage_blocks) != len(STAGE_KERNELS):
-            raise ValueError(f'stage_blocks needs one number for each of the {len(STAGE_KERNELS)} '
-                             f'stages, got {stage_blocks}.')
+        check_per_stage(len(STAGE_KERNELS), stage_blocks=stage_blocks)
+        check_positive(in_channels=in_channels, base_channels=base_channels)
+        check_outputs(out_indices, frozen_stages, len(STAGE_KERNELS))
+        check_rates(drop_path_rate=drop_path_rate)
+        check_options(acmix_cfg)
         if base_channels % WIDTH_STEP:
             raise ValueError(f'base_channels must be a multiple of {WIDTH_STEP}, got '
                              f'{base_channels}.')
-        if not 0 <= min(out_indices) <= max(out_indices) < len(STAGE_KERNELS):
-            raise ValueError(f'out_indices must lie in [0, {len(STAGE_KERNELS)}), got '
-                             f'{tuple(out_indices)}.')
         super().__init__(init_cfg)
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages

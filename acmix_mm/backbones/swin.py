@@ -13,6 +13,15 @@ from mmengine.registry import MODELS
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
+from acmix_mm.backbones.arguments import (
+    check_image_size,
+    check_options,
+    check_outputs,
+    check_per_stage,
+    check_positive,
+    check_rates,
+    stage_count,
+)
 from acmix_mm.backbones.base import (
     WITH_PREVIOUS,
     ACmixBackbone,
@@ -229,6 +238,15 @@ class ACmixSwinTransformer(ACmixBackbone):
                  mix: str = 'acmix',
                  acmix_cfg: Optional[dict] = None,
                  mixer: Optional[dict] = None) -> None:
+        check_positive(in_channels=in_channels, embed_dims=embed_dims, patch_size=patch_size,
+                       window_size=window_size)
+        num_stages = stage_count('depths', depths)
+        check_per_stage(num_stages, depths=depths, num_heads=num_heads, strides=strides)
+        check_outputs(out_indices, frozen_stages, num_stages)
+        check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
+                    drop_path_rate=drop_path_rate)
+        check_image_size('pretrain_img_size', pretrain_img_size)
+        check_options(acmix_cfg)
         if strides[0] != patch_size:
             raise ValueError('Patches do not overlap: patch_size must equal strides[0], got '
                              f'{patch_size} and {strides[0]}.')
@@ -258,7 +276,7 @@ class ACmixSwinTransformer(ACmixBackbone):
         self.stages = ModuleList()
         channels, reduction = embed_dims, 1
         for stage, drop_path_rates in enumerate(stochastic_depth(drop_path_rate, depths)):
-            is_last = stage == len(depths) - 1
+            is_last = stage == num_stages - 1
             reduction *= strides[stage]
             self.stages.append(ACmixSwinStage(
                 drop_path_rates=drop_path_rates,

@@ -88,13 +88,14 @@ def build_mixer(mixer: dict[str, Any], channels: int, stride: int = 1,
         dilation: dilation of the layer.
 
     Raises:
-        ValueError: ``kernel_size`` is even or not square, or the type rejects an argument.
+        ValueError: ``kernel_size`` is not odd, positive and square, or the type rejects an
+            argument.
     """
     mixer = {**dict(kernel_size=3, bias=False), **mixer}
     kernel_size = one_side('kernel_size', mixer.pop('kernel_size'))
-    if kernel_size % 2 == 0:
-        raise ValueError('The kernel_size of a mixer must be odd, so that it keeps the size of '
-                         f'the map; got {kernel_size}.')
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError('The kernel_size of a mixer must be odd and positive, so that it keeps '
+                         f'the size of the map; got {kernel_size}.')
     return build_conv_layer(mixer, channels, channels, kernel_size, stride=stride,
                             padding=dilation * (kernel_size // 2), dilation=dilation)
 

@@ -19,6 +19,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 from acmix_mm.checkpoints import data_pickle
+from acmix_mm.checkpoints.loading import summary
 from acmix_mm.utils.errors import CheckpointError
 
 # Raised for files that are missing, unreachable, damaged, or that hold more than data.
@@ -209,9 +210,31 @@ def read_model_weights(source: str) -> Weights:
             checkpoint = checkpoint[entry]
             if entry.endswith('_ema'):
                 part = f'the averaged weights in {entry}'
-    if not isinstance(checkpoint, Mapping) or not all(
-            isinstance(value, Tensor) for value in checkpoint.values()) or not checkpoint:
+    if not is_state_dict(checkpoint):
         raise CheckpointError(f'The checkpoint {source} holds no weights: neither it nor its '
                               f'{" or ".join(map(repr, WEIGHT_ENTRIES))} maps names to tensors.')
     return Weights(source, part,
                    {WRAPPERS.sub('', key): value for key, value in checkpoint.items()})
+
+
+def is_state_dict(weights: Any) -> bool:
+    """Whether ``weights`` maps one or more names to tensors."""
+    return isinstance(weights, Mapping) and len(weights) > 0 and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items())
+
+
+def check_finite(weights: Mapping[str, Any], source: str) -> None:
+    """Check that no weights are NaN or infinite.
+
+    Args:
+        weights: the weights; other entries are ignored.
+        source: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: some are.
+    """
+    invalid = [key for key, value in weights.items()
+               if isinstance(value, Tensor) and not value.isfinite().all()]
+    if invalid:
+        raise CheckpointError(f'The checkpoint {source} has weights that are NaN or infinite '
+                              f'({summary(invalid)}): its training diverged; use an earlier one.')

@@ -15,6 +15,7 @@ import pkgutil
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from torch import distributed
 
-from acmix_mm.utils.errors import UsageError, is_interruption
+from acmix_mm.utils.errors import DataError, UsageError, is_interruption
 
 
 def command_names() -> list[str]:
@@ -106,7 +107,8 @@ def reading_data_only() -> contextlib.AbstractContextManager:
 def errors_as_messages() -> Iterator[None]:
     """Print a user-facing error without its traceback, and exit with status 1.
 
-    SIGTERM interrupts the command, like Ctrl-C.
+    Any other exception is a bug: its traceback is followed by how to report it. SIGTERM interrupts
+    the command, like Ctrl-C.
     """
     # Only one process per node prints the message.
     is_first = os.environ.get('LOCAL_RANK', '0') == '0'
@@ -114,15 +116,19 @@ def errors_as_messages() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except UsageError as error:
+        # All processes have the same message, except that of bad data: only one reads it.
+        prints = is_first or isinstance(error, DataError)
+        sys.exit(f'error: {error}' if prints else 1)
+    except (KeyboardInterrupt, Exception) as error:
         if not is_interruption(error):
-            raise
+            traceback.print_exc()
+            sys.exit(f'internal error ({type(error).__name__}): please report the traceback above, '
+                     'with the command and the output of `python -m acmix_mm.environment`.')
         # torch's handler would report, while this process exits, that the workers were stopped.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         hint = error.args if isinstance(error, KeyboardInterrupt) else ()
         sys.exit(' '.join(['Interrupted.', *hint]) if is_first else 1)
-    except UsageError as error:
-        sys.exit(f'error: {error}' if is_first else 1)
     exit_after_gloo()
 
 

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run this command."""
+    for name in ('batch', 'repeats', 'threads'):
+        if getattr(args, name) < 1:
+            raise UsageError(f'--{name} must be a positive integer, got {getattr(args, name)}.')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UsageError('--device cuda needs a GPU that torch can use; there is none.')
     if args.json:

@@ -26,9 +26,8 @@ from acmix_mm.comparison.matching import (
 from acmix_mm.comparison.record import write_json
 from acmix_mm.comparison.schedule import Budget, iterations_of, save_often, stretch
 from acmix_mm.comparison.timing import iteration_seconds, latencies, validation_image_size
-from acmix_mm.engine.config import check_data
 from acmix_mm.engine.resuming import is_epoch_based
-from acmix_mm.engine.runner import checkpoint_sources
+from acmix_mm.engine.runner import check_run, checkpoint_sources
 from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
@@ -145,7 +144,7 @@ def check_settings(cfg: Config, mixers: Sequence[str]) -> None:
                              'and evaluates a model.')
     for mixer in mixers:
         mixer_options((cfg.model.get('backbone') or {}).get('type'), mixer)
-    check_data(cfg, ('train', 'val'))
+    check_run(cfg, ('train', 'val'))
 
 
 def match_all(families: dict[str, Family], quantity: str) -> dict[str, BackboneSize]:

@@ -132,7 +132,8 @@ def train(run: Run) -> Iterator[int]:
         finally:
             stop(process)
     if process.returncode or run.result is None:
-        raise UsageError(f'{run.mixer}, seed {run.seed}, failed: {last_line(output)}\n'
+        raise UsageError(f'{run.mixer}, seed {run.seed}, failed: '
+                         f'{last_line(output).removeprefix("error: ")}\n'
                          f'  Full output: {output}\n'
                          '  Finished runs are kept; run the same command to continue.')
 

@@ -46,7 +46,7 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
         train_images: number of training images.
         val_images: number of validation images.
         image_size: height and width of an image in pixels, at least 64.
-        seed: seed of the random number generator.
+        seed: seed of the random number generator, not negative.
 
     Raises:
         UsageError: ``root`` is not empty or cannot be written, or an argument is invalid.
@@ -56,6 +56,8 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
     if min(train_images, val_images) < 1:
         raise UsageError('train_images and val_images must be at least 1, got '
                          f'{train_images} and {val_images}.')
+    if seed < 0:
+        raise UsageError(f'seed must not be negative, got {seed}.')
     target = Path(root)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f'{root} exists and is not empty; remove it, or name another folder.')

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acmix_mm.checkpoints.reading import read_checkpoint
+from acmix_mm.checkpoints.reading import check_finite, is_state_dict, read_checkpoint
 from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import CheckpointError
@@ -41,15 +41,16 @@ def publish(source: str, target: str) -> Path:
 
     Raises:
         UsageError: the directory of ``target`` does not exist.
-        CheckpointError: the source cannot be read, contains code, or has no weights.
+        CheckpointError: the source cannot be read, contains code, has no weights, or has weights
+            that are NaN or infinite.
     """
     path = file_to_write(target)
     checkpoint = read_checkpoint(source)
     weights = checkpoint.get('state_dict') if isinstance(checkpoint, Mapping) else None
-    if not isinstance(weights, Mapping) or not weights or not all(
-            isinstance(weight, Tensor) for weight in weights.values()):
+    if not is_state_dict(weights):
         raise CheckpointError(f"The checkpoint {source} has no weights under 'state_dict'; name "
                               'one that was written by training.')
+    check_finite(weights, source)
     meta = checkpoint.get('meta')
     meta = {key: meta[key] for key in PUBLISHED_META if isinstance(meta, Mapping) and key in meta}
     meta['published_with'] = versions()
@@ -75,7 +76,7 @@ def check_published(path: Path, weights: Mapping[str, Tensor]) -> None:
     with no_allowed_classes():
         loaded = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
     try:
-        torch.testing.assert_close(loaded, weights, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(loaded, weights, rtol=0, atol=0)
     except AssertionError as error:
         raise CheckpointError(f'The weights read back from {path} differ from those written; '
                               'nothing was published. Check the disk.') from error

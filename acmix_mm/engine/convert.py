@@ -10,6 +10,7 @@ from torch import Tensor
 
 from acmix_mm import __version__
 from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
+from acmix_mm.checkpoints.reading import check_finite
 from acmix_mm.checkpoints.recognition import Pretrained, read_pretrained
 from acmix_mm.datasets.shapes import draw
 from acmix_mm.utils.atomic_write import atomic_write
@@ -42,13 +43,15 @@ def convert(source: str, destination: str, arch: Optional[str] = None) -> str:
 
     Raises:
         UsageError: the destination cannot be written.
-        CheckpointError: the source cannot be read or does not fit.
+        CheckpointError: the source cannot be read, does not fit, or has weights that are NaN or
+            infinite.
     """
     target = file_to_write(destination)
     if target.suffix not in SUFFIXES:
         raise UsageError(f'Weights are written as {" or ".join(SUFFIXES)}; {destination} is '
                          'neither.')
     found = read_pretrained(source)
+    check_finite(found.state_dict, source)
     arguments = infer_arguments(found) if arch is None else arguments_of(arch, found)
     network = BACKBONES[found.host]
     model = network(**arguments).eval()

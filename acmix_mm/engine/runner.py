@@ -16,9 +16,16 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from acmix_mm.checkpoints.loading import summary
-from acmix_mm.checkpoints.reading import LOAD_ERRORS, explain_load_error, is_path
-from acmix_mm.engine.config import check_data, constructor_errors_as_usage_errors
+from acmix_mm.checkpoints.reading import LOAD_ERRORS, check_finite, explain_load_error, is_path
+from acmix_mm.engine.config import (
+    check_channels,
+    check_class_counts,
+    check_data,
+    enter_scope,
+)
+from acmix_mm.engine.construction import construction_errors_as_usage_errors
 from acmix_mm.engine.data_only import data_only
+from acmix_mm.engine.loading import CheckFormatHook, CheckResumableHook, not_resumable
 from acmix_mm.engine.outputs import (
     atomic_files,
     check_outputs,
@@ -26,6 +33,8 @@ from acmix_mm.engine.outputs import (
     use_atomic_checkpoints,
 )
 from acmix_mm.engine.resuming import make_reproducible
+from acmix_mm.engine.samples import CheckSamplesHook
+from acmix_mm.engine.settings import check_config, check_parts, warn_of_misspelt_settings
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
 from acmix_mm.utils.config import type_name
@@ -40,13 +49,8 @@ class DataOnlyRunner(Runner):
     requires_all_weights = False
 
     def build_model(self, model: Union[nn.Module, dict]) -> nn.Module:
-        """Build the model like :meth:`Runner.build_model`, and log its convolution layers.
-
-        Raises:
-            UsageError: an argument is invalid.
-        """
-        with constructor_errors_as_usage_errors():
-            built = super().build_model(model)
+        """Build the model like :meth:`Runner.build_model`, and log its convolution layers."""
+        built = super().build_model(model)
         log_convolutions(built)
         return built
 
@@ -65,6 +69,21 @@ class DataOnlyRunner(Runner):
         check_weights(shapes_of(self.model), checkpoint, filename, self.requires_all_weights)
         return checkpoint
 
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume like :meth:`Runner.resume`, from a checkpoint that has all that this needs.
+
+        Raises:
+            CheckpointError: as in :meth:`load_checkpoint`; or weights, or the state of the
+                optimizer, are missing or do not match the config.
+        """
+        self.requires_all_weights = True
+        self.register_hook(CheckResumableHook(filename), priority='VERY_HIGH')
+        try:
+            super().resume(filename, *args, **kwargs)
+        except ValueError as error:
+            # The optimizer has other parameter groups.
+            raise CheckpointError(not_resumable(filename, str(error))) from error
+
     def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
         """Save like :meth:`Runner.save_checkpoint`; ``meta`` also records package versions."""
         super().save_checkpoint(*args, meta={**(meta or {}), 'versions': versions()}, **kwargs)
@@ -80,7 +99,7 @@ class DataOnlyFlexibleRunner(FlexibleRunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        with constructor_errors_as_usage_errors():
+        with construction_errors_as_usage_errors():
             self.model = self.strategy.build_model(self.model)
         log_convolutions(self.model)
         # Recorded now, because the strategy may distribute the weights over the processes.
@@ -100,9 +119,11 @@ class DataOnlyFlexibleRunner(FlexibleRunner):
         """Resume from a checkpoint like :meth:`FlexibleRunner.resume`.
 
         Raises:
-            CheckpointError: the file is missing, unreachable, damaged, contains code, or does not
-                match the model.
+            CheckpointError: as in :meth:`load_checkpoint`; or weights, or the state of the
+                optimizer, are missing.
         """
+        self.requires_all_weights = True
+        self.register_hook(CheckResumableHook(filename), priority='VERY_HIGH')
         with self.loading_as_data(filename):
             super().resume(filename, *args, **kwargs)
 
@@ -189,14 +210,17 @@ def check_weights(shapes: Mapping[str, torch.Size], checkpoint: Mapping, source:
         require_all: whether all weights must be there.
 
     Raises:
-        CheckpointError: the weights are missing or have another shape.
+        CheckpointError: the weights are missing or have another shape; or, with ``require_all``,
+            some are NaN or infinite.
     """
-    weights = checkpoint.get('state_dict', checkpoint)
+    weights = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, Mapping) else {}
     missing = [key for key, shape in shapes.items()
                if key not in weights or weights[key].shape != shape]
     if len(missing) == len(shapes) or (require_all and missing):
         raise CheckpointError(f"The checkpoint {source} does not match the config's model; missing "
                               f'or of another shape: {summary(missing)}.')
+    if require_all:
+        check_finite(weights, source)
 
 
 @data_only()
@@ -206,15 +230,17 @@ def train(cfg: Config) -> None:
     Raises:
         UsageError: data or a checkpoint is missing or unreachable, or a setting is invalid.
     """
-    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
-    if type_name(cfg.optim_wrapper.type) == 'AmpOptimWrapper' and not torch.cuda.is_available():
+    splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
+    check_run(cfg, splits)
+    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if type_name(wrapper) == 'AmpOptimWrapper' and not torch.cuda.is_available():
         raise UsageError('Mixed precision needs a GPU, but torch finds none: leave out --amp or, '
                          'if the config enables it, pass --cfg-options '
                          'optim_wrapper.type=OptimWrapper.')
     make_reproducible(cfg)
     use_atomic_checkpoints(cfg)
     with prepared(cfg, checkpoint_sources(cfg)), training_folder(cfg):
-        build_runner(cfg).train()
+        build_runner(cfg, splits).train()
 
 
 @data_only()
@@ -224,9 +250,9 @@ def test(cfg: Config) -> dict[str, float]:
     Raises:
         UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
-    check_data(cfg, ('test',))
+    check_run(cfg, ('test',))
     with prepared(cfg, [cfg.load_from]), atomic_files():
-        runner = build_runner(cfg)
+        runner = build_runner(cfg, ('test',))
         runner.requires_all_weights = True
         return runner.test()
 
@@ -250,7 +276,8 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
     if not torch.cuda.is_available():
         prepare_cpu(cfg)
     try:
-        yield
+        with construction_errors_as_usage_errors():
+            yield
     except ValueError as error:
         # MMEngine fails this way on a dataset without images.
         if str(error) != 'need at least one array to concatenate':
@@ -259,20 +286,40 @@ def prepared(cfg: Config, sources: Sequence[str]) -> Iterator[None]:
                          'classes; name your own classes with --classes NAME ….') from error
 
 
-def build_runner(cfg: Config) -> Union[Runner, FlexibleRunner]:
+def check_run(cfg: Config, splits: Sequence[str]) -> None:
+    """Check the settings and the data of a run before anything is built.
+
+    Raises:
+        UsageError: a setting is missing or invalid, or data is missing or invalid.
+    """
+    check_parts(cfg, splits)
+    enter_scope(cfg)
+    check_config(cfg)
+    warn_of_misspelt_settings(cfg)
+    check_data(cfg, splits)
+
+
+def build_runner(cfg: Config, splits: Sequence[str]) -> Union[Runner, FlexibleRunner]:
     """Build the runner that the config names as ``runner_type``, by default ``Runner``.
 
     In place of MMEngine's own runners, it builds those in ``DATA_ONLY_RUNNERS``.
 
     Raises:
-        UsageError: there is no such runner.
+        UsageError: there is no such runner, the model has another number of classes than the
+            datasets of ``splits``, or its neck does not fit the backbone.
     """
     named = cfg.get('runner_type', Runner)
     runner_class = RUNNERS.get(named) if isinstance(named, str) else named
     if runner_class is None:
         raise UsageError(f'The runner {named!r} that the config names as runner_type is not '
                          "registered; MMEngine's are 'Runner' and 'FlexibleRunner'.")
-    return DATA_ONLY_RUNNERS.get(runner_class, runner_class).from_cfg(cfg)
+    runner = DATA_ONLY_RUNNERS.get(runner_class, runner_class).from_cfg(cfg)
+    model = getattr(runner.model, 'module', runner.model)
+    check_class_counts(model, cfg, splits)
+    check_channels(model)
+    runner.register_hook(CheckSamplesHook())
+    runner.register_hook(CheckFormatHook())
+    return runner
 
 
 def checkpoint_sources(node: Any) -> list[str]:

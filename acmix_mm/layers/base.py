@@ -266,15 +266,24 @@ def split_heads(name: str, channels: int, num_heads: int) -> int:
     """Return the channels of a head.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``channels``, the argument called ``name``.
+        ValueError: ``num_heads`` is not positive, or does not divide ``channels``, the argument
+            called ``name``.
     """
+    check_positive('num_heads', num_heads)
     if channels % num_heads:
         raise ValueError(f'num_heads must divide {name}, got {num_heads} heads for {channels} '
                          'channels.')
     return channels // num_heads
 
 
+def check_positive(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is a positive integer."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name} must be a positive integer, got {value!r}.')
+
+
 def check_odd(name: str, size: int) -> None:
-    """Raise ValueError unless ``size`` is odd."""
+    """Raise ValueError unless ``size`` is positive and odd."""
+    check_positive(name, size)
     if size % 2 == 0:
         raise ValueError(f'{name} must be odd, got {size}.')

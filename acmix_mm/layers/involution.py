@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmix_mm.layers.base import REST, OperatorLayer
+from acmix_mm.layers.base import REST, OperatorLayer, check_positive
 from acmix_mm.layers.padded_conv import PaddedConvolution, Size, layer_or_plain
 from acmix_mm.ops import involution
 
@@ -61,6 +61,7 @@ class Involution2d(PaddedConvolution, OperatorLayer):
         if group_channels is None:
             group_channels = math.gcd(in_channels, 16)
         for name, value in (('group_channels', group_channels), ('reduction', reduction)):
+            check_positive(name, value)
             if in_channels % value:
                 raise ValueError(f'{name} must divide in_channels, got {name}={value} for '
                                  f'{in_channels} channels.')

@@ -6,7 +6,7 @@ from typing import Any, Callable, Optional, Union
 
 from torch import nn
 
-from acmix_mm.layers.base import check_odd
+from acmix_mm.layers.base import check_odd, check_positive
 
 Size = Union[int, tuple[int, int]]
 # Attribute of the convolutions that layer_or_plain leaves plain; its value is the reason.
@@ -24,8 +24,8 @@ class PaddedConvolution:
         """Check and store the arguments.
 
         Raises:
-            ValueError: ``kernel_size`` is even, a size is not square, ``groups`` is not 1, or
-                ``padding`` is neither None nor ``dilation · (kernel_size // 2)``.
+            ValueError: ``kernel_size`` is even, a size is not square or not positive, ``groups`` is
+                not 1, or ``padding`` is neither None nor ``dilation · (kernel_size // 2)``.
         """
         layer = type(self).__name__
         kernel = one_side('kernel_size', kernel_size)
@@ -33,6 +33,9 @@ class PaddedConvolution:
         if groups != 1:
             raise ValueError(f'{layer} has no groups, got groups={groups}; allowed is 1.')
         check_odd('kernel_size', kernel)
+        for name, value in (('in_channels', in_channels), ('out_channels', out_channels),
+                            ('stride', step), ('dilation', spacing)):
+            check_positive(name, value)
         keeps_size = spacing * (kernel // 2)
         if padding is not None and one_side('padding', padding) != keeps_size:
             raise ValueError(f'{layer} pads to keep the size: kernel_size={kernel} with '
@@ -61,13 +64,21 @@ def layer_or_plain(layer: Callable[..., nn.Module], in_channels: int, out_channe
         kernel_size: side of the kernel.
         args: further positional arguments of ``nn.Conv2d``.
         kwargs: further arguments of ``nn.Conv2d`` and of the layer.
+
+    Raises:
+        ValueError: an argument is invalid or unknown.
     """
     given = {**dict(zip(('stride', 'padding', 'dilation', 'groups'), args)), **kwargs}
+    options = (inspect.signature(layer).parameters.keys()
+               - inspect.signature(nn.Conv2d).parameters.keys())
+    unknown = kwargs.keys() - options - inspect.signature(nn.Conv2d).parameters.keys()
+    if unknown:
+        raise ValueError(f'There is no option {", ".join(sorted(unknown))} of a convolution or of '
+                         f'{getattr(layer, "__name__", layer)}, which takes '
+                         f'{", ".join(sorted(options))}.')
     is_grouped = given.get('groups', 1) != 1
     if not is_grouped and one_side('kernel_size', kernel_size) != 1:
         return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
-    options = (inspect.signature(layer).parameters.keys()
-               - inspect.signature(nn.Conv2d).parameters.keys())
     kwargs = {name: value for name, value in kwargs.items() if name not in options}
     plain = nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
     setattr(plain, LEFT_PLAIN, 'grouped' if is_grouped else '1×1')

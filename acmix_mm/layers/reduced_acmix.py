@@ -12,6 +12,7 @@ from acmix_mm.layers.base import (
     CONVOLUTION,
     PROJECTIONS,
     TwoPathLayer,
+    check_positive,
     scaled_linear,
     split_heads,
 )
@@ -68,6 +69,7 @@ class ReducedACmix(TwoPathLayer):
         super().__init__(mix, combine)
         self.num_heads = num_heads
         self.head_dims = split_heads('embed_dims', embed_dims, num_heads)
+        check_positive('sr_ratio', sr_ratio)
         self.sr_ratio = sr_ratio
         self.attn_drop_rate = attn_drop_rate
 

@@ -11,6 +11,7 @@ from acmix_mm.layers.base import (
     CONVOLUTION,
     PROJECTIONS,
     TwoPathLayer,
+    check_positive,
     scaled_linear,
     split_heads,
 )
@@ -67,6 +68,7 @@ class WindowACmix(TwoPathLayer):
                  mix: str = 'acmix', combine: str = 'rates',
                  shift: str = 'learned', shift_groups: Optional[int] = None) -> None:
         super().__init__(mix, combine)
+        check_positive('window_size', window_size)
         if not 0 <= shift_size < window_size:
             raise ValueError(f'shift_size must lie in [0, window_size), got {shift_size} for a '
                              f'window of {window_size}.')

@@ -1,5 +1,7 @@
 """User-facing errors; the tools print their message without a traceback."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Optional
 
 
@@ -18,3 +20,26 @@ def is_interruption(error: Optional[BaseException]) -> bool:
     """
     return error is not None and (isinstance(error, KeyboardInterrupt)
                                   or is_interruption(error.__context__))
+
+
+class DataError(UsageError):
+    """An image or a mask is missing, damaged, or does not match the config or the other files.
+
+    Of the processes of a distributed run, the one that reads the file raises it.
+    """
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader passes an error on from a worker process with the traceback in its message.
+        super().__init__(message.rpartition('.DataError: ')[2].rstrip())
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that begins like an unknown one, or is closest to it.
+
+    Returns:
+        ``' (did you mean NAME?)'``, to be added to a message; empty if no name is close.
+    """
+    known = sorted(known, key=len)
+    begins = [each for each in known if len(name) > 2 and each.startswith(name)]
+    close = begins or get_close_matches(name, known, 1)
+    return f' (did you mean {close[0]}?)' if close else ''

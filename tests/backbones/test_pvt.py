@@ -176,7 +176,7 @@ def test_half_precision_and_autocast():
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(mix='both'), 'mix must be one of acmix, attn, conv'),
     (dict(num_layers=[2, 2]), 'num_layers needs one number for each of the 4 stages'),
-    (dict(out_indices=(0, 4)), 'out_indices must lie below num_stages=4'),
+    (dict(out_indices=(0, 4)), r'out_indices must lie in \[0, 4\)'),
     (dict(init_cfg=dict(type='Normal')), 'take init_cfg=dict'),
     (dict(init_cfg=dict(type='Pretrained', checkpoint='a'), pretrained='b'), 'give one'),
 ])

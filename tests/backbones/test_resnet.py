@@ -394,8 +394,8 @@ def test_checkpoint_of_another_depth_raises(tmp_path):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(depth=20), 'depth must be one of 18, 26, 34, 38, 50, 101, 152, got 20'),
-    (dict(depth=50, num_stages=3), 'need one number for each'),
-    (dict(depth=50, out_indices=(4,)), 'out_indices must lie below num_stages=4'),
+    (dict(depth=50, num_stages=3), 'strides needs one number for each'),
+    (dict(depth=50, out_indices=(4,)), r'out_indices must lie in \[0, 4\)'),
     (dict(depth=50, style='tensorflow'), "style must be 'pytorch' or 'caffe'"),
     (dict(depth=50, multi_grid=(1, 2)), 'multi_grid needs one dilation for each of the 3 blocks'),
     (dict(depth=50, base_channels=6), 'num_heads must divide out_channels'),

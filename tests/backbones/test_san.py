@@ -166,7 +166,7 @@ def test_stage_blocks_override_depth():
 @pytest.mark.parametrize(('arguments', 'message'), [
     (dict(mix='both'), 'mix must be one of acmix, attn, conv'),
     (dict(depth=50), 'depth must be one of 10, 15, 19, got 50; for other depths set stage_blocks'),
-    (dict(stage_blocks=(1, 2)), r'stage_blocks needs one number .* 5 stages, got \(1, 2\)'),
+    (dict(stage_blocks=(1, 2)), r'stage_blocks needs one number .* 5 stages, .*, got \(1, 2\)'),
     (dict(base_channels=48), 'base_channels must be a multiple of 32, got 48'),
     (dict(out_indices=(1, 5)), r'out_indices must lie in \[0, 5\)'),
     (dict(norm_cfg=dict(type='GN', num_groups=1)), 'take a batch norm, got GroupNorm'),

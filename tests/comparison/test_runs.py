@@ -27,5 +27,5 @@ def test_duration():
 
 def test_a_failed_run_reports_its_last_output(tmp_path):
     run = Run(str(tmp_path), 'acmix', 0)
-    with pytest.raises(UsageError, match=r'acmix, seed 0, failed: error: \S+/config.py is neither'):
+    with pytest.raises(UsageError, match=r'acmix, seed 0, failed: \S+/config.py is neither'):
         train_all([run], dict(acmix=1))

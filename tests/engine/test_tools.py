@@ -244,58 +244,25 @@ def test_checkpoint_with_code_is_rejected_without_running_it(tool, shapes, run_t
     assert not (tmp_path / 'ran').exists()
 
 
-REMOTE = 'http://127.0.0.1:9/swin.pth'
-COCO = ['tools/train.py', 'configs/maskrcnn_acmix_swin_t.py']
-DATA = ['--data-root', '{shapes}']
-SCRATCH = ['--cfg-options', 'model.backbone.init_cfg=None', *FAST]
-
-
-@pytest.mark.parametrize(('arguments', 'parts'), [
-    (COCO,
-     ['data/coco/annotations/instances_train2017.json does not exist', 'data/coco/val2017/',
-      '--data-root DIR', 'make demo']),
-    (['tools/train.py', 'configs/upernet_acmix_swin_t.py', '--data-root', '{tmp}'],
-     ['{tmp}/images/training does not exist', 'annotations/validation']),
-    (['tools/train.py', 'configs/maskrcnn_acmix_swim_t.py'],
-     ['configs/maskrcnn_acmix_swim_t.py is neither a file nor the name of an installed config',
-      'similar ones are maskrcnn_acmix_swin_t,']),
-    (['tools/test.py', DETECTION, '{tmp}/none.pth', *DATA],
-     ['{tmp}/none.pth does not exist']),
-    (['tools/test.py', DETECTION, '{tmp}/torn.pth', *DATA, '--cfg-options', *FAST],
-     ['{tmp}/torn.pth cannot be read', 'damaged']),
-    (['tools/test.py', DETECTION, '{tmp}/torn.pth', *DATA, '--out', 'predictions.txt'],
-     ['--out writes detections as a pickle', 'not predictions.txt']),
-    (['tools/train.py', DETECTION, *DATA, '--resume', '{tmp}/none.pth'],
-     ['{tmp}/none.pth does not exist']),
-    ([*COCO, *DATA, '--classes', 'circle', '--cfg-options',
-      f'model.backbone.init_cfg.checkpoint={REMOTE}', *FAST],
-     [f'{REMOTE} could not be downloaded', 'init_cfg.checkpoint=FILE', 'init_cfg=None']),
-    ([*COCO, *DATA, '--classes', 'circle', *SCRATCH, f'load_from={REMOTE}'],
-     [f'{REMOTE} could not be downloaded']),
-    ([*COCO, *DATA, *SCRATCH], ['A dataset is empty', '--classes NAME']),
-    (['tools/train.py', DETECTION, *DATA, '--amp'], ['needs a GPU', 'leave out --amp']),
-    (['tools/train.py', DETECTION, *DATA, '--classes', 'circle', 'sqare', 'triangle'],
-     ['names sqare, but', 'are circle square triangle']),
-    (['tools/train.py', DETECTION, *DATA, '--classes', 'triangle', 'circle'],
-     ['Labels follow the order of', 'pass --classes circle triangle']),
-    (['tools/train.py', DETECTION, *DATA, '--auto-scale-lr', '--cfg-options',
-      'auto_scale_lr=None'], ['auto_scale_lr.base_batch_size=16']),
-    (['tools/train.py', DETECTION, *DATA, '--cfg-options', 'model.backbone.embed_dims=20'],
-     ["model cannot be built: num_heads must divide", '20']),
-    (['tools/train.py', DETECTION, *DATA, '--cfg-options', 'model.backbone.windowsize=7'],
-     ["model cannot be built: ", "unexpected keyword argument 'windowsize'"]),
-    (['tools/train.py', DETECTION, *DATA, '--launcher', 'mpi'],
-     ['--launcher mpi needs GPUs', 'tools/dist_train.sh']),
-])
-def test_messages(arguments, parts, shapes, run_tool, tmp_path):
-    """Messages name the problem and the remedy."""
-    (tmp_path / 'torn.pth').write_bytes(b'PK\x03\x04 torn')
-    places = dict(tmp=tmp_path, shapes=shapes)
-    done = run_tool(*(argument.format(**places) for argument in arguments),
-                    '--work-dir', tmp_path / 'work')
+def test_messages(shapes, run_tool, tmp_path):
+    """Of processes; the table of bad input runs the tools in the process of the tests."""
+    done = run_tool('tools/train.py', 'configs/upernet_acmix_swin_t.py', '--data-root', tmp_path)
     message = plain_message(done)
-    for part in parts:
-        assert part.format(**places) in message
+    assert f'{tmp_path}/images/training does not exist' in message
+    assert '--data-root DIR' in message
+
+
+def test_error_of_a_worker_process_names_the_file_once(shapes, run_tool, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / 'data')
+    for path in (data / 'train2017').iterdir():
+        path.write_bytes(b'')
+    done = run_tool('tools/train.py', DETECTION, '--data-root', data, '--work-dir',
+                    tmp_path / 'work', '--cfg-options', 'train_dataloader.num_workers=2')
+    message = plain_message(done)
+    assert message.startswith(f'error: {data}/train2017/')
+    assert message.endswith('.jpg is empty.\n')
+    assert len(message.splitlines()) == 1
+    assert not list((tmp_path / 'work').glob('*.pth'))
 
 
 @pytest.mark.parametrize('other', [

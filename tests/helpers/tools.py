@@ -1,7 +1,16 @@
 """Options for small runs of the tools, and what they print and log."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import subprocess
+import sys
+import traceback
+from unittest import mock
+
+from helpers import ROOT
 
 DETECTION = 'configs/shapes/maskrcnn_acmix_swin.py'
 
@@ -47,6 +56,24 @@ def plain_message(done):
     message = done.stderr[done.stderr.index('error: '):]
     assert message.count('error: ') == 1
     return message
+
+
+def call_tool(tool, *arguments):
+    """Run a tool in this process; return what a finished process would have."""
+    command = [str(ROOT / 'tools' / f'{tool}.py'), *map(str, arguments)]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            mock.patch.object(sys, 'argv', command), mock.patch.dict(os.environ, LOCAL_RANK='0'):
+        try:
+            runpy.run_path(command[0], run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            status = traceback.format_exc()
+    if isinstance(status, str):
+        err.write(f'{status}\n')
+        status = 1
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 def logged_metric(folder, key):
