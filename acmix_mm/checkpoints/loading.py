@@ -1,13 +1,12 @@
 """Loading weights into a model, with a report of what was loaded."""
 
 import re
-from collections.abc import Sequence
 
 from mmengine.logging import print_log
 from torch import nn
 
 from acmix_mm.checkpoints.recognition import Pretrained
-from acmix_mm.utils.errors import CheckpointError
+from acmix_mm.utils.errors import CheckpointError, summary
 
 
 def load_with_report(model: nn.Module, found: Pretrained, *, may_lack: str, may_drop: str,
@@ -62,15 +61,3 @@ def start_as_plain(model: nn.Module, host: str) -> None:
     print_log(f'  rate1 = 1 and rate2 = 0: the model starts as the plain {host}.' if rates else
               f'  There are no rates: the convolution path adds to the output of the plain {host}.',
               logger='current')
-
-
-def summary(keys: Sequence[str], most: int = 8) -> str:
-    """List keys in a line; keys that differ only in numbers become one item, ``a.*.b (12×)``."""
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(re.sub(r'\.\d+(?=\.)', '.*', key), []).append(key)
-    items = [f'{pattern} ({len(group)}×)' if len(group) > 1 else group[0]
-             for pattern, group in groups.items()]
-    if len(items) > most:
-        items = [*items[:most], f'and {len(items) - most} more']
-    return ', '.join(items)

@@ -19,8 +19,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 from acmix_mm.checkpoints import data_pickle
-from acmix_mm.checkpoints.loading import summary
-from acmix_mm.utils.errors import CheckpointError
+from acmix_mm.utils.errors import CheckpointError, summary
 
 # Raised for files that are missing, unreachable, damaged, or that hold more than data.
 LOAD_ERRORS = (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError)

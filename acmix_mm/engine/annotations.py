@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from acmix_mm.utils.errors import UsageError, suggestion
+from acmix_mm.utils.errors import UsageError, suggestion, summary
 
 # The entries that MMDetection reads, by list, and their types.
 ID, NUMBER = (int, str), (int, float)
@@ -153,11 +153,6 @@ def check_annotations(path: Path, classes: Sequence[str], needs_boxes: bool,
         raise UsageError(f'Annotation {without[0]} of {path} has no segmentation, but the config '
                          'trains or evaluates masks; add the masks, or use a config for boxes '
                          'alone.')
-
-
-def summary(names: Sequence[str]) -> str:
-    """The first names of a list."""
-    return ', '.join(names[:8]) + (', …' if len(names) > 8 else '')
 
 
 def check_class_names(classes: Any) -> None:

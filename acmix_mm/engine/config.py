@@ -20,7 +20,6 @@ from acmix_mm.engine.annotations import (
     check_annotations,
     check_class_names,
     read_annotations,
-    summary,
 )
 from acmix_mm.engine.construction import construction_errors_as_usage_errors
 from acmix_mm.engine.settings import (
@@ -31,7 +30,7 @@ from acmix_mm.engine.settings import (
     parameters_of,
 )
 from acmix_mm.utils.config import type_name
-from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.errors import UsageError, summary
 
 CONFIGS = Path(__file__).parents[1] / '.mim/configs/configs'
 

@@ -13,8 +13,7 @@ from torch.distributed.fsdp.fully_sharded_data_parallel import OptimStateKeyType
 from torch.optim import Optimizer
 
 from acmix_mm.backbones.base import Block
-from acmix_mm.checkpoints.loading import summary
-from acmix_mm.utils.errors import UsageError
+from acmix_mm.utils.errors import UsageError, summary
 
 
 @FUNCTIONS.register_module()

@@ -15,7 +15,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from acmix_mm.checkpoints.loading import summary
 from acmix_mm.checkpoints.reading import LOAD_ERRORS, check_finite, explain_load_error, is_path
 from acmix_mm.engine.config import (
     check_channels,
@@ -38,7 +37,7 @@ from acmix_mm.engine.settings import check_config, check_parts, warn_of_misspelt
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
 from acmix_mm.utils.config import type_name
-from acmix_mm.utils.errors import CheckpointError, UsageError
+from acmix_mm.utils.errors import CheckpointError, UsageError, summary
 
 
 class DataOnlyRunner(Runner):

@@ -1,6 +1,7 @@
 """User-facing errors; the tools print their message without a traceback."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Optional
 
@@ -43,3 +44,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     begins = [each for each in known if len(name) > 2 and each.startswith(name)]
     close = begins or get_close_matches(name, known, 1)
     return f' (did you mean {close[0]}?)' if close else ''
+
+
+def summary(names: Sequence[str], most: int = 8) -> str:
+    """List names in a line; keys that differ only in numbers become one item, ``a.*.b (12×)``."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r'\.\d+(?=\.)', '.*', name), []).append(name)
+    items = [f'{pattern} ({len(group)}×)' if len(group) > 1 else group[0]
+             for pattern, group in groups.items()]
+    if len(items) > most:
+        items = [*items[:most], f'and {len(items) - most} more']
+    return ', '.join(items)
