@@ -298,21 +298,30 @@ def check_run(cfg: Config, splits: Sequence[str]) -> None:
     check_data(cfg, splits)
 
 
-def build_runner(cfg: Config, splits: Sequence[str]) -> Union[Runner, FlexibleRunner]:
-    """Build the runner that the config names as ``runner_type``, by default ``Runner``.
+def runner_class(cfg: Config) -> type:
+    """Return the class of the runner that the config names as ``runner_type``, or of the default.
 
-    In place of MMEngine's own runners, it builds those in ``DATA_ONLY_RUNNERS``.
+    In place of MMEngine's own runners, these are those in ``DATA_ONLY_RUNNERS``.
+
+    Raises:
+        UsageError: there is no such runner.
+    """
+    named = cfg.get('runner_type', Runner)
+    found = RUNNERS.get(named) if isinstance(named, str) else named
+    if found is None:
+        raise UsageError(f'The runner {named!r} that the config names as runner_type is not '
+                         "registered; MMEngine's are 'Runner' and 'FlexibleRunner'.")
+    return DATA_ONLY_RUNNERS.get(found, found)
+
+
+def build_runner(cfg: Config, splits: Sequence[str]) -> Union[Runner, FlexibleRunner]:
+    """Build the runner of a config, and check that its model fits the data.
 
     Raises:
         UsageError: there is no such runner, the model has another number of classes than the
             datasets of ``splits``, or its neck does not fit the backbone.
     """
-    named = cfg.get('runner_type', Runner)
-    runner_class = RUNNERS.get(named) if isinstance(named, str) else named
-    if runner_class is None:
-        raise UsageError(f'The runner {named!r} that the config names as runner_type is not '
-                         "registered; MMEngine's are 'Runner' and 'FlexibleRunner'.")
-    runner = DATA_ONLY_RUNNERS.get(runner_class, runner_class).from_cfg(cfg)
+    runner = runner_class(cfg).from_cfg(cfg)
     model = getattr(runner.model, 'module', runner.model)
     check_class_counts(model, cfg, splits)
     check_channels(model)

@@ -296,6 +296,7 @@ def test_label_maps_are_required_only_where_they_are_loaded(shapes):
     """The baseline of Mask2Former for instances inherits a folder of label maps."""
     cfg = load_config('configs/mask2former_acmix_swin_t_coco.py')
     set_data_root(cfg, str(shapes))
+    set_classes(cfg, ('circle', 'square', 'triangle'))
     assert cfg.train_dataloader.dataset.data_prefix.seg
     check_data(cfg, ('train', 'val'))
     cfg.train_dataloader.dataset.pipeline[1].with_seg = True

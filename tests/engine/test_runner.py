@@ -9,7 +9,12 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import FlexibleRunner
 from torch import nn
 
-from acmix_mm.engine.runner import DataOnlyRunner, build_runner
+from acmix_mm.engine.runner import (
+    DataOnlyFlexibleRunner,
+    DataOnlyRunner,
+    build_runner,
+    runner_class,
+)
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 ACMIX = dict(type='ACmix', num_heads=2)
@@ -47,7 +52,7 @@ def flexible_config(work_dir, **changes):
 
 @pytest.fixture
 def flexible_runner(tmp_path):
-    runner = build_runner(flexible_config(tmp_path))
+    runner = build_runner(flexible_config(tmp_path), ())
     runner.strategy.prepare(runner.model)
     return runner
 
@@ -87,16 +92,17 @@ def test_flexible_runner_explains_only_errors_of_reading(flexible_runner, tmp_pa
     """A checkpoint that was read is not called damaged when something else fails."""
     path = str(tmp_path / 'weights.pth')
     torch.save(dict(state_dict=flexible_runner.model.state_dict()), path)
-    with pytest.raises(KeyError, match='optimizer'):
+    with pytest.raises(CheckpointError, match='cannot be resumed .* it lacks .*optimizer'):
         flexible_runner.resume(path)
 
 
 def test_runner_type_names_the_runner(tmp_path):
     class OwnRunner(FlexibleRunner):
-        from_cfg = dict
+        pass
 
-    assert build_runner(Config(dict(runner_type=OwnRunner))) == dict(runner_type=OwnRunner)
+    assert runner_class(Config(dict(runner_type=OwnRunner))) is OwnRunner
+    assert runner_class(Config(dict(runner_type='FlexibleRunner'))) is DataOnlyFlexibleRunner
     with pytest.raises(UsageError, match="'FlexibleRuner' that the config names"):
-        build_runner(Config(dict(runner_type='FlexibleRuner')))
+        runner_class(Config(dict(runner_type='FlexibleRuner')))
     with pytest.raises(UsageError, match='windowsize'):
-        build_runner(flexible_config(tmp_path, windowsize=7))
+        build_runner(flexible_config(tmp_path, windowsize=7), ())
