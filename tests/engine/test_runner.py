@@ -92,7 +92,7 @@ def test_flexible_runner_explains_only_errors_of_reading(flexible_runner, tmp_pa
     """A checkpoint that was read is not called damaged when something else fails."""
     path = str(tmp_path / 'weights.pth')
     torch.save(dict(state_dict=flexible_runner.model.state_dict()), path)
-    with pytest.raises(CheckpointError, match='cannot be resumed .* it lacks .*optimizer'):
+    with pytest.raises(CheckpointError, match=r'cannot be resumed .* it lacks .*optimizer'):
         flexible_runner.resume(path)
 
 
