@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, relative_error
+from helpers.stack import needs_export
 from mmengine.registry import MODELS
 
 SIZES = dict(embed_dims=16, depths=(1, 2))
@@ -112,6 +113,7 @@ def test_is_matched_for_a_comparison(cfg):
     assert model.backbone.mix == 'attn' and model.decode_head.in_channels == 2 * size.width
 
 
+@needs_export
 def test_is_exported(toy):
     from acmix_mm.deploy.onnx import export_program, smallest_side
     model = toy(**SIZES).eval()

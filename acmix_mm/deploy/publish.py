@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acmix_mm.checkpoints.reading import check_finite, is_state_dict, read_checkpoint
+from acmix_mm.checkpoints.reading import (
+    HAS_ALLOW_LIST,
+    check_finite,
+    is_state_dict,
+    read_checkpoint,
+)
 from acmix_mm.environment import versions
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import CheckpointError
@@ -85,6 +90,9 @@ def check_published(path: Path, weights: Mapping[str, Tensor]) -> None:
 @contextlib.contextmanager
 def no_allowed_classes() -> Iterator[None]:
     """Make torch.load accept only what it accepts by default, without MMEngine's classes."""
+    if not HAS_ALLOW_LIST:
+        yield
+        return
     allowed = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
