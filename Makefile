@@ -80,7 +80,7 @@ $(VENV)/.acmix-mm-stack: $(CONSTRAINTS)
 	$(INSTALL) torch torchvision setuptools wheel ninja psutil && \
 	if [ "$$before" != "$$($(TORCH_VERSION))" ]; then $(PIP) uninstall -y $(MMCV); fi
 	@echo "Installing $(MMCV); if it has to be compiled, this takes a few minutes on two cores."
-	mmcv=$(MMCV); \
+	@mmcv=$(MMCV); \
 	case $$($(TORCH_VERSION)) in 2.1[4-9].*|2.[2-9][0-9].*) \
 		mmcv=$(VENV)/mmcv-source; rm -rf $$mmcv; \
 		$(PIP) download -c $(CONSTRAINTS) --no-deps --no-binary $(MMCV) --no-build-isolation \
