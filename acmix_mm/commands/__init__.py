@@ -103,6 +103,17 @@ def reading_data_only() -> contextlib.AbstractContextManager:
     return data_only()
 
 
+def positive_int(text: str) -> int:
+    """Convert an argument to a positive integer, for argparse's ``type``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'must be a positive integer, got {text!r}')
+    return int(text)
+
+
 @contextlib.contextmanager
 def errors_as_messages() -> Iterator[None]:
     """Print a user-facing error without its traceback, and exit with status 1.

@@ -14,6 +14,7 @@ import json
 import torch
 
 from acmix_mm.benchmark import CASES, DTYPES, PASSES, Setting, compare, machine, results_table
+from acmix_mm.commands import positive_int
 from acmix_mm.utils.errors import UsageError
 from acmix_mm.utils.output_paths import file_to_write
 
@@ -24,17 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f'any of {", ".join(CASES)} (default: all)')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--dtype', choices=DTYPES, default='float32')
-    parser.add_argument('--batch', type=int, default=1, help='batch size (default: 1)')
-    parser.add_argument('--repeats', type=int, default=5, help='timed runs of each (default: 5)')
-    parser.add_argument('--threads', type=int, default=2, help='torch threads (default: 2)')
+    parser.add_argument('--batch', type=positive_int, default=1, help='batch size (default: 1)')
+    parser.add_argument('--repeats', type=positive_int, default=5,
+                        help='timed runs of each (default: 5)')
+    parser.add_argument('--threads', type=positive_int, default=2,
+                        help='torch threads (default: 2)')
     parser.add_argument('--json', metavar='FILE', help='also write the results to FILE')
 
 
 def run(args: argparse.Namespace) -> None:
     """Run this command."""
-    for name in ('batch', 'repeats', 'threads'):
-        if getattr(args, name) < 1:
-            raise UsageError(f'--{name} must be a positive integer, got {getattr(args, name)}.')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UsageError('--device cuda needs a GPU that torch can use; there is none.')
     if args.json:

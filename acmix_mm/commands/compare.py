@@ -15,11 +15,12 @@ import os
 from pathlib import Path
 
 from acmix_mm.backbones.token_mixers import MIXERS
+from acmix_mm.commands import positive_int
 from acmix_mm.comparison.plan import QUANTITIES, check_settings, make_plan
 from acmix_mm.comparison.report import write_report
 from acmix_mm.comparison.runs import all_runs, train_all
 from acmix_mm.comparison.schedule import read_budget
-from acmix_mm.engine.cli import add_config_arguments, config_from, positive_int
+from acmix_mm.engine.cli import add_config_arguments, config_from
 from acmix_mm.engine.outputs import exclusive_folder
 
 

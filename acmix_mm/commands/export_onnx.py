@@ -16,7 +16,8 @@ Examples: %(prog)s upernet_acmix_swin_t iter_160000.pth upernet.onnx
 import argparse
 
 from acmix_mm.analysis.complexity import padded_image_size
-from acmix_mm.engine.cli import CONFIG_HELP, add_cfg_options, positive_int
+from acmix_mm.commands import positive_int
+from acmix_mm.engine.cli import CONFIG_HELP, add_cfg_options
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 

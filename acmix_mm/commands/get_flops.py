@@ -8,7 +8,8 @@ import argparse
 
 from acmix_mm.analysis.complexity import complexity_report
 from acmix_mm.analysis.published import published_counts_table
-from acmix_mm.engine.cli import CONFIG_HELP, positive_int
+from acmix_mm.commands import positive_int
+from acmix_mm.engine.cli import CONFIG_HELP
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 from acmix_mm.utils.errors import UsageError

@@ -25,7 +25,8 @@ from acmix_mm.analysis.receptive_field import (
     unique_names,
 )
 from acmix_mm.backbones.token_mixers import MIXERS
-from acmix_mm.engine.cli import CONFIG_HELP, add_cfg_options, positive_int
+from acmix_mm.commands import positive_int
+from acmix_mm.engine.cli import CONFIG_HELP, add_cfg_options
 from acmix_mm.engine.config import load_config
 from acmix_mm.environment import check_mmcv
 from acmix_mm.utils.errors import UsageError

@@ -223,7 +223,7 @@ def config_of_run(cfg: Config, model: Any, iterations: Optional[int]) -> Config:
     save_often(cfg)
     if is_epoch_based(cfg):
         cfg.default_hooks.logger.log_metric_by_epoch = False
-    imports = cfg.setdefault('custom_imports', dict(imports=[])).imports
-    imports.append('acmix_mm.comparison.record')
+    cfg.setdefault('custom_imports', dict(imports=[]))
+    cfg.custom_imports.imports.append('acmix_mm.comparison.record')
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='RecordRun')]
     return cfg

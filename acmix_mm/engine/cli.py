@@ -25,17 +25,6 @@ class KeyValue(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def positive_int(text: str) -> int:
-    """Convert an argument to a positive integer, for argparse's ``type``.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not one.
-    """
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'must be a positive integer, got {text!r}')
-    return int(text)
-
-
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``, as MMDetection's tools have it."""
     parser.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE',
