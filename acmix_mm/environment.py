@@ -149,7 +149,7 @@ def features() -> dict[str, Optional[str]]:
         'export to ONNX': export_unavailable(),
         'Triton kernels': triton_unavailable(torch.float32),
         'timm models': timm_unavailable(),
-        "refuse code in checkpoints, in OpenMMLab's own tools": openmmlab_loading_unavailable(),
+        "unpickle checkpoints as data, in OpenMMLab's own tools": openmmlab_loading_unavailable(),
     }
 
 

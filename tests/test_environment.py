@@ -61,7 +61,7 @@ def test_report(monkeypatch):
     for name, version in environment.versions().items():
         assert f'{name} {version}' in lines['packages']
     assert lines['export to ONNX'].startswith('no: needs onnx, onnxscript; run pip install')
-    assert lines["refuse code in checkpoints, in OpenMMLab's own tools"].startswith('no: needs')
+    assert lines["unpickle checkpoints as data, in OpenMMLab's own tools"].startswith('no: needs')
     for name in ('train and test detectors', 'train and test segmentors', 'count FLOPs',
                  'timm models'):
         assert lines[name] == 'yes'

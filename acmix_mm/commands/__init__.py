@@ -84,8 +84,9 @@ def run_command(name: str, program: str, arguments: Sequence[str]) -> None:
         missing = error.name.partition('.')[0]
         if missing == 'acmix_mm':
             raise
-        raise UsageError(f'{name} needs {missing}, which is not installed; the extras det and seg '
-                         'of acmix-mm install what the commands need.') from error
+        raise UsageError(f'{name} needs {missing}, which is not installed. Install the extras det '
+                         'and seg of acmix-mm or, beside the onedl forks, onedl-det and '
+                         'onedl-seg.') from error
     parser = argparse.ArgumentParser(prog=program, description=command.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_arguments(parser)

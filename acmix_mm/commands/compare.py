@@ -27,7 +27,7 @@ from acmix_mm.engine.outputs import exclusive_folder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument('config', help='config of a detector or segmentor with an ACmix backbone')
-    add_config_arguments(parser)
+    add_config_arguments(parser, 'work_dirs/compare/CONFIG_NAME')
     parser.add_argument('--mixers', nargs='+', required=True, metavar='MIXER',
                         help=f'two or more of {", ".join(MIXERS)}; the first keeps its size')
     parser.add_argument('--match', choices=QUANTITIES, default='params',

@@ -14,8 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument('checkpoint', help='checkpoint file')
     add_common_arguments(parser)
-    parser.add_argument('--out', metavar='PATH', help='save the predictions: detections as a '
-                        'pickle PATH.pkl, segmentations as label maps in the folder PATH')
+    parser.add_argument('--out', metavar='PATH', help='save the predictions to PATH: detections '
+                        'as a pickle (PATH ends in .pkl or .pickle), segmentations as label maps '
+                        'in the directory PATH')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', metavar='DIR', help='save drawings of the predictions '
                         'to DIR; detections are drawn next to the ground truth')

@@ -52,10 +52,10 @@ def read_version(path: Path, time: int) -> Annotations:
         content = json.loads(text)
     except ValueError as error:
         reason = f'it is not valid JSON ({error})' if text else 'it is empty'
-        raise UsageError(f'{path} is no COCO annotation file: {reason}.') from error
+        raise UsageError(f'{path} is not a COCO annotation file: {reason}.') from error
     problem = next(problems(content), None)
     if problem:
-        raise UsageError(f'{path} is no valid COCO annotation file: {problem}.')
+        raise UsageError(f'{path} is not a valid COCO annotation file: {problem}.')
     names = {each['id']: each['name'] for each in content['categories']}
     unmasked = {names[each['category_id']]: each['id'] for each in content.get('annotations', [])
                 if not each.get('segmentation')}
@@ -81,7 +81,7 @@ def problems(content: Any) -> Iterator[str]:
                 if key not in entry:
                     yield f'{name}[{index}] has no {key!r}'
                 if not isinstance(entry[key], kind):
-                    yield f'{name}[{index}] has the {key} {entry[key]!r}'
+                    yield f'{name}[{index}][{key!r}] has the wrong type: {entry[key]!r}'
         ids = {each['id'] for each in content[name]}
         if len(ids) < len(content[name]):
             yield f'the ids of {name} are not unique'
@@ -92,10 +92,11 @@ def problems(content: Any) -> Iterator[str]:
     images = {each['id']: each for each in content['images']}
     for each in content['annotations']:
         if each['image_id'] not in images:
-            yield f'annotation {each["id"]} has the image_id {each["image_id"]!r} of no image'
+            yield (f'annotation {each["id"]} refers to image_id {each["image_id"]!r}, '
+                   'which no image has')
         if each['category_id'] not in category_ids:
-            yield (f'annotation {each["id"]} has the category_id {each["category_id"]!r} of no '
-                   'category')
+            yield (f'annotation {each["id"]} refers to category_id {each["category_id"]!r}, '
+                   'which no category has')
         if not is_box(each['bbox']):
             yield (f'annotation {each["id"]} has the bbox {each["bbox"]!r} instead of [x, y, width,'
                    ' height]')
@@ -134,7 +135,8 @@ def check_annotations(path: Path, classes: Sequence[str], needs_boxes: bool,
     """
     found = read_annotations(path)
     if needs_boxes and not found.has_boxes:
-        raise UsageError(f"{path} is no valid COCO annotation file: it has no list 'annotations'.")
+        raise UsageError(f'{path} is not a valid COCO annotation file: it has no list '
+                         "'annotations'.")
     unknown = [name for name in classes if name not in found.categories]
     unused = [name for name in found.categories if name not in classes]
     listed = ' '.join(found.categories)

@@ -32,10 +32,11 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
                         'write lists as "[1,2]" and tuples as "(1,2)", without spaces')
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser,
+                         default_work_dir: str = 'work_dirs/CONFIG_NAME') -> None:
     """Add the options that change a config: MMDetection's, and two for custom datasets."""
     parser.add_argument('--work-dir', metavar='DIR',
-                        help='directory for logs and checkpoints (default: work_dirs/CONFIG_NAME)')
+                        help=f'directory for logs and checkpoints (default: {default_work_dir})')
     parser.add_argument('--data-root', metavar='DIR',
                         help="read all data from DIR, which has the same layout as the config's "
                         'data_root')

@@ -385,8 +385,10 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         raise UsageError(
             f'The data of this config is missing: {missing[0]} does not exist.\n'
             f'  Expected: {", ".join(local)}\n'
-            '  If the data is elsewhere, pass --data-root DIR, the folder that contains these.\n'
-            '  If you have no data, `make demo` generates a small dataset and trains on it.')
+            '  If the data is elsewhere, pass --data-root DIR, the directory that contains '
+            'these.\n'
+            '  If you have no data, `python -m acmix_mm make_shapes data/shapes` generates some '
+            'for the configs shapes/….')
     check_pickled_data(cfg, splits)
     # Of the processes on one machine, one is enough.
     if os.environ.get('LOCAL_RANK', '0') == '0':
@@ -488,10 +490,10 @@ def is_class_head(name: str, module: nn.Module) -> bool:
 
 
 def check_channels(model: nn.Module) -> None:
-    """Check that what follows one of our backbones reads as many channels as that puts out.
+    """Check that the neck has as many input channels as an ACmix backbone has output channels.
 
     Raises:
-        UsageError: the neck or a head reads other numbers of channels.
+        UsageError: they differ.
     """
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, ACmixBackbone):
@@ -500,5 +502,5 @@ def check_channels(model: nn.Module) -> None:
     neck = getattr(model, 'neck', None)
     expected = getattr(neck, 'in_channels', None)
     if isinstance(expected, (list, tuple)) and list(expected) != outputs:
-        raise UsageError(f'The neck has in_channels={list(expected)}, but the backbone puts out '
-                         f'{outputs}; correct in_channels or the backbone.')
+        raise UsageError(f'The neck has in_channels={list(expected)}, but the backbone outputs '
+                         f'{outputs} channels; correct in_channels or the backbone.')

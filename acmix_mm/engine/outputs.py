@@ -58,7 +58,7 @@ def exclusive_folder(folder: str) -> Iterator[None]:
         lock = FileLock(os.path.join(folder, 'lock')).acquire(blocking=False)
     except Timeout as error:
         raise UsageError(f'Another run is writing to {folder}; wait for it to finish, or name '
-                         'another folder with --work-dir.') from error
+                         'another directory with --work-dir.') from error
     except OSError as error:
         raise UsageError(f'The directory {folder} cannot be written ({error.strerror}); name '
                          'another one with --work-dir.') from error

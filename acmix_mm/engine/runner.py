@@ -142,16 +142,16 @@ class DataOnlyFlexibleRunner(FlexibleRunner):
         """Call the hooks like :meth:`FlexibleRunner.call_hook`.
 
         MMEngine calls ``after_load_checkpoint`` when a checkpoint has been read, and before its
-        weights are loaded into the model; this checks them first.
+        weights are loaded into the model; after the hooks, this checks that they match.
 
         Raises:
             CheckpointError: the checkpoint does not match the model.
         """
+        super().call_hook(fn_name, **kwargs)
         if fn_name == 'after_load_checkpoint':
             check_weights(self.weight_shapes, kwargs['checkpoint'], self.unread,
                           self.requires_all_weights)
             self.unread = None
-        super().call_hook(fn_name, **kwargs)
 
     def save_checkpoint(self, *args: Any, meta: Optional[dict] = None, **kwargs: Any) -> None:
         """Save like :meth:`FlexibleRunner.save_checkpoint`; ``meta`` also records package versions.

@@ -51,8 +51,8 @@ PARAMWISE_KEYS = (
 ENVIRONMENT_KEYS = ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit')
 # What the tools and MMEngine read at the top level of a config, besides the runner's arguments.
 TOP_LEVEL_KEYS = (
-    'runner_type', 'model_wrapper_cfg', 'find_unused_parameters', 'custom_imports', 'vis_backends',
-    'backend_args', 'tta_model', 'tta_pipeline', 'activation_checkpointing',
+    'runner_type', 'strategy', 'model_wrapper_cfg', 'find_unused_parameters', 'custom_imports',
+    'vis_backends', 'backend_args', 'tta_model', 'tta_pipeline', 'activation_checkpointing',
     'efficient_conv_bn_eval', 'compile')
 # Further parts of a config that are dicts.
 SECTIONS = ('default_hooks', 'visualizer', 'log_processor', 'env_cfg', 'randomness')

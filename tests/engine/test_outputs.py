@@ -171,7 +171,7 @@ def test_a_second_run_is_rejected_while_the_first_lives(small_detector, tmp_path
             signal.pause()
     os.read(ready[0], 1)
     with pytest.raises(UsageError, match=f'Another run is writing to {cfg.work_dir}; wait for it '
-                       'to finish, or name another folder with --work-dir'):
+                       'to finish, or name another directory with --work-dir'):
         train(cfg)
     assert names(tmp_path / os.path.basename(cfg.work_dir)) == ['lock']
     os.kill(child, signal.SIGKILL)
