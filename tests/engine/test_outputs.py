@@ -182,8 +182,8 @@ def test_a_second_run_is_rejected_while_the_first_lives(small_detector, tmp_path
 
 
 @pytest.mark.parametrize(('option', 'value'), [
-    ('work_dir', '{file}/work'), ('test_evaluator.output_dir', '/proc/none'),
-    ('test_evaluator.out_file_path', '{file}/out.pkl'),
+    ('work_dir', '{file}/work'), ('test_evaluator.outfile_prefix', '/proc/none/x'),
+    ('test_evaluator.output_dir', '/proc/none'), ('test_evaluator.out_file_path', '{file}/out.pkl'),
     ('default_hooks.visualization.test_out_dir', '{file}'),
     ('default_hooks.checkpoint.out_dir', '{file}'), ('visualizer.save_dir', '/proc/none/x'),
 ])
@@ -192,6 +192,10 @@ def test_outputs_are_checked_before_the_work(option, value, small_detector, tmp_
     cfg = small_detector()
     check_outputs(cfg)
     assert names(tmp_path) == ['file']
+    metrics = {'test_evaluator.output_dir': 'mmseg.IoUMetric',
+               'test_evaluator.out_file_path': 'DumpDetResults'}
+    if option in metrics:
+        cfg.test_evaluator = dict(type=metrics[option])
     cfg.merge_from_dict({option: value.format(file=tmp_path / 'file')})
     with pytest.raises(UsageError, match=r'cannot be written .*; name another one'):
         check_outputs(cfg)
