@@ -4,6 +4,7 @@
 told to allow, and some files make it execute code (CVE-2025-32434).
 """
 
+import codecs
 import pickle
 import tarfile
 import zipfile
@@ -11,11 +12,17 @@ from collections import OrderedDict
 from os import PathLike
 from typing import Any, BinaryIO, ClassVar, Union
 
+import numpy as np
 from torch import Tensor
 
 # Classes and functions that a file may name, by their dotted names, besides those on torch's own
 # allow list.
 ALLOWED: dict[str, Any] = {}
+# The functions that rebuild NumPy's arrays and numbers. NumPy 2 renamed the module core to _core.
+NUMPY_FUNCTIONS: dict[str, Any] = {
+    f'numpy.{core}.multiarray.{name}': function for core in ('core', '_core')
+    for name, function in (('_reconstruct', np.empty(0).__reduce__()[0]),
+                           ('scalar', np.int64(0).__reduce__()[0]))}
 # The instructions of pickle's implementation in C cannot be overridden.
 PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
@@ -59,6 +66,19 @@ class Unpickler(PythonUnpickler):
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
+
+
+def latin1_bytes(text: str, encoding: str) -> bytes:
+    """Encode text as bytes, in place of ``codecs.encode``, which knows more than text encodings.
+
+    Pickle's protocols 0 to 2 save bytes as such text.
+
+    Raises:
+        pickle.UnpicklingError: the encoding is another one.
+    """
+    if encoding != 'latin1':
+        raise pickle.UnpicklingError(f'Unsupported encoding {encoding!r}')
+    return codecs.encode(text, 'latin1')
 
 
 def require(value: object, *types: type) -> None:

@@ -1,7 +1,6 @@
 """Reading checkpoints as data: torch unpickles tensors and plain containers, and nothing else."""
 
 import argparse
-import codecs
 import contextlib
 import os
 import pickle
@@ -112,18 +111,16 @@ def allow_mmengine_checkpoints() -> None:
     only inside :func:`weights_only`.
     """
     dtypes = [type(np.dtype(name)) for name in ('bool', 'int32', 'int64', 'float32', 'float64')]
-    functions: dict[str, Any] = {'_reconstruct': np.empty(0).__reduce__()[0],
-                                 'scalar': np.int64(0).__reduce__()[0]}
-    # NumPy 2 renamed the module core to _core.
-    named = [(function, f'numpy.{core}.multiarray.{name}')
-             for name, function in functions.items() for core in ('core', '_core')]
+    named: list[tuple[Any, str]] = [
+        (function, name) for name, function in data_pickle.NUMPY_FUNCTIONS.items()]
     named.append((history_statistic, 'builtins.getattr'))
     classes = [HistoryBuffer, np.ndarray, np.dtype, *dtypes]
     if HAS_ALLOW_LIST:
         torch.serialization.add_safe_globals([*classes, *named])
         return
     # Pickle's protocol 2 uses Python 2's name, and encodes the bytes of a NumPy number as text.
-    named += [(history_statistic, '__builtin__.getattr'), (codecs.encode, '_codecs.encode')]
+    named += [(history_statistic, '__builtin__.getattr'),
+              (data_pickle.latin1_bytes, '_codecs.encode')]
     classes.append(argparse.Namespace)
     named += [(each, f'{each.__module__}.{each.__qualname__}') for each in classes]
     data_pickle.ALLOWED.update({name: value for value, name in named})

@@ -3,7 +3,6 @@
 A config is different: it is a program by design. Only use configs that you trust.
 """
 
-import codecs
 import contextlib
 import functools
 import pickle
@@ -20,6 +19,7 @@ from mmengine.fileio.handlers import file_handlers
 from mmengine.runner import CheckpointLoader
 from mmengine.structures import InstanceData
 
+from acmix_mm.checkpoints.data_pickle import NUMPY_FUNCTIONS, latin1_bytes
 from acmix_mm.checkpoints.reading import (
     LOAD_ERRORS,
     explain_load_error,
@@ -92,13 +92,6 @@ def file_being_loaded(error: BaseException) -> Optional[str]:
     return None
 
 
-def latin1_bytes(text: str, encoding: str) -> bytes:
-    """Encode text as bytes, in place of ``codecs.encode``, which knows more than text encodings."""
-    if encoding != 'latin1':
-        raise pickle.UnpicklingError(f'Unsupported encoding {encoding!r}')
-    return codecs.encode(text, 'latin1')
-
-
 # What a pickle may name, by module and name.
 ALLOWED: dict[tuple[str, str], Any] = {
     **{(module, cls.__name__): cls for module in ('builtins', '__builtin__')
@@ -109,12 +102,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ('mmengine.structures.instance_data', 'InstanceData'): InstanceData,
     ('numpy', 'ndarray'): np.ndarray,
     ('numpy', 'dtype'): np.dtype,
-    # NumPy 2 renamed the module core to _core.
-    **{(f'numpy.{core}.{module}', name): function for core in ('core', '_core')
-       for module, name, function in (
-           ('multiarray', '_reconstruct', np.empty(1).__reduce__()[0]),
-           ('multiarray', 'scalar', np.int64(0).__reduce__()[0]),
-           ('numeric', '_frombuffer', np.empty(1).__reduce_ex__(5)[0]))},
+    **{tuple(name.rsplit('.', 1)): function for name, function in NUMPY_FUNCTIONS.items()},
+    # In protocol 5.
+    **{(f'numpy.{core}.numeric', '_frombuffer'): np.empty(1).__reduce_ex__(5)[0]
+       for core in ('core', '_core')},
 }
 
 
