@@ -314,8 +314,7 @@ def is_coco(dataset: ConfigDict) -> bool:
 
     Of MMDetection's subclasses, some read other formats.
     """
-    kind = dataset.type
-    return getattr(kind, '__name__', kind) in ('CocoDataset', 'mmdet.CocoDataset')
+    return type_name(dataset.type) == 'CocoDataset'
 
 
 def classes_of(dataset: ConfigDict, scope: Optional[str]) -> Optional[Sequence[str]]:
@@ -369,7 +368,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
         root = dataset.get('data_root') or ''
         prefixes = dict(dataset.get('data_prefix') or {})
         # MMDetection's Mask2Former for instances inherits the label maps of the panoptic one.
-        if dataset.type == 'CocoDataset' and not any(
+        if is_coco(dataset) and not any(
                 transform.get('with_seg') for transform in dataset.get('pipeline', [])):
             prefixes.pop('seg', None)
         for path in (dataset.get('ann_file'), *prefixes.values()):

@@ -120,7 +120,7 @@ def check_config(cfg: Config) -> None:
 
 
 def check_wrapper(wrapper: Mapping[str, Any]) -> None:
-    """Check the settings of an optimiser wrapper that MMEngine reads only in training, or ignores.
+    """Check the settings of an optimizer wrapper that MMEngine reads only in training, or ignores.
 
     Raises:
         UsageError: one is unknown.
