@@ -84,6 +84,18 @@ SINGLE_IMAGE = {
 }
 
 
+def with_fewer_boxes(cfg):
+    """Make a two-stage detector propose, sample and return few boxes, to save time."""
+    if 'roi_head' not in cfg.model:
+        return
+    train_cfg, test_cfg = cfg.model.train_cfg, cfg.model.test_cfg
+    train_cfg.rpn_proposal.update(nms_pre=100, max_per_img=50)
+    for stage in train_cfg.rcnn if isinstance(train_cfg.rcnn, list) else [train_cfg.rcnn]:
+        stage.sampler.num = 16
+    test_cfg.rpn.update(nms_pre=100, max_per_img=50)
+    test_cfg.rcnn.max_per_img = 4
+
+
 def read_baseline(name, tmp_path):
     path = tmp_path / 'baseline.py'
     path.write_text(f'_base_ = {name!r}\n')
@@ -140,6 +152,7 @@ def test_trains_a_step_and_predicts(path):
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.init_cfg = None
     cfg.model.backbone.update(ALL_BRANCHES_ACTIVE[cfg.model.backbone.type])
+    with_fewer_boxes(cfg)
     if 'size' in cfg.model.data_preprocessor:
         cfg.model.data_preprocessor.size = (96, 96)
     # The demo may have left annotations in data/, against which the classes would be checked.
@@ -305,7 +318,7 @@ def test_label_maps_are_required_only_where_they_are_loaded(shapes):
 
 
 def test_acmix_r50_trains_at_detection_size():
-    """Train on the config's batch, two images of 800×1344, in a separate process."""
+    """Train on an image of 800×1344, in a separate process."""
     done = subprocess.run([sys.executable, '-c', '''
 import re
 import torch
@@ -317,16 +330,14 @@ from acmix_mm.engine.config import load_config
 
 cfg = load_config('configs/maskrcnn_acmix_r50.py')
 init_default_scope('mmdet')
-cfg.model.backbone.init_cfg = None
+cfg.model.backbone.update(init_cfg=None, zero_init_residual=False)
 model = revert_sync_batchnorm(MODELS.build(cfg.model))
 model.init_weights()
 model.train()
 before = model.backbone.layer1[0].conv2.fc.weight.clone()
 optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
 image, sample = image_sample(cfg, 800, 1344)
-for _ in range(2):
-    loss = model.train_step(dict(inputs=[image, image.flip(2)],
-                                 data_samples=[sample, sample.clone()]), optimizer)['loss']
+loss = model.train_step(dict(inputs=[image], data_samples=[sample]), optimizer)['loss']
 moved = not torch.equal(before, model.backbone.layer1[0].conv2.fc.weight)
 with open('/proc/self/status') as status:
     peak = int(re.search(r'VmHWM:\\s+(\\d+) kB', status.read()).group(1)) / 2**20
@@ -336,4 +347,4 @@ print('measured', loss.isfinite().item(), moved, peak)
     assert done.returncode == 0, done.stderr
     finite, moved, peak = done.stdout.splitlines()[-1].split()[1:]
     assert (finite, moved) == ('True', 'True')
-    assert 2 < float(peak) < 12
+    assert 2 < float(peak) < 7
