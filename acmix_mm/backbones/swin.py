@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import FFN, PatchEmbed, PatchMerging, build_dropout
 from mmengine.model import ModuleList
@@ -43,6 +44,7 @@ from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.checkpoints.swin import SwinCheckpoints
 from acmix_mm.layers import WindowACmix
+from acmix_mm.ops.symbolic import statically_known_true
 
 
 class ShiftWindowACmix(nn.Module):
@@ -119,6 +121,34 @@ class ACmixSwinBlock(Block):
     def compute(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         x = x + self.attn(self.norm1(x), hw_shape)
         return self.ffn(self.norm2(x), identity=x)
+
+
+class SwinPatchMerging(PatchMerging):
+    """mmcv's patch merging by slices of the map, where patches do not overlap.
+
+    mmcv unfolds the map, which takes two more copies. Parameters and results are the same.
+    """
+
+    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        sides = self.sampler.kernel_size
+        if self.sampler.stride != sides or not isinstance(self.norm, (nn.LayerNorm, type(None))):
+            return super().forward(x, input_size)
+        size = tuple((extent + side - 1) // side for extent, side in zip(input_size, sides))
+        bottom, right = (count * side - extent
+                         for count, side, extent in zip(size, sides, input_size))
+        x = x.unflatten(1, input_size)
+        if not (statically_known_true(bottom == 0) and statically_known_true(right == 0)):
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = x.unflatten(2, (size[1], sides[1])).unflatten(1, (size[0], sides[0]))
+        x = x.transpose(2, 3).flatten(3).flatten(1, 2)
+        if self.norm is not None:
+            x = F.layer_norm(x, self.norm.normalized_shape, self.channels_last(self.norm.weight),
+                             self.channels_last(self.norm.bias), self.norm.eps)
+        return F.linear(x, self.channels_last(self.reduction.weight), self.reduction.bias), size
+
+    def channels_last(self, weight: Tensor) -> Tensor:
+        """Reorder a weight's last axis from (channel, position in the patch) to the opposite."""
+        return weight.unflatten(-1, (self.in_channels, -1)).transpose(-1, -2).flatten(-2)
 
 
 class ACmixSwinStage(nn.Module):
@@ -208,7 +238,7 @@ class ACmixSwinTransformer(ACmixBackbone):
     timm_cfg: ClassVar = dict(
         first_conv='patch_embed.projection', crop_pct=0.9, interpolation='bicubic')
     position_tables = ('relative_position_bias_table', 'absolute_pos_embed')
-    fx_leaves = (PatchEmbed, PatchMerging)
+    fx_leaves = (PatchEmbed, SwinPatchMerging)
 
     def __init__(self,
                  pretrain_img_size: Union[int, Sequence[int]] = 224,
@@ -280,7 +310,7 @@ class ACmixSwinTransformer(ACmixBackbone):
             reduction *= strides[stage]
             self.stages.append(ACmixSwinStage(
                 drop_path_rates=drop_path_rates,
-                downsample=None if is_last else PatchMerging(
+                downsample=None if is_last else SwinPatchMerging(
                     in_channels=channels,
                     out_channels=2 * channels,
                     stride=strides[stage + 1],

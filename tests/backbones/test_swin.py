@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import relative_error
 from helpers.weights import randomised
+from mmcv.cnn.bricks.transformer import PatchMerging
 from mmengine.model import kaiming_init
 from mmengine.registry import MODELS, init_default_scope
 
-from acmix_mm.backbones.swin import ACmixSwinBlock, ACmixSwinTransformer
+from acmix_mm.backbones.swin import ACmixSwinBlock, ACmixSwinTransformer, SwinPatchMerging
 from acmix_mm.engine.config import load_config
 from acmix_mm.layers import WindowACmix
 
@@ -101,6 +102,24 @@ def test_attention_equals_plain_swin(plain_swin, size):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
         compared += 1
     assert compared >= 2
+
+
+@pytest.mark.parametrize(('size', 'arguments'), [
+    ((4, 6), dict()), ((5, 3), dict()), ((1, 1), dict()), ((3, 2), dict(norm_cfg=None)),
+    ((7, 8), dict(stride=3)), ((6, 6), dict(stride=1))])
+def test_patch_merging_equals_unfolding(size, arguments):
+    ours = randomised(SwinPatchMerging(4, 8, **arguments))
+    theirs = PatchMerging(4, 8, **arguments)
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for merging in (ours, theirs):
+        x = torch.randn(2, size[0] * size[1], 4, generator=torch.Generator().manual_seed(0))
+        out, out_size = merging(x.requires_grad_(), size)
+        grads = torch.autograd.grad(out.square().sum(), [x, *merging.parameters()])
+        results.append((out_size, [out, *grads]))
+    assert results[0][0] == results[1][0]
+    for actual, expected in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_gradients_of_attention_equal_plain_swin():
