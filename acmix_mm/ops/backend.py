@@ -183,9 +183,9 @@ def runs_triton(tensor: Tensor) -> bool:
         return False
     if interprets_triton():
         return tensor.dtype in INTERPRETER_DTYPES
-    if tensor.dtype not in TRITON_DTYPES:
-        return False
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    # torch.version.hip: AMD's GPUs are CUDA devices to torch, and have capabilities, too.
+    return (tensor.is_cuda and torch.version.hip is None and tensor.dtype in TRITON_DTYPES and
+            torch.cuda.get_device_capability(tensor.device) >= (8, 0))
 
 
 def has_triton() -> bool:
@@ -208,6 +208,8 @@ def triton_unavailable(dtype: torch.dtype) -> Optional[str]:
     if interprets_triton():
         return None if dtype in INTERPRETER_DTYPES else (
             f"takes float32 or float16 in Triton's interpreter; got {dtype}")
+    if torch.version.hip is not None:
+        return f'needs an NVIDIA GPU; torch is built for ROCm {torch.version.hip}'
     capabilities = [torch.cuda.get_device_capability(index)
                     for index in range(torch.cuda.device_count())]
     if max(capabilities, default=(0, 0)) >= (8, 0):
@@ -224,3 +226,13 @@ def require_triton(operator: str, tensor: Tensor) -> None:
             'compute capability 8.0 or higher, with triton 3 or newer installed, and float32 or '
             f"float16 in Triton's interpreter; got {tensor.dtype} on {tensor.device}. Leave out "
             'backend to have one chosen.')
+
+
+def matmul_precision() -> str:
+    """The ``input_precision`` of ``tl.dot`` that follows torch's setting for float32 matrices."""
+    matmul = torch.backends.cuda.matmul
+    # Torch has fp32_precision since 2.9; once it is set, reading allow_tf32 raises.
+    precision = getattr(matmul, 'fp32_precision', None)
+    allows_tf32 = matmul.allow_tf32 if precision is None else precision == 'tf32'
+    # tf32x3 is as precise as float32.
+    return 'tf32' if allows_tf32 else 'tf32x3'

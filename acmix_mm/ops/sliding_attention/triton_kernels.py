@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from acmix_mm.ops.backend import matmul_precision
 from acmix_mm.ops.reflection import add_reflected_border
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -34,7 +35,7 @@ def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_
     Args:
         qkv: (batch, height, width, 3, num_heads, head_dims), float16, bfloat16 or float32, any
             strides; fastest if the channels of a head are adjacent in memory.
-        positions: subtracted from the keys, (height, width, head_dims).
+        positions: subtracted from the keys, (height, width, head_dims), float32.
         out: output, (batch, out height, out width, num_heads, head_dims), contiguous.
         log_sum: output, the base-2 logarithm of the sum of each softmax, (batch, out height,
             out width, num_heads), float32, contiguous.
@@ -119,13 +120,12 @@ class Tiling:
         """The constants and options of a kernel that reads surroundings of side ``across``."""
         columns = triton.next_power_of_2(across)
         rows = max(self.chunk // columns, 1)
-        # tf32x3 is as precise as float32.
-        precision = 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
         return dict(
             HEAD_DIMS=self.head_dims, BLOCK_DIMS=max(triton.next_power_of_2(self.head_dims), 16),
             KERNEL_SIZE=self.kernel_size, STRIDE=self.stride, DILATION=self.dilation,
             TILE_SIDE=self.tile, ROWS=rows, COLUMNS=columns, CHUNKS=-(-across // rows),
-            PRECISION=precision, num_warps=4, num_stages=2 if self.dtype.itemsize == 2 else 1)
+            PRECISION=matmul_precision(), num_warps=4,
+            num_stages=2 if self.dtype.itemsize == 2 else 1)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, d
     """Load keys and subtract their position encoding in float32: (positions, BLOCK_DIMS)."""
     keys = load_rows(k, key_y * stride_y + key_x * stride_x, map_dims, mask).to(tl.float32)
     encoding = load_rows(positions, (key_y * width + key_x) * HEAD_DIMS, dims, mask)
-    return (keys - encoding.to(tl.float32)).to(k.dtype.element_ty)
+    return (keys - encoding).to(k.dtype.element_ty)
 
 
 @triton.jit
