@@ -43,12 +43,12 @@ class _TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        qkv, positions = ctx.saved_tensors[:2]
         if creates_graph():
-            qkv, positions = ctx.saved_tensors[:2]
             return differentiable_gradients(inspect.unwrap(attend_tiled), grad_out, qkv, positions,
                                             *ctx.geometry)
         grad_qkv = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
-        return grad_qkv, positions_gradient(grad_qkv), *[None] * len(ctx.geometry)
+        return grad_qkv, positions_gradient(grad_qkv, positions.dtype), *[None] * len(ctx.geometry)
 
 
 def _empty_output(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
