@@ -36,6 +36,11 @@ def compare_on_device(run, tensors, dtype):
         (1, 8, 5, 11, 3, 1, 2),
         (1, 72, 6, 5, 3, 1, 1),
         (1, 128, 3, 4, 3, 1, 2),
+        # The smallest map that strips cover, several programs, channels padded, kernels of 5 and 3.
+        (1, 16, 4, 4, 7, 1, 1),
+        (2, 8, 10, 18, 7, 1, 1),
+        (1, 24, 9, 7, 5, 1, 1),
+        (1, 16, 2, 9, 3, 1, 1),
     ])
 def test_sliding_attention(dtype, heads, head_dims, height, width, kernel_size, stride, dilation):
     for heads_last in (True, False):

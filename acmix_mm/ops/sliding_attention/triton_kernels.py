@@ -1,6 +1,7 @@
 """Triton kernels of sliding-window attention, forward and backward.
 
-A program computes a tile of queries of one head. It reads the keys around the tile in chunks of a
+These take any stride, dilation and size; strip_kernels.py is faster where it applies. A program
+computes a tile of queries of one head. It reads the keys around the tile in chunks of a
 few rows, with a streamed softmax (arXiv 2205.14135); pairs that are not neighbours are masked.
 Beyond the inputs, the output and the gradients, no tensor has the size of the maps.
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from acmix_mm.ops.backend import matmul_precision
 from acmix_mm.ops.reflection import add_reflected_border
+from acmix_mm.ops.sliding_attention import strip_kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # (largest size of a query in bytes, side of a tile of queries, keys per chunk) that fit a GPU with
@@ -45,6 +47,9 @@ def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_
         scale: factor of the logits.
     """
     q, k, v = qkv.unbind(3)
+    if strip_kernels.covers(q, kernel_size, stride, dilation):
+        strip_kernels.attend(qkv, positions, out, log_sum, kernel_size, scale)
+        return
     tiling = Tiling(q, kernel_size, stride, dilation)
     tiles = tiling.tiles(*out.shape[1:3])
     attend_kernel[tiling.programs(tiles)](
@@ -60,6 +65,10 @@ def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tenso
     With a stride, the queries without an output are left as they are.
     """
     q, k, v = qkv.unbind(3)
+    if strip_kernels.covers(q, kernel_size, stride, dilation):
+        strip_kernels.attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, kernel_size,
+                                      scale)
+        return
     grad_q, grad_k, grad_v = grad_qkv.unbind(3)
     positions, grad_out = positions.contiguous(), grad_out.contiguous()
     batch, height, width, num_heads, head_dims = q.shape
