@@ -19,6 +19,8 @@ COLUMNS_OF_STRIP = tl.constexpr(8)
 # Beyond these, the keys of a strip exceed the registers of a warp.
 MAX_KERNEL_SIZE = 7
 MAX_ROW_BYTES = 64
+# Training on images of several sizes would compile the kernels again for some of them.
+SIZES = ('height', 'width')
 
 
 def covers(q: Tensor, kernel_size: int, stride: int, dilation: int) -> bool:
@@ -136,7 +138,7 @@ def load(maps, place, dims, mask):
     return tl.load(maps + place[:, :, None] + dims[None, None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q, keys, v, out, log_sum, stride_x, key_stride_x, height, width, num_heads,
                   scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
                   KERNEL_SIZE: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
@@ -173,7 +175,7 @@ def attend_kernel(q, keys, v, out, log_sum, stride_x, key_stride_x, height, widt
              mask=own_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_queries_kernel(q, keys, v, out, grad_out, log_sum, mean, grad_q, stride_x, height, width,
                         num_heads, scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
                         KERNEL_SIZE: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
@@ -220,7 +222,7 @@ def times_seen(query, key, extent, REACH: tl.constexpr):
     return times + tl.where((key < extent - 1) & (2 * (extent - 1) - query - key <= REACH), 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_keys_kernel(q, keys, v, grad_out, log_sum, mean, grad_k, grad_v, stride_x, height, width,
                      num_heads, scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
                      KERNEL_SIZE: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,

@@ -23,6 +23,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # (largest size of a query in bytes, side of a tile of queries, keys per chunk) that fit a GPU with
 # 99 KiB of shared memory, found by compiling.
 TILINGS = ((64, 8, 64), (256, 8, 32), (512, 4, 32))
+# Training on images of several sizes would compile the kernels again for some of them.
+SIZES = ('height', 'width', 'out_height', 'out_width', 'tiles_down', 'tiles_across')
 
 
 def fits(head_dims: int, dtype: torch.dtype) -> bool:
@@ -238,7 +240,7 @@ def load_chunk(chunk, queries, own_y, own_x, k, v, positions, phase_y, phase_x, 
     return keys, values, tl.where(near, logits, -float('inf'))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x, stride_n,
                   stride_d, height, width, out_height, out_width, num_heads, tiles_down,
                   tiles_across, scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
@@ -273,7 +275,7 @@ def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x
              (mean / total[:, None]).to(out.dtype.element_ty), mask=own_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q, stride_b,
                         stride_y, stride_x, stride_n, stride_d, height, width, out_height,
                         out_width, num_heads, tiles_down, tiles_across, scale,
@@ -309,7 +311,7 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
              (grad * scale).to(grad_q.dtype.element_ty), mask=own_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v, stride_b,
                      stride_y, stride_x, stride_n, stride_d, height, width, out_height, out_width,
                      num_heads, tiles_down, tiles_across, scale, HEAD_DIMS: tl.constexpr,
