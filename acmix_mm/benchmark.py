@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Optional
 
 import torch
@@ -45,11 +45,13 @@ class Implementation(NamedTuple):
 class Case(NamedTuple):
     """Implementations by name, the baseline first, and the shapes of their inputs.
 
-    A length of None stands for the batch size.
+    A length of None stands for the batch size. With ``autocast``, weights and inputs are float32,
+    and half precision is that of ``torch.autocast``, as in training.
     """
 
     implementations: dict[str, Implementation]
     shapes: Sequence[Sequence[Optional[int]]]
+    autocast: bool = False
 
 
 class Setting(NamedTuple):
@@ -62,20 +64,32 @@ class Setting(NamedTuple):
     def inputs(self, case: Case, requires_grad: bool) -> list[Tensor]:
         """Draw the inputs of a case."""
         return [torch.randn([self.batch if length is None else length for length in shape],
-                            device=self.device, dtype=DTYPES[self.dtype],
+                            device=self.device, dtype=self.storage(case),
                             requires_grad=requires_grad) for shape in case.shapes]
 
-    def build(self, implementation: Implementation) -> Callable:
-        """Build an implementation for this device and dtype."""
+    def build(self, case: Case, name: str) -> Callable:
+        """Build an implementation of a case for this device and dtype."""
+        implementation = case.implementations[name]
         built = implementation.build()
         if isinstance(built, nn.Module):
-            built.to(self.device, DTYPES[self.dtype])
+            built.to(self.device, self.storage(case))
 
         def run(*inputs: Tensor) -> object:
-            name = implementation.backend
-            with nullcontext() if name is None else use_backend(name):
+            backend = implementation.backend
+            selected = nullcontext() if backend is None else use_backend(backend)
+            with selected, self.autocast(case):
                 return built(*inputs)
         return run
+
+    def storage(self, case: Case) -> torch.dtype:
+        """The dtype of weights and inputs."""
+        return torch.float32 if case.autocast else DTYPES[self.dtype]
+
+    def autocast(self, case: Case) -> AbstractContextManager:
+        """The context that a case runs in."""
+        if not case.autocast or self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device, DTYPES[self.dtype])
 
 
 class Result(NamedTuple):
@@ -164,8 +178,11 @@ def window_case(*shape: Optional[int]) -> Case:
 
 
 def swin_case(build: Callable, *shape: Optional[int]) -> Case:
+    """A network in ACmix's Swin and in MMDetection's, which runs in half precision only under
+    autocast: it adds a float32 mask to the logits of shifted windows.
+    """
     return Case({'plain Swin': Implementation(functools.partial(build, False)),
-                 'ACmix-Swin': Implementation(functools.partial(build, True))}, [shape])
+                 'ACmix-Swin': Implementation(functools.partial(build, True))}, [shape], True)
 
 
 # The first seven need torch alone, the blocks and backbones MMDetection, the detector also mmcv's
@@ -212,8 +229,8 @@ def compare(name: str, passes: str, setting: Setting, repeats: int) -> list[Resu
     """Time the implementations of a case in interleaved runs, and measure their memory."""
     case = CASES[name]
     inputs = setting.inputs(case, requires_grad=passes != 'forward')
-    runs = {each: functools.partial(step, setting.build(implementation), inputs, passes)
-            for each, implementation in case.implementations.items()}
+    runs = {each: functools.partial(step, setting.build(case, each), inputs, passes)
+            for each in case.implementations}
     output_bytes = {each: sum(out.nbytes for out in run()) for each, run in runs.items()}
     seconds: dict[str, list[float]] = {each: [] for each in runs}
     for _ in range(repeats):
@@ -253,7 +270,7 @@ def peak_memory(name: str, passes: str, implementation: str, setting: Setting) -
 def report_peak_memory(name: str, passes: str, implementation: str, setting: Setting) -> None:
     """Print by how many MiB a pass raises the memory of this process, or of the GPU."""
     case = CASES[name]
-    run = setting.build(case.implementations[implementation])
+    run = setting.build(case, implementation)
     inputs = setting.inputs(case, requires_grad=passes != 'forward')
     # The first call also loads code, which stays.
     step(run, inputs, passes)

@@ -1,5 +1,6 @@
 """The benchmark tool, its cases and its bandwidth."""
 
+import functools
 import json
 
 import pytest
@@ -12,11 +13,13 @@ from acmix_mm.benchmark import (
     DTYPES,
     PASSES,
     Case,
+    FirstBlocks,
     Result,
     Setting,
     results_table,
     seconds_of,
     step,
+    swin_case,
 )
 
 
@@ -63,13 +66,25 @@ def test_implementations_compute_the_same(name, dtype):
     setting = Setting(dtype=dtype, batch=2)
     inputs = setting.inputs(small, requires_grad=True)
     outs = []
-    for implementation in small.implementations.values():
+    for implementation in small.implementations:
         torch.manual_seed(1)
-        outs += step(setting.build(implementation), inputs, PASSES[1])
+        outs += step(setting.build(small, implementation), inputs, PASSES[1])
     assert outs[0].shape == outs[1].shape
     if name != 'window-acmix':
         error = (outs[0] - outs[1]).double().abs().max() / outs[0].double().abs().max()
         assert error < {'float32': 1e-5, 'bfloat16': 5e-2, 'float16': 1e-2}[dtype]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_swin_blocks_run_in_every_dtype(dtype):
+    """In plain half precision, MMDetection's shifted block raises an error."""
+    case = swin_case(functools.partial(FirstBlocks, height=8, width=9), None, 72, 96)
+    setting = Setting(dtype=dtype)
+    inputs = setting.inputs(case, requires_grad=True)
+    for implementation in case.implementations:
+        out, = step(setting.build(case, implementation), inputs, PASSES[1])
+        assert out.isfinite().all()
+    assert inputs[0].grad.isfinite().all()
 
 
 def test_bandwidth_counts_reads_and_writes(monkeypatch):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers.base import (
@@ -127,9 +126,17 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         return out.contiguous() if x.is_contiguous() else out
 
     def position_encoding(self, size: Sequence[int], like: Tensor) -> Tensor:
-        """The encoding of each position of a map, (height, width, head_dims)."""
-        grid = coordinates(size[0], size[1], like.dtype, like.device)
-        return F.linear(grid, self.conv_p.weight.flatten(1), self.conv_p.bias)
+        """The encoding of each position of a map, (height, width, head_dims), at least float32.
+
+        In bfloat16, neighbours on a map of width 336 would be 0.65 to 1.31 steps apart.
+        """
+        precise = torch.promote_types(like.dtype, torch.float32)
+        grid = coordinates(size[0], size[1], precise, like.device)
+        # As a matrix product, autocast or TF32 would round the coordinates.
+        assert self.conv_p.bias is not None
+        by_x, by_y = self.conv_p.weight.flatten(1).to(precise).unbind(1)
+        columns = torch.addcmul(self.conv_p.bias.to(precise), grid[0, :, :1], by_x)
+        return torch.addcmul(columns, grid[:, :1, 1:], by_y)
 
     def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
         """Each output position attends to attn_kernel_size² others."""
@@ -162,7 +169,7 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
                                     dilation=self.dilation[0])
                          for centre, extent in ((row, height), (column, width)))
         relative = positions[:, row, column][:, None, None] - gather(positions, rows, columns)
-        keys = gather(k, rows, columns) + relative
+        keys = gather(k, rows, columns) + relative.to(k.dtype)
         logits = q.shape[1]**-0.5 * torch.einsum('nd,ndrc->nrc', q, keys)
         weights = scatter(softmax(logits), rows, columns, (height, width))
         return PointAttention(weights, 1, self.attn_kernel_size**2, True)

@@ -14,11 +14,12 @@ Each choice is logged once per operator, backend and device type, at debug level
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from torch import Tensor
 _torch_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 _is_dynamo_compiling = getattr(torch.compiler, 'is_dynamo_compiling', lambda: True)
 _is_compiling = getattr(torch.compiler, 'is_compiling', lambda: True)
+
+Result = TypeVar('Result')
 
 ENVIRONMENT_VARIABLE = 'ACMIX_BACKEND'
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +54,7 @@ class Backend(NamedTuple):
 
 
 _operators: dict[str, dict[str, Backend]] = {}
+_failed_kernels: set[str] = set()
 # The names given to use_backend, innermost first, then that of the environment variable.
 _preferred: tuple[str, ...] = ()
 
@@ -183,9 +187,9 @@ def runs_triton(tensor: Tensor) -> bool:
         return False
     if interprets_triton():
         return tensor.dtype in INTERPRETER_DTYPES
-    if tensor.dtype not in TRITON_DTYPES:
-        return False
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    # torch.version.hip: AMD's GPUs are CUDA devices to torch, and have capabilities, too.
+    return (tensor.is_cuda and torch.version.hip is None and tensor.dtype in TRITON_DTYPES and
+            torch.cuda.get_device_capability(tensor.device) >= (8, 0))
 
 
 def has_triton() -> bool:
@@ -208,6 +212,8 @@ def triton_unavailable(dtype: torch.dtype) -> Optional[str]:
     if interprets_triton():
         return None if dtype in INTERPRETER_DTYPES else (
             f"takes float32 or float16 in Triton's interpreter; got {dtype}")
+    if torch.version.hip is not None:
+        return f'needs an NVIDIA GPU; torch is built for ROCm {torch.version.hip}'
     capabilities = [torch.cuda.get_device_capability(index)
                     for index in range(torch.cuda.device_count())]
     if max(capabilities, default=(0, 0)) >= (8, 0):
@@ -224,3 +230,36 @@ def require_triton(operator: str, tensor: Tensor) -> None:
             'compute capability 8.0 or higher, with triton 3 or newer installed, and float32 or '
             f"float16 in Triton's interpreter; got {tensor.dtype} on {tensor.device}. Leave out "
             'backend to have one chosen.')
+
+
+def run_kernels(operator: str, kernels: Callable[[], Result],
+                torch_backend: Callable[[], Result]) -> Result:
+    """Run Triton kernels or, once they have failed to compile or launch, a torch backend.
+
+    The first failure of an operator is a warning. Being out of memory is none.
+
+    Args:
+        operator: name of the public function.
+        kernels: runs the kernels; returns new tensors.
+        torch_backend: computes the same, apart from what only the kernels' backward pass reads.
+    """
+    if operator not in _failed_kernels:
+        try:
+            return kernels()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _failed_kernels.add(operator)
+            warnings.warn(f'The Triton kernels of {operator} failed; it runs in torch from now on. '
+                          f'{type(error).__name__}: {error}', RuntimeWarning, stacklevel=2)
+    return torch_backend()
+
+
+def matmul_precision() -> str:
+    """The ``input_precision`` of ``tl.dot`` that follows torch's setting for float32 matrices."""
+    matmul = torch.backends.cuda.matmul
+    # Torch has fp32_precision since 2.9; once it is set, reading allow_tf32 raises.
+    precision = getattr(matmul, 'fp32_precision', None)
+    allows_tf32 = matmul.allow_tf32 if precision is None else precision == 'tf32'
+    # tf32x3 is as precise as float32.
+    return 'tf32' if allows_tf32 else 'tf32x3'

@@ -116,6 +116,21 @@ def test_autocast():
     assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
 
 
+def test_positions_are_evenly_spaced_in_half_precision():
+    """On a wide map, bfloat16 would round neighbours to steps of 0.65 to 1.31 times the true one.
+    """
+    layer = ACmixConv2d(8, 16)
+    expected = layer.position_encoding((2, 336), torch.empty(0))
+    with torch.autocast('cpu', torch.bfloat16):
+        mixed = layer.position_encoding((2, 336), torch.empty(0, dtype=torch.bfloat16))
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=0)
+    half = layer.bfloat16().position_encoding((2, 336), torch.empty(0, dtype=torch.bfloat16))
+    assert half.dtype == torch.float32
+    steps = half.diff(dim=1)
+    torch.testing.assert_close(steps, steps.mean(1, keepdim=True).expand_as(steps), rtol=1e-3,
+                               atol=0)
+
+
 @pytest.mark.parametrize('mix', ['acmix', 'attn', 'conv'])
 @pytest.mark.parametrize('stride', [1, 2])
 def test_preserves_the_memory_format(stride, mix):

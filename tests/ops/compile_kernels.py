@@ -6,6 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from acmix_mm.ops.shift_conv import triton_kernels as grouped_conv
+from acmix_mm.ops.sliding_attention import strip_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding_attention
 
 
@@ -20,6 +21,11 @@ def compile_all():
                 compile_kernel(kernel, dtype, tiling.constants(tiling.keys_across), capability)
             compile_kernel(sliding_attention.grad_keys_kernel, dtype,
                            tiling.constants(tiling.queries_across), capability)
+        for dtype, head_dims in ((torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 16)):
+            queries = torch.empty(1, 8, 8, 1, head_dims, dtype=dtype, device='meta')
+            for kernel in (strip_kernels.attend_kernel, strip_kernels.grad_queries_kernel,
+                           strip_kernels.grad_keys_kernel):
+                compile_kernel(kernel, dtype, strip_kernels.constants(queries, 7), capability)
         for dtype in (torch.bfloat16, torch.float32):
             conv = dict(IN_CHANNELS=12, KERNEL_SIZE=3, STRIDE=1, DILATION=1,
                         **grouped_conv.tiling(16, 4))
@@ -34,10 +40,10 @@ def compile_kernel(kernel, dtype, constants, capability):
     name = {torch.bfloat16: 'bf16', torch.float32: 'fp32'}[dtype]
     constants = dict(constants)
     options = {key: constants.pop(key) for key in ('num_warps', 'num_stages') if key in constants}
-    pointers = dict.fromkeys(('q', 'k', 'v', 'positions', 'out', 'grad_out', 'grad_q', 'grad_k',
+    pointers = dict.fromkeys(('q', 'k', 'keys', 'v', 'out', 'grad_out', 'grad_q', 'grad_k',
                               'grad_v', 'maps', 'grads'), f'*{name}')
-    pointers.update(dict.fromkeys(('log_sum', 'mean', 'weights', 'bias', 'partial'), '*fp32'),
-                    scale='fp32')
+    pointers.update(dict.fromkeys(('positions', 'log_sum', 'mean', 'weights', 'bias', 'partial'),
+                                  '*fp32'), scale='fp32')
     signature = {argument: 'constexpr' if argument in constants else pointers.get(argument, 'i32')
                  for argument in kernel.arg_names}
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants),

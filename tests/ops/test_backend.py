@@ -3,12 +3,14 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT
 from helpers.operators import conv_tensors, sliding_tensors, window_tensors
-from helpers.stack import needs_torch
+from helpers.stack import needs_custom_ops, needs_torch, needs_triton
+from torch._subclasses import FakeTensorMode
 
 from acmix_mm.ops import (
     available_backends,
@@ -47,8 +49,8 @@ def attend(**options):
     return window_attention(*window_tensors(1, (1, 2), (4, 4), 2, 4), (4, 4), **options)
 
 
-def slide(**options):
-    return sliding_window_attention(*sliding_tensors(1, 1, 4, 3, 3), 3, **options)
+def slide(*tensors, **options):
+    return sliding_window_attention(*(tensors or sliding_tensors(1, 1, 4, 3, 3)), 3, **options)
 
 
 def convolve(**options):
@@ -137,6 +139,67 @@ def test_environment_variable_of_unknown_value():
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
         "ValueError: ACMIX_BACKEND: no operator has a backend 'fastest'; known backends are ")
+
+
+@pytest.fixture
+def _fake_gpu(monkeypatch):
+    """Tensors without data may be on a GPU of compute capability 9.0."""
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda device: SimpleNamespace(major=9, minor=0))
+    with FakeTensorMode():
+        yield
+
+
+def arguments_of_operators_with_kernels():
+    return ((slide, 'attend_triton', sliding_tensors(1, 1, 4, 3, 3)),
+            (shift_conv, 'convolve_triton', conv_tensors(1, 2, 4, 3, 3, 3, False, False)))
+
+
+@needs_triton
+@needs_custom_ops
+@pytest.mark.usefixtures('_fake_gpu')
+def test_kernels_are_compiled_without_graph_breaks():
+    """On a GPU, the choice of the backend is traced, too."""
+    for run, name, tensors in arguments_of_operators_with_kernels():
+        targets = set()
+
+        def record(graph, inputs, targets=targets):
+            targets.update(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(run, backend=record, fullgraph=True)(
+            *(each if each is None else each.cuda() for each in tensors))
+        assert f'acmix_mm.{name}.default' in targets
+
+
+@needs_triton
+@pytest.mark.usefixtures('_fake_gpu')
+def test_amd_gpus_run_torch_backends(monkeypatch):
+    """They are CUDA devices to torch, with capabilities of their own."""
+    tensor = torch.empty(1, device='cuda')
+    assert backend.runs_triton(tensor)
+    monkeypatch.setattr(torch.version, 'hip', '6.4')
+    assert not backend.runs_triton(tensor)
+    assert available_backends('shift_conv')['triton'] == (
+        'needs an NVIDIA GPU; torch is built for ROCm 6.4')
+
+
+@needs_torch('2.9', 'fp32_precision')
+def test_precision_of_matrix_products():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert backend.matmul_precision() == 'tf32x3'
+        matmul.allow_tf32 = True
+        assert backend.matmul_precision() == 'tf32'
+        matmul.allow_tf32 = False
+        # Now reading allow_tf32 raises.
+        matmul.fp32_precision = 'tf32'
+        assert backend.matmul_precision() == 'tf32'
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_available_backends(monkeypatch):

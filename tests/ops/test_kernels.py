@@ -14,8 +14,10 @@ from helpers import ROOT
 from helpers.operators import DEVICE, compare, conv_tensors, slide, sliding_tensors
 from helpers.stack import needs_triton
 
-from acmix_mm.ops import shift_conv, sliding_window_attention
+from acmix_mm.ops import backend, shift_conv, sliding_window_attention
 
+triton_kernels = pytest.importorskip('acmix_mm.ops.sliding_attention.triton_kernels',
+                                     reason='needs triton 3', exc_type=ImportError)
 pytestmark = needs_triton
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == 'cuda' else ()))
@@ -36,6 +38,11 @@ def compare_on_device(run, tensors, dtype):
         (1, 8, 5, 11, 3, 1, 2),
         (1, 72, 6, 5, 3, 1, 1),
         (1, 128, 3, 4, 3, 1, 2),
+        # The smallest map that strips cover, several programs, channels padded, kernels of 5 and 3.
+        (1, 16, 4, 4, 7, 1, 1),
+        (2, 8, 10, 18, 7, 1, 1),
+        (1, 24, 9, 7, 5, 1, 1),
+        (1, 16, 2, 9, 3, 1, 1),
     ])
 def test_sliding_attention(dtype, heads, head_dims, height, width, kernel_size, stride, dilation):
     for heads_last in (True, False):
@@ -99,5 +106,31 @@ def test_kernels_compile_for_gpus():
                           env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     compiled = [line.split() for line in done.stdout.splitlines()]
-    assert len(compiled) == 2 * (3 * 4 + 3 * 2)
+    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2)
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), done.stdout
+
+
+@pytest.mark.parametrize('failing', ['attend', 'attend_backward'])
+def test_failing_kernels_fall_back_to_torch(failing, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError('out of resources')
+
+    monkeypatch.setattr(backend, '_failed_kernels', set())
+    monkeypatch.setattr(triton_kernels, failing, fail)
+    message = 'kernels of sliding_window_attention failed; it runs in torch.*out of resources'
+    with pytest.warns(RuntimeWarning, match=message):
+        compare_on_device(slide(3), sliding_tensors(1, 1, 4, 3, 5), torch.float32)
+    # Warned of once.
+    compare_on_device(slide(3), sliding_tensors(1, 1, 4, 3, 5), torch.float32)
+
+
+def test_image_sizes_share_compiled_kernels():
+    """Strips and, where these do not apply, tiles."""
+    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, 'tests/ops/specialize_kernels.py'], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = [line.split() for line in done.stdout.splitlines()]
+    # One column is too narrow for strips at dilation 1.
+    assert len(counts) == 6 + 3
+    assert all(count == '1' for *_, count in counts), done.stdout

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from helpers import relative_error
 from helpers.operators import TOLERANCE, compare, slide, sliding_tensors
 
 from acmix_mm.ops import sliding_window_attention
@@ -50,6 +51,21 @@ def test_zero_queries_average_the_neighbourhood():
     padded = torch.nn.functional.pad(values, (1, 1, 1, 1), mode='reflect')
     expected = torch.nn.functional.avg_pool2d(padded, 3, stride=1)
     torch.testing.assert_close(out.permute(0, 3, 1, 2), expected)
+
+
+@pytest.mark.parametrize('backend', ('reference', *BACKENDS))
+def test_positions_stay_in_float32(backend):
+    """Queries, keys and values are in bfloat16."""
+    qkv, positions = sliding_tensors(2, 2, 8, 9, 10)
+    results = []
+    for dtype, name in ((torch.float64, 'reference'), (torch.bfloat16, backend)):
+        leaf = positions.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        out = sliding_window_attention(qkv.bfloat16().to(dtype), leaf, 3, backend=name)
+        assert out.dtype == dtype
+        results.append([out, *torch.autograd.grad(out.sum(), leaf)])
+    for expected, actual in zip(*results):
+        assert relative_error(actual.double(), expected) < TOLERANCE[torch.bfloat16]
+    assert actual.dtype == torch.float32
 
 
 @pytest.mark.parametrize(('change', 'message'), [

@@ -6,6 +6,7 @@ k_a × k_a window); the position encoding and the reflection padding follow the 
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from acmix_mm.ops.backend import Backend, register_backends, select_backend, triton_unavailable
@@ -27,7 +28,8 @@ def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *
     Args:
         qkv: queries, keys and values, (batch, height, width, 3, num_heads, head_dims), any
             floating dtype and strides.
-        positions: position encoding p, (height, width, head_dims), shared by all heads.
+        positions: position encoding p, (height, width, head_dims), shared by all heads; float32, or
+            wider if ``qkv`` is. Keys are rounded to the dtype of ``qkv`` after subtracting it.
         kernel_size: side of the neighbourhood, odd.
         stride: distance between queries.
         dilation: distance between neighbours.
@@ -55,7 +57,9 @@ def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *
     automatic = 'triton' if qkv.is_cuda and has_kernel(qkv, stride, dilation) else 'tiled'
     run = select_backend('sliding_window_attention', backend, qkv.device, automatic=automatic,
                          exporting='dense')
-    out = run(qkv, positions.to(qkv.dtype), kernel_size, stride, dilation, scale)
+    # In half precision, neighbours far from the centre of a map would have the same coordinates.
+    positions = positions.to(torch.promote_types(qkv.dtype, torch.float32))
+    out = run(qkv, positions, kernel_size, stride, dilation, scale)
     return out.flatten(3)
 
 

@@ -34,10 +34,10 @@ def sliding_attention_dense(qkv: Tensor, positions: Tensor, kernel_size: int, st
 
     around = indices_of_tiles(span, 1, dilation * (kernel_size // 2))
     mask = tile_mask(tile, span, kernel_size, stride, dilation, qkv.dtype, qkv.device)
+    keys = (k - positions.unsqueeze(2)).to(k.dtype)
     out = F.scaled_dot_product_attention(
         matrices(q, indices_of_tiles(tile, stride, 0), tile**2),
-        matrices(k - positions.unsqueeze(2), around, span**2), matrices(v, around, span**2), mask,
-        scale=scale)
+        matrices(keys, around, span**2), matrices(v, around, span**2), mask, scale=scale)
     out = out.transpose(1, 2).flatten(0, 1).unflatten(0, (batch, rows * columns * tile**2))
     row, column = divide(torch.arange(out_height * out_width, device=out.device), out_width)
     (row, down), (column, across) = divide(row, tile), divide(column, tile)

@@ -22,7 +22,8 @@ def sliding_attention_reference(qkv: Tensor, positions: Tensor, kernel_size: int
 
     own = q[..., ::stride, ::stride]
     own_positions = positions[:, ::stride, ::stride]
-    keys = neighbourhoods(k) + own_positions[:, None] - neighbourhoods(positions)
+    relative = own_positions[:, None] - neighbourhoods(positions)
+    keys = neighbourhoods(k) + relative.to(k.dtype)
     logits = ((scale * own).unsqueeze(3) * keys).sum(2)
     weights = logits.softmax(2)
     out = (weights.unsqueeze(2) * neighbourhoods(v)).sum(3)

@@ -51,13 +51,12 @@ def attend_tiled_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, kern
         grad = logits_gradient(grad, weights)
         tiles.put(torch.bmm(grad, around).mul_(scale), grad_q[:, ::stride, ::stride])
         tiles.add(torch.bmm(grad.transpose(1, 2), own), grad_k)
-    grad_qkv = grad_qkv.to(qkv.dtype)
-    return grad_qkv, positions_gradient(grad_qkv)
+    return grad_qkv.to(qkv.dtype), positions_gradient(grad_qkv, positions.dtype)
 
 
 sliding_attention_tiled = recomputing(attend_tiled, attend_tiled_backward)
 
 
-def positions_gradient(grad_qkv: Tensor) -> Tensor:
+def positions_gradient(grad_qkv: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of the positions, which are subtracted from the keys of all heads."""
-    return -grad_qkv[:, :, :, 1].sum((0, 3))
+    return -grad_qkv[:, :, :, 1].sum((0, 3), dtype=dtype)

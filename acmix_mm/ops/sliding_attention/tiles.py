@@ -128,7 +128,7 @@ class Tiles:
             where_down = where_down[:, None]
         rows = maps[:, where_down, where_across]
         if positions is not None:
-            rows = rows - positions[where_down, where_across].unsqueeze(2)
+            rows = (rows - positions[where_down, where_across].unsqueeze(2)).to(rows.dtype)
         spans = rows.unfold(2, self.span, self.across.step).permute(0, 2, 3, 1, 5, 4)
         return spans.reshape(-1, self.span**2, self.head_dims)
 

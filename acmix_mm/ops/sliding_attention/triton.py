@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from acmix_mm.ops.autograd import creates_graph, differentiable_gradients
-from acmix_mm.ops.backend import require_triton, runs_triton
+from acmix_mm.ops.backend import require_triton, run_kernels, runs_triton
 from acmix_mm.ops.custom_op import custom_op
-from acmix_mm.ops.sliding_attention.tiled import attend_tiled, positions_gradient
+from acmix_mm.ops.sliding_attention.tiled import (
+    attend_tiled,
+    attend_tiled_backward,
+    positions_gradient,
+)
 
 
 def sliding_attention_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
@@ -43,12 +47,12 @@ class _TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        qkv, positions = ctx.saved_tensors[:2]
         if creates_graph():
-            qkv, positions = ctx.saved_tensors[:2]
             return differentiable_gradients(inspect.unwrap(attend_tiled), grad_out, qkv, positions,
                                             *ctx.geometry)
         grad_qkv = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
-        return grad_qkv, positions_gradient(grad_qkv), *[None] * len(ctx.geometry)
+        return grad_qkv, positions_gradient(grad_qkv, positions.dtype), *[None] * len(ctx.geometry)
 
 
 def _empty_output(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
@@ -61,20 +65,34 @@ def _empty_output(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int,
 def attend_triton(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
                   scale: float) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sums, (batch, out height, out width, num_heads)."""
-    from acmix_mm.ops.sliding_attention.triton_kernels import attend
-    out, log_sum = _empty_output(qkv, positions, kernel_size, stride, dilation, scale)
-    with torch.cuda.device_of(qkv):
-        attend(qkv, positions, out, log_sum, kernel_size, stride, dilation, scale)
-    return out, log_sum
+    geometry = kernel_size, stride, dilation, scale
+
+    def kernels() -> tuple[Tensor, Tensor]:
+        from acmix_mm.ops.sliding_attention.triton_kernels import attend
+        out, log_sum = _empty_output(qkv, positions, *geometry)
+        with torch.cuda.device_of(qkv):
+            attend(qkv, positions, out, log_sum, *geometry)
+        return out, log_sum
+
+    def torch_backend() -> tuple[Tensor, Tensor]:
+        out = attend_tiled(qkv, positions, *geometry)
+        return out, out.new_zeros(out.shape[:4], dtype=torch.float32)
+
+    return run_kernels('sliding_window_attention', kernels, torch_backend)
 
 
 @custom_op(lambda grad_out, qkv, *others: torch.empty_like(qkv))
 def attend_triton_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tensor,
                            log_sum: Tensor, kernel_size: int, stride: int, dilation: int,
                            scale: float) -> Tensor:
-    from acmix_mm.ops.sliding_attention.triton_kernels import attend_backward
-    grad_qkv = torch.zeros_like(qkv) if stride > 1 else torch.empty_like(qkv)
-    with torch.cuda.device_of(qkv):
-        attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, kernel_size, stride,
-                        dilation, scale)
-    return grad_qkv
+    geometry = kernel_size, stride, dilation, scale
+
+    def kernels() -> Tensor:
+        from acmix_mm.ops.sliding_attention.triton_kernels import attend_backward
+        grad_qkv = torch.zeros_like(qkv) if stride > 1 else torch.empty_like(qkv)
+        with torch.cuda.device_of(qkv):
+            attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, *geometry)
+        return grad_qkv
+
+    return run_kernels('sliding_window_attention', kernels,
+                       lambda: attend_tiled_backward(grad_out, qkv, positions, *geometry)[0])

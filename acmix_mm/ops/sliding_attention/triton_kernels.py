@@ -1,6 +1,7 @@
 """Triton kernels of sliding-window attention, forward and backward.
 
-A program computes a tile of queries of one head. It reads the keys around the tile in chunks of a
+These take any stride, dilation and size; strip_kernels.py is faster where it applies. A program
+computes a tile of queries of one head. It reads the keys around the tile in chunks of a
 few rows, with a streamed softmax (arXiv 2205.14135); pairs that are not neighbours are masked.
 Beyond the inputs, the output and the gradients, no tensor has the size of the maps.
 
@@ -14,12 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from acmix_mm.ops.backend import matmul_precision
 from acmix_mm.ops.reflection import add_reflected_border
+from acmix_mm.ops.sliding_attention import strip_kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # (largest size of a query in bytes, side of a tile of queries, keys per chunk) that fit a GPU with
 # 99 KiB of shared memory, found by compiling.
 TILINGS = ((64, 8, 64), (256, 8, 32), (512, 4, 32))
+# Training on images of several sizes would compile the kernels again for some of them.
+SIZES = ('height', 'width', 'out_height', 'out_width', 'tiles_down', 'tiles_across')
 
 
 def fits(head_dims: int, dtype: torch.dtype) -> bool:
@@ -34,7 +39,7 @@ def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_
     Args:
         qkv: (batch, height, width, 3, num_heads, head_dims), float16, bfloat16 or float32, any
             strides; fastest if the channels of a head are adjacent in memory.
-        positions: subtracted from the keys, (height, width, head_dims).
+        positions: subtracted from the keys, (height, width, head_dims), float32.
         out: output, (batch, out height, out width, num_heads, head_dims), contiguous.
         log_sum: output, the base-2 logarithm of the sum of each softmax, (batch, out height,
             out width, num_heads), float32, contiguous.
@@ -44,6 +49,9 @@ def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_
         scale: factor of the logits.
     """
     q, k, v = qkv.unbind(3)
+    if strip_kernels.covers(q, kernel_size, stride, dilation):
+        strip_kernels.attend(qkv, positions, out, log_sum, kernel_size, scale)
+        return
     tiling = Tiling(q, kernel_size, stride, dilation)
     tiles = tiling.tiles(*out.shape[1:3])
     attend_kernel[tiling.programs(tiles)](
@@ -59,6 +67,10 @@ def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tenso
     With a stride, the queries without an output are left as they are.
     """
     q, k, v = qkv.unbind(3)
+    if strip_kernels.covers(q, kernel_size, stride, dilation):
+        strip_kernels.attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, kernel_size,
+                                      scale)
+        return
     grad_q, grad_k, grad_v = grad_qkv.unbind(3)
     positions, grad_out = positions.contiguous(), grad_out.contiguous()
     batch, height, width, num_heads, head_dims = q.shape
@@ -119,13 +131,12 @@ class Tiling:
         """The constants and options of a kernel that reads surroundings of side ``across``."""
         columns = triton.next_power_of_2(across)
         rows = max(self.chunk // columns, 1)
-        # tf32x3 is as precise as float32.
-        precision = 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'tf32x3'
         return dict(
             HEAD_DIMS=self.head_dims, BLOCK_DIMS=max(triton.next_power_of_2(self.head_dims), 16),
             KERNEL_SIZE=self.kernel_size, STRIDE=self.stride, DILATION=self.dilation,
             TILE_SIDE=self.tile, ROWS=rows, COLUMNS=columns, CHUNKS=-(-across // rows),
-            PRECISION=precision, num_warps=4, num_stages=2 if self.dtype.itemsize == 2 else 1)
+            PRECISION=matmul_precision(), num_warps=4,
+            num_stages=2 if self.dtype.itemsize == 2 else 1)
 
 
 @triton.jit
@@ -171,7 +182,7 @@ def load_keys(k, positions, key_y, key_x, stride_y, stride_x, map_dims, width, d
     """Load keys and subtract their position encoding in float32: (positions, BLOCK_DIMS)."""
     keys = load_rows(k, key_y * stride_y + key_x * stride_x, map_dims, mask).to(tl.float32)
     encoding = load_rows(positions, (key_y * width + key_x) * HEAD_DIMS, dims, mask)
-    return (keys - encoding.to(tl.float32)).to(k.dtype.element_ty)
+    return (keys - encoding).to(k.dtype.element_ty)
 
 
 @triton.jit
@@ -229,7 +240,7 @@ def load_chunk(chunk, queries, own_y, own_x, k, v, positions, phase_y, phase_x, 
     return keys, values, tl.where(near, logits, -float('inf'))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x, stride_n,
                   stride_d, height, width, out_height, out_width, num_heads, tiles_down,
                   tiles_across, scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
@@ -264,7 +275,7 @@ def attend_kernel(q, k, v, positions, out, log_sum, stride_b, stride_y, stride_x
              (mean / total[:, None]).to(out.dtype.element_ty), mask=own_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q, stride_b,
                         stride_y, stride_x, stride_n, stride_d, height, width, out_height,
                         out_width, num_heads, tiles_down, tiles_across, scale,
@@ -300,7 +311,7 @@ def grad_queries_kernel(q, k, v, positions, out, grad_out, log_sum, mean, grad_q
              (grad * scale).to(grad_q.dtype.element_ty), mask=own_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v, stride_b,
                      stride_y, stride_x, stride_n, stride_d, height, width, out_height, out_width,
                      num_heads, tiles_down, tiles_across, scale, HEAD_DIMS: tl.constexpr,
