@@ -489,7 +489,7 @@ def is_class_head(name: str, module: nn.Module) -> bool:
 
 
 def check_channels(model: nn.Module) -> None:
-    """Check that the neck has as many input channels as an ACmix backbone has output channels.
+    """Check that neck and heads have as many input channels as an ACmix backbone has outputs.
 
     Raises:
         UsageError: they differ.
@@ -503,3 +503,30 @@ def check_channels(model: nn.Module) -> None:
     if isinstance(expected, (list, tuple)) and list(expected) != outputs:
         raise UsageError(f'The neck has in_channels={list(expected)}, but the backbone outputs '
                          f'{outputs} channels; correct in_channels or the backbone.')
+    if neck is None:
+        for name, head in model.named_modules():
+            # MMSegmentation's heads that read outputs of the backbone; others have no in_index.
+            if hasattr(head, 'in_index') and hasattr(head, 'input_transform'):
+                check_head_channels(name, head, outputs)
+
+
+def check_head_channels(name: str, head: nn.Module, outputs: Sequence[int]) -> None:
+    """Check the input channels of a segmentation head.
+
+    Raises:
+        UsageError: ``in_index`` names no output of the backbone, or ``in_channels`` differ.
+    """
+    indices = head.in_index if isinstance(head.in_index, (list, tuple)) else [head.in_index]
+    if any(not -len(outputs) <= index < len(outputs) for index in indices):
+        raise UsageError(f'The head {name} has in_index={head.in_index}, but the backbone has '
+                         f'{len(outputs)} outputs; correct in_index, or out_indices of the '
+                         'backbone.')
+    channels = [outputs[index] for index in indices]
+    expected = head.in_channels if isinstance(head.in_channels, (list, tuple)) else [
+        head.in_channels]
+    if head.input_transform == 'resize_concat':
+        channels = [sum(channels)]
+    if list(expected) != channels:
+        raise UsageError(f'The head {name} has in_channels={head.in_channels}, but the outputs '
+                         f'{head.in_index} of the backbone have {channels} channels; correct '
+                         'in_channels or in_index.')

@@ -34,6 +34,7 @@ from acmix_mm.engine.outputs import (
 from acmix_mm.engine.resuming import make_reproducible
 from acmix_mm.engine.samples import CheckSamplesHook
 from acmix_mm.engine.settings import check_config, check_parts, warn_of_misspelt_settings
+from acmix_mm.engine.unread import check_unread
 from acmix_mm.environment import versions
 from acmix_mm.layers.padded_conv import count_convolutions
 from acmix_mm.utils.config import type_name
@@ -294,6 +295,7 @@ def check_run(cfg: Config, splits: Sequence[str]) -> None:
     check_parts(cfg, splits)
     enter_scope(cfg)
     check_config(cfg)
+    check_unread(cfg)
     warn_of_misspelt_settings(cfg)
     check_data(cfg, splits)
 

@@ -24,29 +24,59 @@ def recomputing(run: Callable[..., Tensor],
         run_backward: takes the gradient of the output and the arguments of ``run``; returns the
             gradient of each tensor.
     """
-    class Recomputing(torch.autograd.Function):
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        tensors = [each for each in inputs if isinstance(each, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.others = inputs[len(tensors):]
+
+    def gradients(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+        arguments = *ctx.saved_tensors, *ctx.others
+        if creates_graph():
+            # Autograd cannot see inside a custom op.
+            return differentiable_gradients(inspect.unwrap(run), grad_out, *arguments)
+        return *run_backward(grad_out, *arguments), *[None] * len(ctx.others)
+
+    return differentiable(run, setup_context, gradients)
+
+
+def differentiable(run: Callable, setup_context: Callable, run_backward: Callable) -> Callable:
+    """Give a function a backward pass of its own.
+
+    torch.compile records the backward pass of an autograd.Function without its derivatives, and
+    second derivatives would silently be wrong. It therefore calls a custom op itself, for which the
+    backward pass is registered. Without torch.compile, this would silently lose the tangents of
+    forward mode, which an autograd.Function refuses.
+
+    Args:
+        run: takes tensors and other arguments.
+        setup_context: takes a context and, as ``inputs`` and ``output``, the arguments and results
+            of ``run``; saves what the backward pass needs.
+        run_backward: takes the context and the gradients of the results; returns the gradient of
+            each argument, or None.
+    """
+    class Differentiable(torch.autograd.Function):
 
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensor:
-            tensors = [each for each in arguments if isinstance(each, Tensor)]
-            ctx.save_for_backward(*tensors)
-            ctx.others = arguments[len(tensors):]
-            return run(*arguments)
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            results = run(*arguments)
+            setup_context(ctx, inputs=arguments, output=results)
+            return results
 
-        @staticmethod
-        def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-            arguments = *ctx.saved_tensors, *ctx.others
-            if creates_graph():
-                # Autograd cannot see inside a custom op.
-                return differentiable_gradients(inspect.unwrap(run), grad_out, *arguments)
-            return *run_backward(grad_out, *arguments), *[None] * len(ctx.others)
+        backward = staticmethod(run_backward)
 
-    return Recomputing.apply
+    if not hasattr(run, 'register_autograd'):
+        return Differentiable.apply
+    run.register_autograd(run_backward, setup_context=setup_context)
+
+    def apply(*arguments: Any) -> Any:
+        return run(*arguments) if is_compiling() else Differentiable.apply(*arguments)
+    return apply
 
 
 def creates_graph() -> bool:
     """Whether the gradients that a backward pass returns are to be differentiated."""
-    # torch.compile has no second derivatives; it raises an error when they are computed.
+    # While torch.compile traces a backward pass, the answer is not known. Where it then traces
+    # second derivatives away, torch raises an error when they are computed.
     return not is_compiling() and torch.is_grad_enabled()
 
 

@@ -15,14 +15,17 @@ from helpers import ROOT
 from helpers.tools import DETECTION, FAST, SEGMENTATION, SMALL_IMAGES, call_tool
 from mmengine.config import Config
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmengine.runner import runner as mmengine_runner
 
 from acmix_mm.engine.annotations import check_annotations
 from acmix_mm.engine.config import load_config
 from acmix_mm.engine.samples import CheckedPipeline
 from acmix_mm.engine.settings import check_config, check_wrapper, warn_of_misspelt_settings
+from acmix_mm.engine.unread import check_unread
 from acmix_mm.layers import window_acmix
+from acmix_mm.utils.errors import UsageError
 
 TRAIN = 'annotations/instances_train2017.json'
 VAL = 'annotations/instances_val2017.json'
@@ -229,6 +232,17 @@ SETTINGS = [
     with_option('env_cfg.cudnn=True', 'env_cfg.cudnn', 'cudnn_benchmark'),
     with_option('model.neck.in_channels=[24,48,96,96]', 'in_channels=[24, 48, 96, 96]',
                 '[24, 48, 96, 192]'),
+    with_option('model.test_cfg.rcnn.score_thrr=0.5', 'model.test_cfg.rcnn.score_thrr is unknown',
+                'did you mean score_thr?'),
+    with_option('model.train_cfg.rcnn.sampler.pos_fractoin=0.5', 'sampler.pos_fractoin is unknown'),
+    with_option('model.test_cfg.crop_sise=(64,64)', 'model.test_cfg.crop_sise is unknown',
+                'did you mean crop_size?', base=SEGMENT),
+    with_option('model.decode_head.in_channels=[24,48,96,96]', 'decode_head has in_channels',
+                '[24, 48, 96, 192]', base=SEGMENT),
+    with_option('model.auxiliary_head.in_channels=48', 'auxiliary_head has in_channels=48', '[96]',
+                base=SEGMENT),
+    with_option('model.auxiliary_head.in_index=4', 'auxiliary_head has in_index=4', '4 outputs',
+                base=SEGMENT),
     with_option('train_dataloader=3', 'train_dataloader must be a dict, got 3'),
     with_option('train_dataloader.dataset=None', 'train_dataloader.dataset must be a dict'),
     with_option('env_cfg=3', 'env_cfg must be a dict'),
@@ -537,6 +551,33 @@ def test_misspelt_setting_in_a_config_file_is_reported():
 def test_setting_that_has_no_effect_is_reported():
     with pytest.warns(UserWarning, match=r'custom_keys\.norm\.wd_mult has no effect'):
         check_wrapper(dict(paramwise_cfg=dict(custom_keys=dict(norm=dict(wd_mult=0)))))
+
+
+def test_arguments_that_a_constructor_ignores_are_checked():
+    """Its ``**kwargs`` swallow them."""
+    cfg = load_config(DETECTION)
+    init_default_scope('mmdet')
+    # This file must not contain the misspelt name.
+    cfg.custom_hooks = [{'type': 'IgnoringHook', 'inter' 'vl': 3}]
+    with pytest.raises(UsageError, match=r'0\.inter[v]l is unknown \(did you mean interval\?\)'):
+        check_unread(cfg)
+
+
+@HOOKS.register_module()
+class IgnoringHook(Hook):
+    """A hook that accepts any argument."""
+
+    def __init__(self, interval=1, **kwargs):
+        self.interval = interval
+
+
+def test_setting_that_resembles_another_is_reported():
+    cfg = load_config(DETECTION)
+    init_default_scope('mmdet')
+    # Other code of MMDetection has this name.
+    cfg.model.train_cfg.rcnn.samplers = 3
+    with pytest.warns(UserWarning, match=r'rcnn\.samplers may have no effect \(did you mean sam'):
+        check_unread(cfg)
 
 
 def test_class_without_a_category_is_reported(shapes):

@@ -58,10 +58,11 @@ def parse_once(patch):
     """
     parse, parsed = Config._file2dict, {}
 
-    def file2dict(filename, **options):
+    def file2dict(filename, use_predefined_variables=True, use_environment_variables=False,
+                  lazy_import=None):
         key = Path(filename).resolve()
         if key not in parsed:
-            parsed[key] = parse(filename, **{**options, 'use_environment_variables': False})
+            parsed[key] = parse(filename, use_predefined_variables, False, lazy_import)
         values, text, variables = parsed[key]
         return dict(values), text, dict(variables)
 

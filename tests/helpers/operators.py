@@ -111,5 +111,8 @@ def results(run, module, x):
 def assert_compiled_is_equal(module, x, backend):
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=backend, fullgraph=True)
-    for actual, expected in zip(results(compiled, module, x), results(module, module, x)):
-        assert relative_error(actual, expected) < 1e-3 or (actual - expected).abs().max() < 1e-5
+    actuals, expecteds = results(compiled, module, x), results(module, module, x)
+    # Some gradients are zero by algebra; their rounding errors scale with the other tensors.
+    floor = max(1e-5, 1e-6 * max(expected.abs().max() for expected in expecteds))
+    for actual, expected in zip(actuals, expecteds):
+        assert relative_error(actual, expected) < 1e-3 or (actual - expected).abs().max() < floor

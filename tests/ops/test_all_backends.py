@@ -13,6 +13,7 @@ from helpers.operators import (
     sliding_tensors,
     window_tensors,
 )
+from helpers.stack import needs_custom_ops
 from torch.autograd import grad, gradgradcheck
 
 from acmix_mm.ops import (
@@ -91,6 +92,18 @@ def test_second_derivatives(operator, backend):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max())
 
 
+@needs_custom_ops
+@pytest.mark.parametrize(('operator', 'backend'), DIFFERENTIABLE_TWICE)
+def test_second_derivatives_of_compiled_operators(operator, backend):
+    """If torch.compile leaves the derivatives to autograd."""
+    run, tensors = prepare(operator, backend, 1, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend='eager')
+    for actual, expected in zip(second_derivatives(compiled, tensors),
+                                second_derivatives(run, tensors)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
 def test_fused_attention():
     """Torch's fused attention refuses second derivatives; its composite one computes them."""
     run, tensors = prepare('sliding_window_attention', 'dense', 1, torch.float64)
@@ -114,8 +127,11 @@ def test_gradients_that_are_not_needed():
         assert second.abs().max() > 0
 
 
-def test_compiled_operators_refuse_second_derivatives():
-    run, tensors = prepare('window_attention', 'chunked', 1, torch.float32)
+@pytest.mark.parametrize(('operator', 'backend'), [
+    ('window_attention', 'chunked'), ('shift_conv', 'folded')])
+def test_compiled_operators_refuse_second_derivatives(operator, backend):
+    """Of AOTAutograd, which traces one backward pass."""
+    run, tensors = prepare(operator, backend, 1, torch.float32)
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match='does not currently support double backward'):
         second_derivatives(torch.compile(run, backend='aot_eager'), tensors)

@@ -80,6 +80,23 @@ class BorderRegions:
         return grad_bias
 
 
+def bias_map(bias: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """What the bias adds to each position of the output, (channels, out height, out width).
+
+    Args:
+        bias: from :func:`convolved_bias`.
+        size: (height, width) of the map.
+        stride: distance between the positions of the output.
+    """
+    for axis, extent in enumerate(size, 1):
+        regions = bias.shape[axis]
+        middle = regions // 2
+        positions = torch.arange(0, extent, stride, device=bias.device)
+        behind = (positions - (extent - regions + middle)).clamp(min=0)
+        bias = bias.index_select(axis, positions.clamp(max=middle) + behind)
+    return bias
+
+
 def _region_slices(extent: int, regions: int, stride: int) -> dict[int, slice]:
     """The positions of the output in each region along an axis; empty regions are left out."""
     middle = regions // 2

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acmix_mm.ops.shift_conv.folding import BorderRegions, convolved_bias, folded_kernels
+from acmix_mm.ops.caching import is_compiling
+from acmix_mm.ops.shift_conv.folding import (
+    BorderRegions,
+    bias_map,
+    convolved_bias,
+    folded_kernels,
+)
 
 
 def shift_conv_two_step(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
@@ -25,22 +31,48 @@ def shift_conv_folded(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
     return grouped_conv(maps.permute(0, 3, 4, 2, 1), kernels, bias, stride, dilation)
 
 
-class _GroupedConv(torch.autograd.Function):
+def grouped_conv(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+                 dilation: int) -> Tensor:
     """Grouped convolution of (batch, height, width, groups, channels), zero-padded.
+
+    Args:
+        groups: the input.
+        kernels: (out channels, channels, k, k).
+        bias: from :func:`convolved_bias`, or None.
+        stride: distance between the positions of the output.
+        dilation: distance between the taps of the kernel.
+
+    Returns:
+        (batch, out channels, out height, out width).
+    """
+    # torch.compile would lose the derivatives of the backward pass. It decides itself what to save.
+    run = _convolve if is_compiling() else _GroupedConv.apply
+    return run(groups, kernels, bias, stride, dilation)
+
+
+def _convolve(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+              dilation: int) -> Tensor:
+    """The convolution without a backward pass of its own."""
+    out = F.conv2d(as_images(groups), kernels, **_geometry(groups, kernels, stride, dilation))
+    if bias is None:
+        return out
+    # In place, Inductor's code for the gradients does not compile.
+    return out + bias_map(bias, groups.shape[1:3], stride).to(out.dtype)
+
+
+class _GroupedConv(torch.autograd.Function):
+    """The convolution with a backward pass that needs less memory.
 
     oneDNN's grouped convolution is twice as fast in this channels-last layout. The copy it takes is
     made again in the backward pass instead of being saved: the input is a view of the projections,
     which are saved anyway. The backward pass consists of differentiable operations.
-
-    ``bias`` comes from :func:`convolved_bias`.
     """
 
     @staticmethod
     def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
                 dilation: int) -> Tensor:
         ctx.save_for_backward(groups, kernels)
-        ctx.geometry = dict(stride=stride, padding=dilation * (kernels.shape[-1] // 2),
-                            dilation=dilation, groups=groups.shape[3])
+        ctx.geometry = _geometry(groups, kernels, stride, dilation)
         ctx.regions = None
         if bias is None:
             return F.conv2d(as_images(groups), kernels, **ctx.geometry)
@@ -66,7 +98,10 @@ class _GroupedConv(torch.autograd.Function):
         return grad_images, grad_kernels, grad_bias, None, None
 
 
-grouped_conv = _GroupedConv.apply
+def _geometry(groups: Tensor, kernels: Tensor, stride: int, dilation: int) -> dict[str, Any]:
+    """The arguments of ``conv2d`` besides tensors."""
+    return dict(stride=stride, padding=dilation * (kernels.shape[-1] // 2), dilation=dilation,
+                groups=groups.shape[3])
 
 
 def as_images(groups: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from acmix_mm.ops.autograd import creates_graph, differentiable_gradients
+from acmix_mm.ops.autograd import creates_graph, differentiable, differentiable_gradients
 from acmix_mm.ops.backend import require_triton
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.shift_conv.folding import BorderRegions, convolved_bias, folded_kernels
@@ -21,41 +21,11 @@ def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
         kernels = folded_kernels(fc_weight, shift_weight)
     else:
         mixing = fc_weight.repeat(maps.shape[2], 1)[:, :, None, None]
-        groups = _GroupedConv.apply(groups, mixing, None, 1, 1, True)
+        groups = _grouped_conv(groups, mixing, None, 1, 1, True)
         kernels = shift_weight
     bias = convolved_bias(fc_bias, shift_weight, maps.shape[-2:], dilation)
-    out = _GroupedConv.apply(groups, kernels, bias, stride, dilation, False)
+    out = _grouped_conv(groups, kernels, bias, stride, dilation, False)
     return out.flatten(3).permute(0, 3, 1, 2)
-
-
-class _GroupedConv(torch.autograd.Function):
-    """Grouped convolution of (batch, height, width, groups, channels) in any strides.
-
-    The output has the same axes. ``groups_last`` makes its groups contiguous in memory, as the next
-    convolution prefers.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
-                dilation: int, groups_last: bool) -> Tensor:
-        ctx.save_for_backward(groups, kernels, bias)
-        ctx.geometry = stride, dilation
-        if bias is not None:
-            ctx.regions = BorderRegions(bias.shape, groups.shape[1:3], stride)
-        return convolve_triton(groups, kernels, bias, stride, dilation, groups_last)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        groups, kernels, bias = ctx.saved_tensors
-        if creates_graph():
-            return *differentiable_gradients(_convolve, grad_out, groups, kernels, bias,
-                                             *ctx.geometry), None
-        grads = convolve_triton_backward(grad_out, groups, kernels, *ctx.geometry)
-        grad_bias = None
-        if ctx.needs_input_grad[2]:
-            images = as_images(grad_out)
-            grad_bias = ctx.regions.gradient(images, images.sum((0, 2, 3)))
-        return *grads, grad_bias, None, None, None
 
 
 def _convolve(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
@@ -85,6 +55,11 @@ def _empty_gradients(grad_out: Tensor, groups: Tensor, kernels: Tensor,
 @custom_op(_empty_output)
 def convolve_triton(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
                     dilation: int, groups_last: bool) -> Tensor:
+    """Grouped convolution of (batch, height, width, groups, channels) in any strides.
+
+    The output has the same axes. ``groups_last`` makes its groups contiguous in memory, as the next
+    convolution prefers.
+    """
     from acmix_mm.ops.shift_conv.triton_kernels import convolve
     out = _empty_output(groups, kernels, bias, stride, dilation, groups_last)
     with torch.cuda.device_of(groups):
@@ -105,3 +80,25 @@ def convolve_triton_backward(grad_out: Tensor, groups: Tensor, kernels: Tensor, 
         grad_kernels.copy_(convolve_kernels_backward(grad_out, groups, kernels.shape[-1], stride,
                                                      dilation))
     return grad_groups, grad_kernels
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    groups, kernels, bias, *ctx.geometry, _ = inputs
+    ctx.save_for_backward(groups, kernels, bias)
+
+
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
+    groups, kernels, bias = ctx.saved_tensors
+    if creates_graph():
+        return *differentiable_gradients(_convolve, grad_out, groups, kernels, bias,
+                                         *ctx.geometry), None
+    grads = convolve_triton_backward(grad_out, groups, kernels, *ctx.geometry)
+    grad_bias = None
+    if ctx.needs_input_grad[2]:
+        images = as_images(grad_out)
+        regions = BorderRegions(bias.shape, groups.shape[1:3], ctx.geometry[0])
+        grad_bias = regions.gradient(images, images.sum((0, 2, 3)))
+    return *grads, grad_bias, None, None, None
+
+
+_grouped_conv = differentiable(convolve_triton, _setup_context, _gradients)

@@ -6,7 +6,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from acmix_mm.ops.autograd import creates_graph, differentiable_gradients
+from acmix_mm.ops.autograd import creates_graph, differentiable, differentiable_gradients
 from acmix_mm.ops.backend import require_triton, run_kernels, runs_triton
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.sliding_attention.tiled import (
@@ -24,7 +24,7 @@ def sliding_attention_triton(qkv: Tensor, positions: Tensor, kernel_size: int, s
                          'not both, and heads of 512 bytes at most; got '
                          f'stride={stride}, dilation={dilation} and {qkv.shape[5]} channels of '
                          f'{qkv.dtype}. Leave out backend to have one chosen.')
-    return _TritonAttention.apply(qkv, positions, kernel_size, stride, dilation, scale)
+    return _attend(qkv, positions, kernel_size, stride, dilation, scale)[0]
 
 
 def has_kernel(qkv: Tensor, stride: int, dilation: int) -> bool:
@@ -33,26 +33,6 @@ def has_kernel(qkv: Tensor, stride: int, dilation: int) -> bool:
         return False
     from acmix_mm.ops.sliding_attention.triton_kernels import fits
     return fits(qkv.shape[5], qkv.dtype)
-
-
-class _TritonAttention(torch.autograd.Function):
-    """Saves the output and the log-sums of the softmax, besides the inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, positions: Tensor, *geometry: Any) -> Tensor:
-        out, log_sum = attend_triton(qkv, positions, *geometry)
-        ctx.save_for_backward(qkv, positions, out, log_sum)
-        ctx.geometry = geometry
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
-        qkv, positions = ctx.saved_tensors[:2]
-        if creates_graph():
-            return differentiable_gradients(inspect.unwrap(attend_tiled), grad_out, qkv, positions,
-                                            *ctx.geometry)
-        grad_qkv = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
-        return grad_qkv, positions_gradient(grad_qkv, positions.dtype), *[None] * len(ctx.geometry)
 
 
 def _empty_output(qkv: Tensor, positions: Tensor, kernel_size: int, stride: int, dilation: int,
@@ -96,3 +76,21 @@ def attend_triton_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out
 
     return run_kernels('sliding_window_attention', kernels,
                        lambda: attend_tiled_backward(grad_out, qkv, positions, *geometry)[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    qkv, positions, *ctx.geometry = inputs
+    ctx.save_for_backward(qkv, positions, *output)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    """The gradients; the log-sums are for the backward pass only."""
+    qkv, positions = ctx.saved_tensors[:2]
+    if creates_graph():
+        return differentiable_gradients(inspect.unwrap(attend_tiled), grad_out, qkv, positions,
+                                        *ctx.geometry)
+    grad_qkv = attend_triton_backward(grad_out, *ctx.saved_tensors, *ctx.geometry)
+    return grad_qkv, positions_gradient(grad_qkv, positions.dtype), *[None] * len(ctx.geometry)
+
+
+_attend = differentiable(attend_triton, _setup_context, _gradients)
