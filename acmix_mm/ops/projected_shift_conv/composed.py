@@ -17,8 +17,9 @@ def projected_shift_conv_composed(x: Tensor, weight: Tensor, bias: Optional[Tens
     geometry: dict[str, Any] = dict(stride=stride, dilation=dilation,
                                     padding=dilation * (shift_weight.shape[-1] // 2))
     with without_autocast(x.device):
-        kernels, bias_taps = compose(*map(at_least_float32, (weight, bias, fc_weight, shift_weight,
-                                                             fc_bias)))
+        kernels, bias_taps = compose(
+            at_least_float32(weight), at_least_float32(bias), at_least_float32(fc_weight),
+            at_least_float32(shift_weight), at_least_float32(fc_bias))
         if bias_taps is None:
             bias_map = None
         else:

@@ -16,7 +16,8 @@ def projected_shift_conv_grouped(x: Tensor, weight: Tensor, bias: Optional[Tenso
                                  fc_bias: Optional[Tensor], stride: int, dilation: int) -> Tensor:
     kernel_size = shift_weight.shape[-1]
     with without_autocast(x.device):
-        weight, bias = compose(*map(at_least_float32, (weight, bias, fc_weight, fc_bias)))
+        weight, bias = compose(at_least_float32(weight), at_least_float32(bias),
+                               at_least_float32(fc_weight), at_least_float32(fc_bias))
         head_dims = len(weight) // len(fc_weight)
         group = group_size(head_dims)
         kernels = block_diagonal(at_least_float32(shift_weight), head_dims, group)
