@@ -96,12 +96,16 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
 
     def project(self, x: Tensor) -> tuple[Tensor]:
         """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims)."""
+        weight, bias = self.projections()
+        return project(x.permute(0, 2, 3, 1), weight, bias, self.num_heads,
+                       for_convolution=self.convolves),
+
+    def projections(self) -> tuple[Tensor, Optional[Tensor]]:
+        """Weight and bias of the three projections as one linear layer."""
         projections = (self.conv1, self.conv2, self.conv3)
         weight = torch.cat([conv.weight for conv in projections]).flatten(1)
         biases = [conv.bias for conv in projections if conv.bias is not None]
-        bias = torch.cat(biases) if biases else None
-        return project(x.permute(0, 2, 3, 1), weight, bias, self.num_heads,
-                       for_convolution=self.convolves),
+        return weight, torch.cat(biases) if biases else None
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Compute the attention path. Its rate is applied in :meth:`combine_paths`."""
@@ -113,6 +117,12 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
     def convolve(self, qkv: Tensor) -> Tensor:
         return self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2),
                                   stride=self.stride[0], dilation=self.dilation[0])
+
+    def convolve_input(self, x: Tensor) -> Optional[Tensor]:
+        if not self.reads_input(x, self.in_channels, self.stride[0]):
+            return None
+        return self.project_shift_and_sum(x, *self.projections(), stride=self.stride[0],
+                                          dilation=self.dilation[0])
 
     def combine_paths(self, attention: Tensor, convolution: Tensor) -> Tensor:
         # No projection follows attention whose weight the rate could scale.

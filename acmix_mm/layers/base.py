@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from acmix_mm.layers.point_attention import PointAttention
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import shift_conv, shift_sum
+from acmix_mm.ops import projected_shift_conv, shift_conv, shift_sum
+from acmix_mm.ops.projected_shift_conv import reads_input
 
 OPERATOR_CLASSES = PROJECTIONS, ATTENTION, CONVOLUTION, REST = (
     'projections', 'attention', 'convolution path', 'rest')
@@ -93,14 +94,34 @@ class TwoPathLayer(OperatorLayer):
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
-        projected = self.project(x)
         if not self.convolves:
-            out = self.attend(*projected)
+            out = self.attend(*self.project(x))
         elif not self.attends:
-            out = self.convolve(*projected)
+            out = self.convolution(x)
         else:
-            out = self.combine_paths(self.attend(*projected), self.convolve(*projected))
+            projected = self.project(x)
+            out = self.combine_paths(self.attend(*projected), self.convolution(x, projected))
         return self.finish(out, x)
+
+    def convolution(self, x: Tensor, projected: Optional[tuple] = None) -> Tensor:
+        """Compute the convolution path from the input or its projections, whichever is cheaper.
+
+        Args:
+            x: the input of the layer.
+            projected: from :meth:`project`, if it has been called.
+        """
+        out = self.convolve_input(x)
+        if out is None:
+            out = self.convolve(*(self.project(x) if projected is None else projected))
+        return out
+
+    def convolve_input(self, x: Tensor) -> Optional[Tensor]:
+        """Compute the convolution path without projecting the input, if that is cheaper.
+
+        Returns:
+            The same as :meth:`convolve`, or None if that is cheaper; see :meth:`reads_input`.
+        """
+        return None
 
     def project(self, x: Tensor) -> tuple:
         """Project the input to queries, keys and values.
@@ -193,6 +214,34 @@ class TwoPathLayer(OperatorLayer):
         return shift_conv(maps, self.fc.matrix, scaled(rate, kernels), self.fc.bias,
                           stride=stride, dilation=dilation)
 
+    def reads_input(self, x: Tensor, in_channels: int, stride: int = 1) -> bool:
+        """Whether :meth:`project_shift_and_sum` is cheaper than :meth:`shift_and_sum`."""
+        if self.dep_conv.shift == 'tensor':
+            return False
+        num_maps, kernel_size = self.fc.weight.shape[1], self.dep_conv.weight.shape[-1]
+        return reads_input(x, in_channels, self.dep_conv.head_dims, self.dep_conv.num_heads,
+                           num_maps, kernel_size, stride)
+
+    def project_shift_and_sum(self, x: Tensor, weight: Tensor, bias: Optional[Tensor],
+                              stride: int = 1, dilation: int = 1) -> Tensor:
+        """Compute the convolution path from the input of its projections, scaled by its rate.
+
+        Args:
+            x: (batch, in_channels, height, width).
+            weight: of the projections, (num_maps · head_dims, in_channels).
+            bias: of the projections, (num_maps · head_dims,), or None.
+            stride: see :func:`acmix_mm.ops.projected_shift_conv`.
+            dilation: see there.
+
+        Returns:
+            (batch, channels, out height, out width).
+        """
+        kernels = self.dep_conv.kernels
+        assert kernels is not None
+        return projected_shift_conv(x, weight, bias, self.fc.matrix,
+                                    scaled(self.convolution_rate, kernels), self.fc.bias,
+                                    stride=stride, dilation=dilation)
+
     def shift_multiply_adds(self, channels: int, outputs: int) -> int:
         """Count the multiply-adds of fc and shifts; moving maps without kernels costs none.
 
@@ -222,7 +271,7 @@ class TwoPathLayer(OperatorLayer):
         """
         if self.mix != 'acmix':
             raise ValueError(f'{type(self).__name__} with mix={self.mix!r} has one path only.')
-        convolution = self.finish(self.convolve(*self.project(x)), x)
+        convolution = self.finish(self.convolution(x), x)
         return self(x) - convolution, convolution
 
     @torch.no_grad()

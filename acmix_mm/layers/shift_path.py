@@ -69,6 +69,7 @@ class Shifts(nn.Module):
         if shift_groups not in (None, 1, num_heads):
             raise ValueError('shift_groups must be 1, or None for one group for each of the '
                              f'{num_heads} heads, got {shift_groups}.')
+        self.head_dims = head_dims
         self.num_heads = num_heads
         self.shift = shift
         self.is_learned = shift in ('learned', 'random')

@@ -126,6 +126,15 @@ class WindowACmix(TwoPathLayer):
         maps = drop_padding(qkv, size, shift_size).flatten(3, 4).permute(0, 3, 4, 1, 2)
         return self.shift_and_sum(maps).permute(0, 2, 3, 1)
 
+    def convolve_input(self, x: Tensor) -> Optional[Tensor]:
+        if not self.reads_input(x, x.shape[3]):
+            return None
+        _, shift_size = self.window_and_shift(x.shape[1:3])
+        if shift_size:
+            x = roll(x, -shift_size)
+        out = self.project_shift_and_sum(x.permute(0, 3, 1, 2), self.qkv.weight, self.qkv.bias)
+        return out.permute(0, 2, 3, 1)
+
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         _, shift_size = self.window_and_shift(x.shape[1:3])
         if shift_size:

@@ -80,18 +80,21 @@ def select_backend(operator: str, backend: Optional[str], device: torch.device, 
         ValueError: the operator has no backend of that name.
     """
     backends = _operators[operator]
-    if backend is None:
-        backend = exporting if is_exporting() else automatic
-        for name in _preferred:
-            if name in backends:
-                backend = name
-                break
+    backend = backend or preferred_backend(operator) or (exporting if is_exporting() else automatic)
     if backend not in backends:
         raise ValueError(f'{operator} has no backend {backend!r}; it has '
                          f'{", ".join(sorted(backends))}.')
     if not _is_compiling():
         _log_once(operator, backend, device.type)
     return backends[backend].run
+
+
+def preferred_backend(operator: str) -> Optional[str]:
+    """The backend that :func:`use_backend` or ``ACMIX_BACKEND`` names for an operator, or None."""
+    for name in _preferred:
+        if name in _operators[operator]:
+            return name
+    return None
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from acmix_mm.ops import (
 BACKENDS = {
     'sliding_window_attention': {'reference', 'tiled', 'dense', 'triton'},
     'window_attention': {'reference', 'sdpa', 'chunked'},
+    'projected_shift_conv': {'reference', 'separate', 'composed', 'grouped'},
     'shift_conv': {'reference', 'two_step', 'folded', 'conv2d', 'triton'},
     'patch_features': {'reference', 'chunked'},
     'patch_aggregation': {'reference', 'chunked', 'kernel_rows'},
@@ -91,7 +92,7 @@ def test_context_ends_after_an_exception(selected):
 
 
 def test_unknown_names():
-    message = r"use_backend: no operator has a backend 'fast'; known backends are chunked, conv2d, "
+    message = "use_backend: no operator has a backend 'fast'; known backends are chunked, composed"
     with pytest.raises(ValueError, match=message), use_backend('fast'):
         pass
     with pytest.raises(ValueError, match="'softmax'; operators with backends are involution, "):
