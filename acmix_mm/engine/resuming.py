@@ -1,6 +1,5 @@
 """Resuming: from the newest intact checkpoint, with the same results as an uninterrupted run."""
 
-import itertools
 import logging
 import os
 import re
@@ -8,6 +7,7 @@ import zipfile
 from bisect import bisect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config
@@ -123,18 +123,35 @@ class SeedSteps(Hook):
         loop = runner.train_loop
         if not isinstance(loop, EpochBasedTrainLoop):
             # On resuming, the loop skips the batches that were already trained on.
-            loop.dataloader_iterator = seeded(loop.dataloader_iterator, runner.seed, runner.rank)
+            loop.dataloader_iterator = SeededBatches(loop.dataloader_iterator, runner.seed,
+                                                     runner.rank)
 
     def before_train_epoch(self, runner: Runner) -> None:
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             set_random_seed(step_seed(runner.seed, runner.epoch, runner.rank))
 
 
-def seeded(batches: Iterator, seed: int, rank: int) -> Iterator:
-    """Yield batches, setting the seed before each is loaded; training on it follows that seed."""
-    for step in itertools.count():
-        set_random_seed(step_seed(seed, step, rank))
-        yield next(batches)
+class SeededBatches:
+    """Set the seed before each batch is loaded; training on the batch follows that seed."""
+
+    def __init__(self, batches: Iterator, seed: int, rank: int) -> None:
+        self.batches = batches
+        self.seed = seed
+        self.rank = rank
+        self.step = 0
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        set_random_seed(step_seed(self.seed, self.step, self.rank))
+        self.step += 1
+        return next(self.batches)
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Load batches without training on them; MMEngine's fork calls this on resuming."""
+        for _ in range(num_iters):
+            next(self)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from pathlib import Path
 
 import cv2
 import pytest
@@ -27,7 +29,21 @@ from helpers.tools import (
     plain_message,
 )
 
+from acmix_mm.environment import stack
 from acmix_mm.utils.errors import UsageError
+
+
+def mim(command, library, *arguments):
+    """A command line of mim or, for the forks, of the script that it would run.
+
+    openmim looks for OpenMMLab's own distributions.
+    """
+    if stack() == 'OpenMMLab':
+        return 'mim', command, library, *arguments
+    package = import_module('mmseg' if library == 'mmsegmentation' else library)
+    name, *rest = arguments if command == 'run' else (command, *arguments)
+    return (Path(package.__file__).parent / f'.mim/tools/{name}.py',
+            *(each for each in rest if each != '--checkpoint'))
 
 
 @pytest.fixture(scope='module')
@@ -137,8 +153,8 @@ print(model.dataset_meta['classes'], len(result.pred_instances) == len(found['sc
     done = run_tool(script)
     assert "('circle', 'square', 'triangle') True" in done.stdout, done.stderr
     # mim runs the scripts in the wheels of MMDetection and MMSegmentation.
-    done = run_tool('mim', 'run', 'mmdet', 'test', DETECTION, folder / 'epoch_3.pth', '--work-dir',
-                    tmp_path, '--cfg-options', *FAST, *SMALL_IMAGES, *data_options(shapes))
+    done = run_tool(*mim('run', 'mmdet', 'test', DETECTION, folder / 'epoch_3.pth', '--work-dir',
+                         tmp_path, '--cfg-options', *FAST, *SMALL_IMAGES, *data_options(shapes)))
     assert done.returncode == 0, done.stderr
     assert logged_metric(tmp_path, 'coco/bbox_mAP') == pytest.approx(
         logged(folder, 'coco/bbox_mAP')[-1])
@@ -148,8 +164,8 @@ def test_mmdetection_resumes_the_training_by_itself(detector, shapes, run_tool, 
     folder, _ = detector
     shutil.copy(folder / 'epoch_3.pth', tmp_path)
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_3.pth'))
-    done = run_tool('mim', 'train', 'mmdet', DETECTION, '--work-dir', tmp_path, '--resume',
-                    '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(4), *data_options(shapes))
+    done = run_tool(*mim('train', 'mmdet', DETECTION, '--work-dir', tmp_path, '--resume',
+                         '--cfg-options', *FAST, *SMALL_IMAGES, *epochs(4), *data_options(shapes)))
     assert done.returncode == 0, done.stderr
     assert 'resumed epoch: 3, iter: 12' in done.stdout
     assert (tmp_path / 'epoch_4.pth').is_file()
@@ -176,12 +192,12 @@ def test_mmsegmentation_resumes_and_evaluates_by_itself(segmentor, shapes, run_t
     given = ['--cfg-options', *FAST, *data_roots(shapes), 'train_dataloader.batch_size=2',
              'model.data_preprocessor.size=(96,96)', 'train_cfg.max_iters=8',
              'train_cfg.val_interval=8', 'default_hooks.checkpoint.interval=8']
-    done = run_tool('mim', 'train', 'mmsegmentation', SEGMENTATION, '--work-dir', tmp_path,
-                    '--resume', *given)
+    done = run_tool(*mim('train', 'mmsegmentation', SEGMENTATION, '--work-dir', tmp_path,
+                         '--resume', *given))
     assert done.returncode == 0, done.stderr
     assert 'resumed epoch: 0, iter: 6' in done.stdout
-    done = run_tool('mim', 'test', 'mmsegmentation', SEGMENTATION, '--checkpoint',
-                    tmp_path / 'iter_8.pth', '--work-dir', tmp_path / 'test', *given)
+    done = run_tool(*mim('test', 'mmsegmentation', SEGMENTATION, '--checkpoint',
+                         tmp_path / 'iter_8.pth', '--work-dir', tmp_path / 'test', *given))
     assert done.returncode == 0, done.stderr
     assert logged_metric(tmp_path / 'test', 'mIoU') == pytest.approx(logged(tmp_path, 'mIoU')[-1])
 
