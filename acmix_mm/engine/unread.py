@@ -51,7 +51,7 @@ def check_unread(cfg: Config) -> None:
             known = {*arguments_of(built), *component.further_keys, 'type', '_scope_'}
             report(component.key, component.settings, known, packages_of(built), ())
     if cfg.get('model'):
-        known = {*source_of(frozenset(packages)).read, *WITHOUT_EFFECT, 'type'}
+        known = {*read_in(frozenset(packages)), *WITHOUT_EFFECT, 'type'}
         for key, settings in head_settings('model', cfg.model):
             # The arguments of samplers and assigners are not read like this.
             suspicious = {} if 'type' in settings else known
@@ -75,8 +75,8 @@ def report(key: str, settings: Mapping[str, Any], known: Iterable[str], packages
     for name in settings:
         if name in known or not isinstance(name, str):
             continue
-        source = source_of(frozenset(packages))
-        if source.is_complete and name not in source.words:
+        searched = frozenset(packages)
+        if source_of(searched).is_complete and name not in words_in(searched):
             raise UsageError(f'{key}.{name} is unknown{suggestion(name, known)}: nothing in '
                              f'{", ".join(sorted(packages))} reads a setting of this name.')
         if get_close_matches(name, similar, 1, cutoff=0.8):
@@ -118,31 +118,42 @@ def packages_of(built: Callable) -> set[str]:
 
 
 class Source(NamedTuple):
-    """What occurs in source code.
+    """The source code of packages.
 
     Attributes:
-        words: all names and words.
-        read: the names of settings that heads read.
+        text: of all files.
         is_complete: whether all of the code is available.
     """
 
-    words: set[str]
-    read: set[str]
+    text: str
     is_complete: bool
 
 
 @functools.lru_cache(maxsize=16)
 def source_of(packages: frozenset[str]) -> Source:
-    """What occurs in the source code of imported packages."""
-    source = Source(set(), set(), True)
+    """The source code of imported packages."""
+    texts, is_complete = [], True
     for name in packages:
         path = Path(getattr(sys.modules.get(name), '__file__', None) or '')
         if path.suffix != '.py':
-            source = source._replace(is_complete=False)
+            is_complete = False
             continue
         for file in path.parent.rglob('*.py') if path.name == '__init__.py' else [path]:
             if '.mim' not in file.parts:
-                text = file.read_text()
-                source.words.update(re.findall(r'\w+', text))
-                source.read.update(READ.findall(text))
-    return source
+                texts.append(file.read_text())
+    return Source('\n'.join(texts), is_complete)
+
+
+@functools.lru_cache(maxsize=16)
+def words_in(packages: frozenset[str]) -> set[str]:
+    """All names and words in the source code of imported packages.
+
+    Needed for unknown settings only, which are rare; finding them takes longest.
+    """
+    return set(re.findall(r'\w+', source_of(packages).text))
+
+
+@functools.lru_cache(maxsize=16)
+def read_in(packages: frozenset[str]) -> set[str]:
+    """The names of settings that the heads in imported packages read."""
+    return set(READ.findall(source_of(packages).text))

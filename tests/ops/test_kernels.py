@@ -99,15 +99,20 @@ def test_interpreter_refuses_bfloat16():
         sliding_window_attention(*tensors, 3, backend='triton')
 
 
+def rows_of(script):
+    """Run a script of this folder without the interpreter; return the words of each line."""
+    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, f'tests/ops/{script}'], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
 def test_kernels_compile_for_gpus():
     """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
-    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run([sys.executable, 'tests/ops/compile_kernels.py'], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    compiled = [line.split() for line in done.stdout.splitlines()]
+    compiled = rows_of('compile_kernels.py')
     assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2)
-    assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), done.stdout
+    assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
 
 
 @pytest.mark.parametrize('failing', ['attend', 'attend_backward'])
@@ -126,11 +131,7 @@ def test_failing_kernels_fall_back_to_torch(failing, monkeypatch):
 
 def test_image_sizes_share_compiled_kernels():
     """Strips and, where these do not apply, tiles."""
-    environment = {**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': str(ROOT)}
-    done = subprocess.run([sys.executable, 'tests/ops/specialize_kernels.py'], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = [line.split() for line in done.stdout.splitlines()]
+    counts = rows_of('specialize_kernels.py')
     # One column is too narrow for strips at dilation 1.
     assert len(counts) == 6 + 3
-    assert all(count == '1' for *_, count in counts), done.stdout
+    assert all(count == '1' for *_, count in counts), counts
