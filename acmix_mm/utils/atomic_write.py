@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Union
@@ -22,8 +23,9 @@ def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
         UsageError: the file cannot be written.
     """
     target = Path(path)
-    # Keeps the suffix of the target: some writers choose the file format by it.
-    temporary = target.with_name(f'{PARTIAL}{target.name}')
+    # Keeps the suffix of the target: some writers choose the file format by it. Processes may write
+    # the same file at once, as the metrics of a distributed test.
+    temporary = target.with_name(f'{PARTIAL}{secrets.token_hex(4)}.{target.name}')
     try:
         yield temporary
         os.replace(temporary, target)

@@ -16,6 +16,17 @@ def test_replaces_the_target(tmp_path):
     assert target.read_text() == 'new'
 
 
+def test_processes_may_write_the_same_file(tmp_path):
+    target = tmp_path / 'metrics.json'
+    with atomic_write(target) as first:
+        first.write_text('first')
+        with atomic_write(target) as second:
+            second.write_text('second')
+        assert target.read_text() == 'second'
+    assert target.read_text() == 'first'
+    assert [path.name for path in tmp_path.iterdir()] == ['metrics.json']
+
+
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 def test_keeps_the_target_when_writing_fails(error, tmp_path):
     target = tmp_path / 'weights.pth'
