@@ -12,6 +12,7 @@ from acmix_mm.analysis.complexity import (
 )
 from acmix_mm.analysis.flops import total
 from acmix_mm.engine.config import enter_scope, load_config
+from acmix_mm.environment import stack
 from acmix_mm.utils.errors import UsageError
 
 
@@ -100,9 +101,11 @@ def test_decoder_of_dino_counts():
     # Values, the offsets of four points in four levels for eight heads, their weights, the output.
     deformable = 340 * square + 10 * (256 * 256 + 256 * 128 + square)
     ffn = 2 * 10 * 256 * 2048
+    # MMDetection's fork encodes the reference points in twice as many channels.
+    encoding = 512 if stack() == 'OpenMMLab' else 1024
     # The positional encoding of the reference points, the boxes (once for the next layer, and once
     # as an output), and the scores.
-    heads = 10 * (512 * 256 + square + 2 * (2 * square + 256 * 4) + 256 * 80)
+    heads = 10 * (encoding * 256 + square + 2 * (2 * square + 256 * 4) + 256 * 80)
     assert counts[1] - counts[0] == attention + deformable + ffn + heads
 
 
