@@ -5,6 +5,7 @@ import contextlib
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Callable, NamedTuple
@@ -121,7 +122,8 @@ def allow_mmengine_checkpoints() -> None:
     # Pickle's protocol 2 uses Python 2's name, and encodes the bytes of a NumPy number as text.
     named += [(history_statistic, '__builtin__.getattr'),
               (data_pickle.latin1_bytes, '_codecs.encode')]
-    classes.append(argparse.Namespace)
+    # MultiStepLR saves its milestones in a Counter.
+    classes += [argparse.Namespace, Counter]
     named += [(each, f'{each.__module__}.{each.__qualname__}') for each in classes]
     data_pickle.ALLOWED.update({name: value for value, name in named})
 

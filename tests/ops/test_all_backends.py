@@ -106,10 +106,10 @@ def test_second_derivatives_of_compiled_operators(operator, backend):
 
 def test_fused_attention():
     """Torch's fused attention refuses second derivatives; its composite one computes them."""
+    attention = pytest.importorskip('torch.nn.attention', reason='torch has it since 2.3')
     run, tensors = prepare('sliding_window_attention', 'dense', 1, torch.float64)
     with pytest.raises(RuntimeError, match=r'attention.* is not implemented'):
         second_derivatives(run, tensors)
-    attention = pytest.importorskip('torch.nn.attention', reason='torch has it since 2.3')
     with attention.sdpa_kernel(attention.SDPBackend.MATH):
         assert gradgradcheck(run, tensors, fast_mode=True)
 
@@ -127,6 +127,7 @@ def test_gradients_that_are_not_needed():
         assert second.abs().max() > 0
 
 
+@needs_custom_ops
 @pytest.mark.parametrize(('operator', 'backend'), [
     ('window_attention', 'chunked'), ('shift_conv', 'folded')])
 def test_compiled_operators_refuse_second_derivatives(operator, backend):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.operators import DEVICE, compare, conv_tensors, slide, sliding_tensors
-from helpers.stack import needs_triton
 
 from acmix_mm.ops import backend, shift_conv, sliding_window_attention
+from acmix_mm.ops.backend import has_triton
 
-triton_kernels = pytest.importorskip('acmix_mm.ops.sliding_attention.triton_kernels',
-                                     reason='needs triton 3', exc_type=ImportError)
-pytestmark = needs_triton
+if not has_triton():
+    pytest.skip('needs triton 3', allow_module_level=True)
+from acmix_mm.ops.sliding_attention import triton_kernels
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == 'cuda' else ()))
 
