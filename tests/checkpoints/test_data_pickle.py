@@ -29,7 +29,8 @@ def test_reads_what_training_saves(is_zip, tmp_path):
     history.update(0.5)
     weights = OrderedDict(a=torch.randn(3, 4)[:, 1], b=torch.nn.Parameter(torch.ones(2).half()))
     weights._metadata = dict(version=2)
-    saved = dict(state_dict=weights, milestones=Counter([8, 11]), args=argparse.Namespace(lr=0.1, betas=(0.9, 0.99)),
+    saved = dict(state_dict=weights, milestones=Counter([8, 11]),
+                 args=argparse.Namespace(lr=0.1, betas=(0.9, 0.99)),
                  message_hub=dict(log_scalars={'train/loss': history},
                                   runtime_info=dict(scale=np.float64(0.25), best=np.int64(3))))
     torch.save(saved, tmp_path / 'run.pth', _use_new_zipfile_serialization=is_zip)
