@@ -32,8 +32,7 @@ def compile_all():
             for transposed in (False, True):
                 directed = dict(TRANSPOSED=transposed, HAS_BIAS=not transposed, **conv)
                 compile_kernel(grouped_conv.convolve_kernel, dtype, directed, capability)
-            compile_kernel(grouped_conv.grad_kernels_kernel, dtype, dict(ROUNDS=32, **conv),
-                           capability)
+            compile_kernel(grouped_conv.grad_kernels_kernel, dtype, conv, capability)
 
 
 def compile_kernel(kernel, dtype, constants, capability):

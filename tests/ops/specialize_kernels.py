@@ -1,15 +1,19 @@
-"""Print how often training at five image sizes compiles each kernel of sliding attention.
+"""Print how often training at five image sizes compiles each kernel.
 
 Nothing is compiled or run: launches are recorded, and Triton's own JIT computes their keys. Run by
 test_kernels.py without the interpreter.
 """
+
+import functools
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from acmix_mm.ops.sliding_attention import strip_kernels, triton_kernels
+from acmix_mm.ops.shift_conv import triton_kernels as convolution
+from acmix_mm.ops.sliding_attention import strip_kernels
+from acmix_mm.ops.sliding_attention import triton_kernels as sliding
 
 BACKEND = make_backend(GPUTarget('cuda', 90, 32))
 SIZES = ((200, 336), (201, 333), (160, 256), (17, 16), (16, 1))
@@ -30,26 +34,45 @@ class Recorder:
         self.keys.add(str((specialization, options)))
 
 
-def count(dilation):
+def count(description, modules, run):
+    """Record the launches of all kernels of some modules, and print how many keys each has."""
+    kernels = [(module, name) for module in modules for name in vars(module)
+               if name.endswith('_kernel')]
     recorders = {}
-    for module in (strip_kernels, triton_kernels):
-        for name in ('attend_kernel', 'grad_queries_kernel', 'grad_keys_kernel'):
-            recorder = Recorder(getattr(module, name))
-            recorders[f'{module.__name__}.{name}'] = module, name, getattr(module, name), recorder
-            setattr(module, name, recorder)
-    for height, width in SIZES:
-        qkv = torch.empty(2, height, width, 3, 4, 16, dtype=torch.bfloat16, device='meta')
-        positions = torch.empty(height, width, 16, device='meta')
-        out, log_sum = qkv[:, :, :, 0].contiguous(), torch.empty(2, height, width, 4, device='meta')
-        triton_kernels.attend(qkv, positions, out, log_sum, 7, 1, dilation, 0.25)
-        triton_kernels.attend_backward(out, qkv, positions, out, log_sum, torch.empty_like(qkv), 7,
-                                       1, dilation, 0.25)
-    for path, (module, name, kernel, recorder) in recorders.items():
+    for module, name in kernels:
+        recorders[module, name] = getattr(module, name), Recorder(getattr(module, name))
+        setattr(module, name, recorders[module, name][1])
+    for size in SIZES:
+        run(*size)
+    for (module, name), (kernel, recorder) in recorders.items():
         setattr(module, name, kernel)
         if recorder.keys:
-            print(path, dilation, len(recorder.keys))
+            print(f'{module.__name__}.{name}', description, len(recorder.keys))
+
+
+def slide(dilation, height, width):
+    qkv = empty(2, height, width, 3, 4, 16)
+    positions = empty(height, width, 16, dtype=torch.float32)
+    out, log_sum = empty(2, height, width, 4, 16), empty(2, height, width, 4, dtype=torch.float32)
+    sliding.attend(qkv, positions, out, log_sum, 7, 1, dilation, 0.25)
+    sliding.attend_backward(out, qkv, positions, out, log_sum, torch.empty_like(qkv), 7, 1,
+                            dilation, 0.25)
+
+
+def convolve(height, width):
+    groups, out, kernels = (empty(2, height, width, 16, 12), empty(2, height, width, 16, 4),
+                            empty(64, 12, 3, 3))
+    bias = empty(64, min(height, 3), min(width, 3))
+    convolution.convolve(groups, kernels, bias, out, 1, 1)
+    convolution.convolve_maps_backward(out, kernels, torch.empty_like(groups), 1, 1)
+    convolution.convolve_kernels_backward(out, groups, 3, 1, 1)
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device='meta')
 
 
 if __name__ == '__main__':
-    count(1)
-    count(2)
+    for each in (1, 2):
+        count(f'dilation={each}', (strip_kernels, sliding), functools.partial(slide, each))
+    count('', (convolution,), convolve)

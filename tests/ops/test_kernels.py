@@ -18,7 +18,8 @@ from acmix_mm.ops.backend import has_triton
 
 if not has_triton():
     pytest.skip('needs triton 3', allow_module_level=True)
-from acmix_mm.ops.sliding_attention import triton_kernels
+from acmix_mm.ops.shift_conv import triton_kernels as conv_kernels
+from acmix_mm.ops.sliding_attention import triton_kernels as sliding_kernels
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == 'cuda' else ()))
 
@@ -115,23 +116,30 @@ def test_kernels_compile_for_gpus():
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
 
 
-@pytest.mark.parametrize('failing', ['attend', 'attend_backward'])
-def test_failing_kernels_fall_back_to_torch(failing, monkeypatch):
+@pytest.mark.parametrize(('module', 'failing'), [
+    (sliding_kernels, 'attend'), (sliding_kernels, 'attend_backward'),
+    (conv_kernels, 'convolve'), (conv_kernels, 'convolve_kernels_backward')])
+def test_failing_kernels_fall_back_to_torch(module, failing, monkeypatch):
     def fail(*arguments):
         raise RuntimeError('out of resources')
 
+    operator, run, make_tensors, arguments = {
+        sliding_kernels: ('sliding_window_attention', slide(3), sliding_tensors, (1, 1, 4, 3, 5)),
+        conv_kernels: ('shift_conv', functools.partial(shift_conv, stride=2), conv_tensors,
+                       (2, 5, 2, 4, 5, 3, True, True))}[module]
     monkeypatch.setattr(backend, '_failed_kernels', set())
-    monkeypatch.setattr(triton_kernels, failing, fail)
-    message = 'kernels of sliding_window_attention failed; it runs in torch.*out of resources'
+    monkeypatch.setattr(module, failing, fail)
+    message = f'kernels of {operator} failed; it runs in torch.*out of resources'
     with pytest.warns(RuntimeWarning, match=message):
-        compare_on_device(slide(3), sliding_tensors(1, 1, 4, 3, 5), torch.float32)
+        compare_on_device(run, make_tensors(*arguments), torch.float32)
     # Warned of once.
-    compare_on_device(slide(3), sliding_tensors(1, 1, 4, 3, 5), torch.float32)
+    compare_on_device(run, make_tensors(*arguments), torch.float32)
 
 
 def test_image_sizes_share_compiled_kernels():
     """Strips and, where these do not apply, tiles."""
     counts = rows_of('specialize_kernels.py')
-    # One column is too narrow for strips at dilation 1.
-    assert len(counts) == 6 + 3
-    assert all(count == '1' for *_, count in counts), counts
+    # One column is too narrow for strips at dilation 1. Forward and transposed are two constants.
+    assert len(counts) == 6 + 3 + 2
+    for kernel, *_, count in counts:
+        assert int(count) == 1 + kernel.endswith('.convolve_kernel'), counts

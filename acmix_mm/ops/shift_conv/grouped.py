@@ -1,5 +1,6 @@
 """shift_conv by oneDNN's or cuDNN's grouped convolution, in two steps or folded into one."""
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -46,14 +47,15 @@ def grouped_conv(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride
         (batch, out channels, out height, out width).
     """
     # torch.compile would lose the derivatives of the backward pass. It decides itself what to save.
-    run = _convolve if is_compiling() else _GroupedConv.apply
+    run = convolve if is_compiling() else _GroupedConv.apply
     return run(groups, kernels, bias, stride, dilation)
 
 
-def _convolve(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
-              dilation: int) -> Tensor:
+def convolve(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
+             dilation: int) -> Tensor:
     """The convolution without a backward pass of its own."""
-    out = F.conv2d(as_images(groups), kernels, **_geometry(groups, kernels, stride, dilation))
+    arguments = conv2d_arguments(groups, kernels, stride, dilation)
+    out = F.conv2d(as_images(groups), kernels, **arguments)
     if bias is None:
         return out
     # In place, Inductor's code for the gradients does not compile.
@@ -72,7 +74,7 @@ class _GroupedConv(torch.autograd.Function):
     def forward(ctx: Any, groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
                 dilation: int) -> Tensor:
         ctx.save_for_backward(groups, kernels)
-        ctx.geometry = _geometry(groups, kernels, stride, dilation)
+        ctx.geometry = conv2d_arguments(groups, kernels, stride, dilation)
         ctx.regions = None
         if bias is None:
             return F.conv2d(as_images(groups), kernels, **ctx.geometry)
@@ -85,20 +87,35 @@ class _GroupedConv(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
         # Under autocast, the forward pass has cast float32 inputs.
         groups, kernels = (each.to(grad_out.dtype) for each in ctx.saved_tensors)
-        images = as_images(groups)
-        stride, padding, dilation = (2 * [ctx.geometry[key]]
-                                     for key in ('stride', 'padding', 'dilation'))
-        grad_images, grad_kernels, grad_bias = torch.ops.aten.convolution_backward(
-            grad_out, images, kernels, [kernels.shape[0]], stride, padding, dilation, False, [0, 0],
-            ctx.geometry['groups'], ctx.needs_input_grad[:3])
-        if grad_images is not None:
-            grad_images = grad_images.permute(0, 2, 3, 1).reshape(groups.shape)
+        grad_groups, grad_kernels, grad_bias = convolution_gradients(
+            grad_out, groups, kernels, ctx.geometry, ctx.needs_input_grad[:3])
         if grad_bias is not None:
             grad_bias = ctx.regions.gradient(grad_out, grad_bias)
-        return grad_images, grad_kernels, grad_bias, None, None
+        return grad_groups, grad_kernels, grad_bias, None, None
 
 
-def _geometry(groups: Tensor, kernels: Tensor, stride: int, dilation: int) -> dict[str, Any]:
+def convolution_gradients(grad_images: Tensor, groups: Tensor, kernels: Tensor,
+                          arguments: dict[str, Any], needed: Sequence[bool],
+                          ) -> tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """The gradients of a grouped convolution that are needed, by oneDNN or cuDNN.
+
+    Args:
+        grad_images: gradient of the output, (batch, out channels, out height, out width).
+        groups: the input, (batch, height, width, groups, channels).
+        kernels: (out channels, channels, k, k).
+        arguments: from :func:`conv2d_arguments`.
+        needed: for the groups, the kernels, and one bias per output channel.
+    """
+    stride, padding, dilation = (2 * [arguments[key]] for key in ('stride', 'padding', 'dilation'))
+    grad_groups, *grads = torch.ops.aten.convolution_backward(
+        grad_images, as_images(groups), kernels, [kernels.shape[0]], stride, padding, dilation,
+        False, [0, 0], arguments['groups'], needed)
+    if grad_groups is not None:
+        grad_groups = grad_groups.permute(0, 2, 3, 1).reshape(groups.shape)
+    return grad_groups, *grads
+
+
+def conv2d_arguments(groups: Tensor, kernels: Tensor, stride: int, dilation: int) -> dict[str, Any]:
     """The arguments of ``conv2d`` besides tensors."""
     return dict(stride=stride, padding=dilation * (kernels.shape[-1] // 2), dilation=dilation,
                 groups=groups.shape[3])

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from acmix_mm.ops.autograd import creates_graph, differentiable, differentiable_gradients
-from acmix_mm.ops.backend import require_triton
+from acmix_mm.ops.backend import require_triton, run_kernels
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.shift_conv.folding import BorderRegions, convolved_bias, folded_kernels
-from acmix_mm.ops.shift_conv.grouped import as_images, grouped_conv
+from acmix_mm.ops.shift_conv.grouped import (
+    as_images,
+    conv2d_arguments,
+    convolution_gradients,
+    convolve,
+)
 
 
 def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
@@ -31,7 +36,7 @@ def shift_conv_triton(maps: Tensor, fc_weight: Tensor, shift_weight: Tensor,
 def _convolve(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], stride: int,
               dilation: int) -> Tensor:
     """The same convolution, in operations whose gradients can be differentiated."""
-    out = grouped_conv(groups, kernels, bias, stride, dilation)
+    out = convolve(groups, kernels.to(groups.dtype), bias, stride, dilation)
     return out.permute(0, 2, 3, 1).unflatten(3, (groups.shape[3], -1))
 
 
@@ -60,26 +65,41 @@ def convolve_triton(groups: Tensor, kernels: Tensor, bias: Optional[Tensor], str
     The output has the same axes. ``groups_last`` makes its groups contiguous in memory, as the next
     convolution prefers.
     """
-    from acmix_mm.ops.shift_conv.triton_kernels import convolve
     out = _empty_output(groups, kernels, bias, stride, dilation, groups_last)
-    with torch.cuda.device_of(groups):
-        convolve(groups, kernels, bias, out, stride, dilation)
-    return out
+
+    def run() -> Tensor:
+        from acmix_mm.ops.shift_conv import triton_kernels
+        with torch.cuda.device_of(groups):
+            triton_kernels.convolve(groups, kernels, bias, out, stride, dilation)
+        return out
+
+    return run_kernels('shift_conv', run, lambda: out.copy_(
+        _convolve(groups, kernels, bias, stride, dilation)))
 
 
 @custom_op(_empty_gradients)
 def convolve_triton_backward(grad_out: Tensor, groups: Tensor, kernels: Tensor, stride: int,
                              dilation: int) -> tuple[Tensor, Tensor]:
-    from acmix_mm.ops.shift_conv.triton_kernels import (
-        convolve_kernels_backward,
-        convolve_maps_backward,
-    )
-    grad_groups, grad_kernels = _empty_gradients(grad_out, groups, kernels)
-    with torch.cuda.device_of(groups):
-        convolve_maps_backward(grad_out, kernels, grad_groups, stride, dilation)
-        grad_kernels.copy_(convolve_kernels_backward(grad_out, groups, kernels.shape[-1], stride,
-                                                     dilation))
-    return grad_groups, grad_kernels
+    grads = _empty_gradients(grad_out, groups, kernels)
+
+    def run() -> tuple[Tensor, Tensor]:
+        from acmix_mm.ops.shift_conv import triton_kernels
+        with torch.cuda.device_of(groups):
+            triton_kernels.convolve_maps_backward(grad_out, kernels, grads[0], stride, dilation)
+            grads[1].copy_(triton_kernels.convolve_kernels_backward(
+                grad_out, groups, kernels.shape[-1], stride, dilation))
+        return grads
+
+    def torch_backend() -> tuple[Tensor, Tensor]:
+        computed = convolution_gradients(
+            as_images(grad_out), groups, kernels.to(groups.dtype),
+            conv2d_arguments(groups, kernels, stride, dilation), (True, True, False))
+        for empty, grad in zip(grads, computed):
+            assert grad is not None
+            empty.copy_(grad)
+        return grads
+
+    return run_kernels('shift_conv', run, torch_backend)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

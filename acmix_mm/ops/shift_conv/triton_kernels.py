@@ -19,6 +19,9 @@ BLOCK = 1024
 MAX_GROUPS = 32
 # Most blocks of positions that one program sums for the gradient of the kernels.
 MAX_ROUNDS = 32
+# Training on images of several sizes would compile the kernels again for some of them.
+SIZES = ('batch', 'height', 'width', 'out_height', 'out_width', 'row_regions', 'column_regions',
+         'rounds')
 
 
 def convolve(maps: Tensor, kernels: Tensor, bias: Optional[Tensor], out: Tensor, stride: int,
@@ -61,8 +64,8 @@ def convolve_kernels_backward(grads: Tensor, maps: Tensor, kernel_size: int, str
     grid = (shares * taps * in_channels * blocks['OUTPUT_BLOCKS'] * blocks['GROUP_BLOCKS'],)
     grad_kernels_kernel[grid](
         maps, grads, partial, *maps.stride(), *grads.stride(), *maps.shape[:3], *grads.shape[1:3],
-        groups, out_channels, IN_CHANNELS=in_channels, KERNEL_SIZE=kernel_size, STRIDE=stride,
-        DILATION=dilation, ROUNDS=rounds, **blocks)
+        groups, out_channels, rounds, IN_CHANNELS=in_channels, KERNEL_SIZE=kernel_size,
+        STRIDE=stride, DILATION=dilation, **blocks)
     kernels = partial.sum(0).permute(3, 2, 1, 0)
     return kernels.reshape(groups * out_channels, in_channels, kernel_size, kernel_size)
 
@@ -136,7 +139,7 @@ def region_of(position, extent, regions):
     return tl.maximum(tl.minimum(position, regions // 2), position - extent + regions)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_stride_x,
                     map_stride_g, map_stride_c, out_stride_b, out_stride_y, out_stride_x,
                     out_stride_g, out_stride_c, batch, height, width, out_height, out_width,
@@ -197,13 +200,13 @@ def convolve_kernel(maps, weights, bias, out, map_stride_b, map_stride_y, map_st
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_stride_x,
                         map_stride_g, map_stride_c, grad_stride_b, grad_stride_y, grad_stride_x,
                         grad_stride_g, grad_stride_c, batch, height, width, out_height, out_width,
-                        num_groups, out_channels, IN_CHANNELS: tl.constexpr,
+                        num_groups, out_channels, rounds, IN_CHANNELS: tl.constexpr,
                         KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-                        ROUNDS: tl.constexpr, GROUPS: tl.constexpr, POSITIONS: tl.constexpr,
+                        GROUPS: tl.constexpr, POSITIONS: tl.constexpr,
                         GROUP_BLOCKS: tl.constexpr, OUTPUT_BLOCKS: tl.constexpr):
     """Sum input · gradient over a share of the positions, for one tap and one input channel.
 
@@ -226,8 +229,10 @@ def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_st
     down = tap // KERNEL_SIZE * DILATION - reach
     across = tap % KERNEL_SIZE * DILATION - reach
     total = batch * out_height * out_width
-    for block in range(ROUNDS):
-        positions = (share * ROUNDS + block) * POSITIONS + tl.arange(0, POSITIONS)
+    block = share * rounds
+    # Triton's interpreter takes no such range.
+    while block < (share + 1) * rounds:
+        positions = block * POSITIONS + tl.arange(0, POSITIONS)
         is_inside = positions < total
         image, out_row, out_column = split(positions, out_height, out_width)
         inputs = load_inputs(maps + channel * map_stride_c, image, out_row * STRIDE + down,
@@ -246,6 +251,7 @@ def grad_kernels_kernel(maps, grads, partial, map_stride_b, map_stride_y, map_st
         sum3 += inputs * load_inputs(place + 3 * grad_stride_c, image, out_row, out_column,
                                      is_inside, groups, has3, out_height, out_width,
                                      grad_stride_b, grad_stride_y, grad_stride_x, grad_stride_g)
+        block += 1
 
     place = ((share * KERNEL_SIZE * KERNEL_SIZE + tap) * IN_CHANNELS + channel) * out_channels
     place = partial + (place + output) * num_groups + groups
