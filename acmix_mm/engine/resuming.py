@@ -7,11 +7,11 @@ import zipfile
 from bisect import bisect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 
@@ -21,6 +21,7 @@ from acmix_mm.utils.errors import CheckpointError
 CHECKPOINT_NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
 # Where a checkpoint records, in its message hub, the iteration of the last validation.
 VALIDATED = 'last_validated_iter'
+EARLY_STOPPING = 'early_stopping'
 
 
 def repair_last_checkpoint(work_dir: str) -> None:
@@ -91,7 +92,7 @@ def make_reproducible(cfg: Config) -> None:
     if (cfg.get('randomness') or {}).get('seed') is None:
         return
     hooks = list(cfg.get('custom_hooks') or [])
-    for hook in (SeedSteps, RepeatValidation):
+    for hook in (SeedSteps, KeepEarlyStopping, RepeatValidation):
         # Configs in work directories have them already.
         name = f'{__name__}.{hook.__name__}'
         if not any(isinstance(each, dict) and each['type'] == name for each in hooks):
@@ -156,6 +157,27 @@ class SeededBatches:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+class KeepEarlyStopping(Hook):
+    """Save how long early stopping has waited; MMEngine's hook would wait anew on resuming."""
+
+    # With the same priority as early stopping, it follows because it is registered later.
+    priority = 'LOWEST'
+
+    def before_train(self, runner: Runner) -> None:
+        saved = runner.message_hub.runtime_info.get(EARLY_STOPPING, [])
+        for hook, (wait_count, best_score) in zip(self.watched(runner), saved):
+            hook.wait_count, hook.best_score = wait_count, best_score
+
+    def after_val_epoch(self, runner: Runner, metrics: Optional[dict[str, float]] = None) -> None:
+        states = [(hook.wait_count, float(hook.best_score)) for hook in self.watched(runner)]
+        if states:
+            runner.message_hub.update_info(EARLY_STOPPING, states)
+
+    @staticmethod
+    def watched(runner: Runner) -> list[EarlyStoppingHook]:
+        return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
 
 class RepeatValidation(Hook):

@@ -1,5 +1,6 @@
 """Resuming: from an intact checkpoint, and with the same results as an uninterrupted run."""
 
+import logging
 import os
 import random
 import signal
@@ -11,10 +12,13 @@ import mmseg.utils
 import pytest
 import torch
 import torchvision  # noqa: F401  MMEngine imports it in each process that trains.
+from helpers.checkpoints import differing, training_state
 from helpers.comparison import SEGMENTATION, TINY, config
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from acmix_mm.engine.resuming import make_reproducible, repair_last_checkpoint
 from acmix_mm.engine.runner import train
@@ -88,23 +92,6 @@ def run(cfg, ranks=1):
     return not any(statuses)
 
 
-def assert_equal(ours, theirs, path=''):
-    """Compare two checkpoints, to the last bit of every tensor."""
-    assert type(ours) is type(theirs), path
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), path
-        for key in ours:
-            assert_equal(ours[key], theirs[key], f'{path}.{key}')
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), path
-        for index, pair in enumerate(zip(ours, theirs)):
-            assert_equal(*pair, f'{path}.{index}')
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), path
-    else:
-        assert ours == theirs, path
-
-
 @pytest.fixture
 def segmentor(shapes, small_detector, tmp_path):
     """A config of a small segmentor that trains for four iterations with two workers."""
@@ -154,12 +141,36 @@ def test_a_killed_run_gives_the_same_checkpoint(name, ranks, kills, request, tmp
     assert found[0] == found[1]
     assert len(found[0]) == 2
     for file in found[0]:
-        # After MMEngine's fork has loaded a checkpoint, torch.load refuses its classes again.
-        whole, parts = (torch.load(tmp_path / folder / file, weights_only=False)
-                        for folder in ('whole', 'parts'))
-        for key in whole.keys() - {'meta', 'message_hub'}:
-            assert_equal(parts[key], whole[key], key)
-        assert parts['meta']['iter'] == whole['meta']['iter']
+        whole, parts = (training_state(tmp_path / folder / file) for folder in ('whole', 'parts'))
+        assert not differing(parts, whole)
+
+
+def runner_with_early_stopping():
+    """A runner with nothing but hooks; early stopping ends it at the third validation."""
+    cfg = Config(dict(randomness=dict(seed=0), train_cfg=dict(by_epoch=False), custom_hooks=[
+        dict(type='EarlyStoppingHook', monitor='mIoU', patience=2)]))
+    make_reproducible(cfg)
+    runner = object.__new__(Runner)
+    runner._hooks, runner._val_loop = [], None
+    runner._train_loop = object.__new__(EpochBasedTrainLoop)
+    runner._train_loop.stop_training = False
+    runner.message_hub, runner.logger = MessageHub('early_stopping'), logging.getLogger()
+    runner.register_custom_hooks(cfg.custom_hooks)
+    return runner
+
+
+@pytest.mark.parametrize('interrupted_after', [1, 2])
+def test_early_stopping_continues_where_it_was(interrupted_after):
+    runner = runner_with_early_stopping()
+    for validation in range(3):
+        if validation == interrupted_after:
+            saved = runner.message_hub.state_dict()
+            runner = runner_with_early_stopping()
+            runner.message_hub.load_state_dict(saved)
+            runner.call_hook('before_train')
+        assert not runner.train_loop.stop_training
+        runner.call_hook('after_val_epoch', metrics=dict(mIoU=0.5))
+    assert runner.train_loop.stop_training
 
 
 def test_other_configs_are_not_changed(detector):

@@ -31,6 +31,38 @@ def stage_outputs(plain, x):
     return maps
 
 
+def entries(node, path=''):
+    """Map the path of each tensor, number and text in nested dicts and lists to its value."""
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, (list, tuple)):
+        children = enumerate(node)
+    else:
+        return {path: node}
+    return {key: value for name, child in children
+            for key, value in entries(child, f'{path}.{name}').items()}
+
+
+def training_state(path):
+    """The entries of a checkpoint, without the records of its run: dates, paths and logs."""
+    # After MMEngine's fork has loaded a checkpoint, torch.load refuses its classes again.
+    checkpoint = torch.load(path, weights_only=False)
+    kept = {key: value for key, value in checkpoint.items() if key not in ('meta', 'message_hub')}
+    return entries({**kept, 'iter': checkpoint['meta']['iter']})
+
+
+def differing(ours, theirs):
+    """The paths of entries that differ, in any bit, or that only one of two checkpoints has."""
+    def equal(one, other):
+        if isinstance(one, torch.Tensor):
+            return one.dtype == other.dtype and torch.equal(one, other)
+        return one == other
+
+    return [path for path in sorted({*ours, *theirs})
+            if path not in ours or path not in theirs
+            or type(ours[path]) is not type(theirs[path]) or not equal(ours[path], theirs[path])]
+
+
 def write_bad_checkpoint(kind, folder):
     path = folder / f'{kind}.pth'
     good = mmdet_swin.SwinTransformer(**SWIN).state_dict()
