@@ -15,6 +15,7 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner, set_random_seed
 
+from acmix_mm.engine.samples import forget_images
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import CheckpointError
 
@@ -115,9 +116,8 @@ class SeedSteps(Hook):
 
     A resumed run then gives the same results as an uninterrupted one, and networks that draw
     different random numbers see the same augmented images. In epoch-based training the seed is set
-    once per epoch, for which the data loader must restart its workers. (Transforms that keep images
-    of earlier samples, such as CachedMosaic, then forget them in each epoch. Without workers, they
-    keep them, and a resumed run differs.)
+    once per epoch, for which the data loader must restart its workers. Transforms that keep images
+    of earlier samples, such as CachedMosaic, then forget them in each epoch, also without workers.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -130,6 +130,8 @@ class SeedSteps(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             set_random_seed(step_seed(runner.seed, runner.epoch, runner.rank))
+            # Those of worker processes end with the workers.
+            forget_images(runner.train_dataloader.dataset)
 
 
 class SeededBatches:

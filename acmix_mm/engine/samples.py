@@ -1,6 +1,6 @@
 """Checks of images and masks while they are loaded; errors name the file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -116,16 +116,29 @@ def check_label_map(data: Mapping[str, Any], num_classes: int, ignore_index: int
 
 def check_samples(dataset: Dataset) -> None:
     """Make a dataset, and the datasets that it wraps, check what they load."""
+    for each in with_pipeline(dataset):
+        # Only MMSegmentation's datasets have these; their label maps are those of semantic classes.
+        is_semantic = hasattr(each, 'reduce_zero_label')
+        classes = each.metainfo.get('classes') if is_semantic else None
+        each.pipeline = CheckedPipeline(
+            each.pipeline, len(classes) if classes else None, getattr(each, 'ignore_index', 255))
+
+
+def forget_images(dataset: Dataset) -> None:
+    """Empty the caches of transforms that combine images, such as ``CachedMosaic``."""
+    for each in with_pipeline(dataset):
+        for transform in each.pipeline.transforms:
+            if hasattr(transform, 'results_cache'):
+                transform.results_cache.clear()
+
+
+def with_pipeline(dataset: Dataset) -> Iterator[Any]:
+    """A dataset and the datasets that it wraps, of these the ones with a pipeline."""
     for wrapped in [*getattr(dataset, 'datasets', []), getattr(dataset, 'dataset', None)]:
         if wrapped is not None:
-            check_samples(wrapped)
-    pipeline = getattr(dataset, 'pipeline', None)
-    if isinstance(pipeline, Compose):
-        # Only MMSegmentation's datasets have these; their label maps are those of semantic classes.
-        is_semantic = hasattr(dataset, 'reduce_zero_label')
-        classes = dataset.metainfo.get('classes') if is_semantic else None
-        dataset.pipeline = CheckedPipeline(
-            pipeline, len(classes) if classes else None, getattr(dataset, 'ignore_index', 255))
+            yield from with_pipeline(wrapped)
+    if isinstance(getattr(dataset, 'pipeline', None), Compose):
+        yield dataset
 
 
 class CheckSamplesHook(Hook):

@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 from copy import deepcopy
+from types import SimpleNamespace
 
 import mmdet.utils
 import mmseg.utils
@@ -14,7 +15,9 @@ import torch
 import torchvision  # noqa: F401  MMEngine imports it in each process that trains.
 from helpers.checkpoints import differing, training_state
 from helpers.comparison import SEGMENTATION, TINY, config
+from mmdet.datasets.transforms import CachedMixUp, CachedMosaic
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
@@ -22,6 +25,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from acmix_mm.engine.resuming import make_reproducible, repair_last_checkpoint
 from acmix_mm.engine.runner import train
+from acmix_mm.engine.samples import forget_images
 from acmix_mm.utils.errors import CheckpointError
 
 SMALL_IMAGES = {
@@ -171,6 +175,14 @@ def test_early_stopping_continues_where_it_was(interrupted_after):
         assert not runner.train_loop.stop_training
         runner.call_hook('after_val_epoch', metrics=dict(mIoU=0.5))
     assert runner.train_loop.stop_training
+
+
+@pytest.mark.parametrize('transform', [CachedMosaic, CachedMixUp])
+def test_images_of_the_last_epoch_are_forgotten(transform):
+    cached = transform(img_scale=(8, 8))
+    cached.results_cache.append(dict(img=None))
+    forget_images(SimpleNamespace(dataset=SimpleNamespace(pipeline=Compose([cached]))))
+    assert cached.results_cache == []
 
 
 def test_other_configs_are_not_changed(detector):
