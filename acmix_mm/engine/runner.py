@@ -1,6 +1,7 @@
 """Training and testing detectors and segmentors with MMEngine's runner."""
 
 import contextlib
+import logging
 import os
 import subprocess
 import warnings
@@ -11,6 +12,7 @@ from typing import Any, Optional, Union
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
@@ -49,10 +51,13 @@ class DataOnlyRunner(Runner):
     requires_all_weights = False
 
     def build_model(self, model: Union[nn.Module, dict]) -> nn.Module:
-        """Build the model like :meth:`Runner.build_model`, and log its convolution layers."""
+        """Build the model like :meth:`Runner.build_model`, and log its convolution layers.
+
+        Distributed on CPUs, synchronised batch norms become ordinary ones.
+        """
         built = super().build_model(model)
         log_convolutions(built)
-        return built
+        return without_sync_batchnorm(built) if self.distributed else built
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict:
         """Load a checkpoint into the model like :meth:`Runner.load_checkpoint`.
@@ -102,6 +107,7 @@ class DataOnlyFlexibleRunner(FlexibleRunner):
         with construction_errors_as_usage_errors():
             self.model = self.strategy.build_model(self.model)
         log_convolutions(self.model)
+        self.model = without_sync_batchnorm(self.model)
         # Recorded now, because the strategy may distribute the weights over the processes.
         self.weight_shapes = shapes_of(self.model)
 
@@ -173,6 +179,16 @@ def log_convolutions(model: nn.Module) -> None:
         # Not "replaced": in a Swin, such a layer replaces attention.
         print_log(f'Convolution layers built: {built}; convolutions left unchanged: {unchanged}.',
                   logger='current')
+
+
+def without_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace SyncBatchNorm, which needs GPUs, if there are none; the weights keep their names."""
+    if torch.cuda.is_available() or not any(isinstance(module, nn.SyncBatchNorm)
+                                            for module in model.modules()):
+        return model
+    print_log('SyncBatchNorm needs GPUs: on CPUs, each process normalises by its own images.',
+              logger='current', level=logging.WARNING)
+    return revert_sync_batchnorm(model)
 
 
 def load_all_weights(model: nn.Module, checkpoint: Mapping, source: str) -> None:

@@ -65,7 +65,7 @@ class Experiment:
             time.sleep(0.05)
         trained = time.monotonic()
         if process.wait():
-            raise SystemExit(f'Training failed: {(self.root / name).with_suffix(".log")}')
+            raise SystemExit(f'Training failed:\n{self.output(name)}')
         return trained - began, time.monotonic() - trained
 
     def kill_after(self, name, seconds):
@@ -87,8 +87,12 @@ class Experiment:
                 each.kill()
             psutil.wait_procs(processes)
             return logs(self.root / name) != before
-        raise SystemExit(f'Training ended, with status {process.returncode}, before it was killed: '
-                         f'{(self.root / name).with_suffix(".log")}')
+        raise SystemExit(f'Training ended with status {process.returncode} before it was killed:\n'
+                         f'{self.output(name)}')
+
+    def output(self, name):
+        """The end of what the runs of a work directory printed."""
+        return (self.root / f'{name}.log').read_text()[-3000:]
 
     def last_checkpoint(self, name):
         return Path((self.root / name / 'last_checkpoint').read_text())

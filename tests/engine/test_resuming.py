@@ -120,7 +120,7 @@ def detector(small_detector):
 
 
 @pytest.mark.parametrize(('name', 'ranks', 'kills'), [
-    ('segmentor', 1, 5), ('detector', 1, 5), ('detector', 2, 1)])
+    ('segmentor', 1, 5), ('segmentor', 2, 1), ('detector', 1, 5), ('detector', 2, 1)])
 def test_a_killed_run_gives_the_same_checkpoint(name, ranks, kills, request, tmp_path):
     cfg = request.getfixturevalue(name)
     cfg.update(randomness=dict(seed=3), launcher='none' if ranks == 1 else 'pytorch')
