@@ -593,7 +593,8 @@ def check_plugins(plugins: Sequence[dict], num_stages: int) -> None:
 def check_eps(network: nn.Module) -> None:
     """Raise ValueError if this version of torch rejects the ``eps`` of a batch norm.
 
-    Some configs of MMDetection have batch norms with ``eps=0``, which torch rejects since 2.10.
+    Some configs of MMDetection have batch norms with ``eps=0``, which torch 2.10 and later reject;
+    2.15 does in training mode only.
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm) and module.eps <= 0:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from acmix_mm.ops.symbolic import statically_known_true
 from acmix_mm.ops.window_attention.masks import edge_masks, is_last
 
 
@@ -25,5 +26,8 @@ def window_attention_sdpa(qkv: Tensor, bias: Tensor, window_size: tuple[int, int
     else:
         q, k, v, mask = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias
     out = F.scaled_dot_product_attention(q, k, v, mask[None], dropout_p=dropout_p, scale=scale)
+    if statically_known_true(batch == 0):
+        # Torch 2.15 leaves the mask of an empty batch without a gradient.
+        out = out + 0 * mask.sum()
     out = out.reshape(batch, *grid, num_heads, win_h, win_w, head_dims)
     return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, num_heads * head_dims)
