@@ -19,7 +19,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from acmix_mm import backbones
-from acmix_mm.environment import TORCH_VERSION
 from acmix_mm.utils.markdown import table
 
 DCN = 'dcn and ACmix both replace the 3×3 convolutions'
