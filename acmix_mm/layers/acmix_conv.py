@@ -23,7 +23,7 @@ from acmix_mm.layers.point_attention import (
     softmax,
 )
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import project, sliding_window_attention
+from acmix_mm.ops import project_images, sliding_window_attention
 from acmix_mm.ops.caching import cached_by_size
 
 
@@ -97,8 +97,7 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
     def project(self, x: Tensor) -> tuple[Tensor]:
         """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims)."""
         weight, bias = self.projections()
-        return project(x.permute(0, 2, 3, 1), weight, bias, self.num_heads,
-                       for_convolution=self.convolves),
+        return project_images(x, weight, bias, self.num_heads, for_convolution=self.convolves),
 
     def projections(self) -> tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the three projections as one linear layer."""
@@ -115,8 +114,9 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         return out.permute(0, 3, 1, 2)
 
     def convolve(self, qkv: Tensor) -> Tensor:
-        return self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2),
-                                  stride=self.stride[0], dilation=self.dilation[0])
+        # In this order, an export needs no copy.
+        maps = qkv.permute(0, 5, 3, 4, 1, 2).flatten(2, 3).transpose(1, 2)
+        return self.shift_and_sum(maps, stride=self.stride[0], dilation=self.dilation[0])
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
         if not self.reads_input(x, self.in_channels, self.stride[0]):

@@ -1,9 +1,12 @@
 """Stage I of ACmix: the queries, keys and values of every head, shared by both paths."""
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from acmix_mm.ops.backend import is_exporting
 
 
 def project(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
@@ -30,7 +33,35 @@ def project(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
     shape = (3, num_heads, weight.shape[0] // (3 * num_heads))
     if not for_convolution or x.device.type != 'cpu':
         return F.linear(x, weight, bias).unflatten(-1, shape)
-    weight = weight.unflatten(0, shape).permute(2, 0, 1, 3).flatten(0, 2)
-    if bias is not None:
-        bias = bias.view(shape).permute(2, 0, 1).flatten()
+    weight, bias = _heads_last(weight, bias, shape)
     return F.linear(x, weight, bias).unflatten(-1, (-1, 3, num_heads)).movedim(-3, -1)
+
+
+def project_images(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
+                   for_convolution: bool) -> Tensor:
+    """Project images to queries, keys and values; see :func:`project`.
+
+    In an export, the memory order stays that of images, which other runtimes convolve.
+
+    Args:
+        x: (batch, in_channels, height, width).
+        weight: see :func:`project`.
+        bias: see there.
+        num_heads: see there.
+        for_convolution: see there.
+
+    Returns:
+        (batch, height, width, 3, num_heads, head_dims).
+    """
+    if not (is_exporting() and for_convolution):
+        return project(x.permute(0, 2, 3, 1), weight, bias, num_heads, for_convolution)
+    weight, bias = _heads_last(weight, bias, (3, num_heads, -1))
+    maps = F.conv2d(x, weight[:, :, None, None], bias)
+    return maps.unflatten(1, (-1, 3, num_heads)).permute(0, 4, 5, 2, 3, 1)
+
+
+def _heads_last(weight: Tensor, bias: Optional[Tensor],
+                shape: Sequence[int]) -> tuple[Tensor, Optional[Tensor]]:
+    """Reorder output channels from (3, num_heads, head_dims) to (head_dims, 3, num_heads)."""
+    weight = weight.unflatten(0, shape).permute(2, 0, 1, 3).flatten(0, 2)
+    return weight, None if bias is None else bias.view(*shape).permute(2, 0, 1).flatten()
