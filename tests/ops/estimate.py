@@ -113,6 +113,9 @@ class Trace(TorchDispatchMode):
             return out
         out = func(*args, **kwargs)
         packet = func.overloadpacket
+        if packet in (aten.convolution, aten.convolution_backward):
+            # As cuDNN returns it, which torch asks on a GPU only; see layout_copies.
+            out = tree_map_only(torch.Tensor, in_channels_last, out)
         if func.namespace == 'aten' and not func.is_view and packet not in FREE:
             self.kernels += kernels_of(packet, args, kwargs, out)
         return out
@@ -159,6 +162,11 @@ def kernels_of(packet, args, kwargs, out):
         # A fill and a copy.
         return [Kernel(name, 1, size(out)).timed(), Kernel(name, 1, 2 * read).timed()]
     return [Kernel(name, 1, read + size(out), flops).timed(dtype)]
+
+
+def in_channels_last(tensor):
+    is_map = tensor.dim() == 4
+    return torch.empty_like(tensor, memory_format=torch.channels_last) if is_map else tensor
 
 
 def layout_copies(*tensors):
