@@ -97,6 +97,27 @@ def test_bandwidth_counts_reads_and_writes():
     assert '| GB/s | of a copy |' in results_table([result])
 
 
+def test_gpus_are_timed_by_events(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.calls = len(calls)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 5. * (end.calls - self.calls)
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    assert seconds_of(lambda: calls.append(1), 'cuda') == pytest.approx(0.005)
+    # One call warms up.
+    assert len(calls) == benchmark.GPU_CALLS + 1
+
+
 def test_timed_runs_alternate(monkeypatch):
     calls = []
     monkeypatch.setattr(benchmark, 'seconds_of', lambda run, device: run())

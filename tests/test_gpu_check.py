@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -152,6 +153,19 @@ def test_results_that_are_not_numbers_fail(monkeypatch):
         each.half() for each in checks.run_eagerly(run, inputs, cotangent)]})
     assert 'dtype torch.float16, not torch.float32' in check(
         Plan(subject, 'tiled', 'float32'), 'cpu').message
+
+
+def test_graphs_are_replayed_on_other_values(monkeypatch):
+    """With stand-ins for CUDA: a graph whose replay computes nothing is found."""
+    for name in ('Stream', 'CUDAGraph'):
+        monkeypatch.setattr(torch.cuda, name, MagicMock)
+    for name in ('stream', 'graph', 'current_stream'):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    subject = next(each for each in operators(True) if each.name == 'shift_conv')
+    result = check(Plan(subject, 'folded', 'float32', 'CUDA graph'), 'cpu')
+    assert result.message is None
+    assert result.error > 0.5
+    assert torch.cuda.graph.call_args.kwargs['stream'] is torch.cuda.stream.call_args.args[0]
 
 
 def test_everything_is_planned_on_a_gpu(monkeypatch):

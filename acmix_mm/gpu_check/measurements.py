@@ -45,6 +45,8 @@ OURS, REFERENCE, PLAIN_SWIN = 'acmix_mm', 'reference', 'plain Swin-T'
 SDPA, FLEX, NATTEN, DENSE_CONV = 'SDPA', 'flex_attention', 'NATTEN', "torch's 3×3 convolution"
 CONV_LAYER, WINDOW_LAYER, BACKBONE = 'ACmixConv2d', 'WindowACmix', 'Swin-T'
 REPEATS = 5
+# flex_attention takes long to compile, for each pass and width.
+FLEX_HEAD_DIMS = (16, 32)
 
 
 class Sizes(NamedTuple):
@@ -157,13 +159,16 @@ def sliding_comparison(setting: Setting, sizes: Sizes, head_dims: int) -> Compar
     """Sliding attention over 7×7 positions, 4 heads."""
     (height, width), heads, kernel_size = sizes.map_size, 4, 7
     run = functools.partial(sliding_window_attention, kernel_size=kernel_size)
-    flex = functools.partial(neighbourhood_flex, height, width, kernel_size, setting.device)
-    return Comparison(sliding_name(head_dims), setting, [
+    cases = [
         Case({OURS: Implementation(lambda: run), SDPA: Implementation(lambda: run, 'dense')},
              [(None, height, width, 3, heads, head_dims), (height, width, head_dims)]),
-        Case({FLEX: Implementation(flex)}, [(None, heads, height * width, head_dims)] * 3),
         Case({NATTEN: Implementation(functools.partial(natten, kernel_size))},
-             [(None, height, width, heads, head_dims)] * 3)])
+             [(None, height, width, heads, head_dims)] * 3)]
+    if head_dims in FLEX_HEAD_DIMS:
+        flex = functools.partial(neighbourhood_flex, height, width, kernel_size, setting.device)
+        cases.append(Case({FLEX: Implementation(flex)},
+                          [(None, heads, height * width, head_dims)] * 3))
+    return Comparison(sliding_name(head_dims), setting, cases)
 
 
 def window_comparison(setting: Setting, sizes: Sizes) -> Comparison:
