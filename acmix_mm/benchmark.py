@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Optional
 
@@ -28,6 +28,8 @@ PASSES = ('forward', 'forward + backward')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 # Calls per timing on a GPU, where one alone would measure mostly its launch.
 GPU_CALLS = 10
+# Stands beside the names of implementations.
+COPY = 'copy of as many bytes'
 
 
 class Implementation(NamedTuple):
@@ -209,6 +211,9 @@ CASES = {
 
 def step(run: Callable, inputs: Sequence[Tensor], passes: str) -> list[Tensor]:
     """Run once, forward or forward and backward, and return the outputs."""
+    for each in inputs:
+        # In a network, the gradients of maps are not accumulated over calls either.
+        each.grad = None
     with torch.set_grad_enabled(passes != 'forward'):
         out = run(*inputs)
     outs = [out] if isinstance(out, Tensor) else list(out)
@@ -219,44 +224,65 @@ def step(run: Callable, inputs: Sequence[Tensor], passes: str) -> list[Tensor]:
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
     """Time one call, after calls that warm up caches and the memory allocator."""
-    # Older torch imports numpy here.
-    from torch.utils.benchmark import Timer
-    timer = Timer('run()', globals=dict(run=run), num_threads=torch.get_num_threads())
-    return timer.timeit(1 if device == 'cpu' else GPU_CALLS).mean
+    if not device.startswith('cuda'):
+        # Older torch imports numpy here.
+        from torch.utils.benchmark import Timer
+        timer = Timer('run()', globals=dict(run=run), num_threads=torch.get_num_threads())
+        return timer.timeit(1 if device == 'cpu' else GPU_CALLS).mean
+    run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(GPU_CALLS):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / GPU_CALLS
+
+
+def interleaved_seconds(runs: Mapping[str, Callable[[], object]], device: str,
+                        repeats: int) -> dict[str, float]:
+    """The median seconds per call of each function, whose timed runs alternate."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(seconds_of(run, device))
+    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def compare(name: str, passes: str, setting: Setting, repeats: int) -> list[Result]:
     """Time the implementations of a case in interleaved runs, and measure their memory."""
     case = CASES[name]
     inputs = setting.inputs(case, requires_grad=passes != 'forward')
-    runs = {each: functools.partial(step, setting.build(case, each), inputs, passes)
-            for each in case.implementations}
-    output_bytes = {each: sum(out.nbytes for out in run()) for each, run in runs.items()}
-    seconds: dict[str, list[float]] = {each: [] for each in runs}
-    for _ in range(repeats):
-        for each, run in runs.items():
-            seconds[each].append(seconds_of(run, setting.device))
+    runs: dict[str, Callable[[], object]] = {
+        each: functools.partial(step, setting.build(case, each), inputs, passes)
+        for each in case.implementations}
+    moved = 0
+    if setting.device != 'cpu':
+        moved = bytes_moved(inputs, next(iter(runs.values()))(), passes)
+        runs[COPY] = copy_of(moved, setting.device)
+    seconds = interleaved_seconds(runs, setting.device, repeats)
     results = []
-    for each in runs:
-        result = Result(name, passes, each, statistics.median(seconds[each]),
+    for each in case.implementations:
+        result = Result(name, passes, each, seconds[each],
                         peak_memory(name, passes, each, setting))
-        if setting.device != 'cpu':
-            result = with_bandwidth(result, sum(tensor.nbytes for tensor in inputs),
-                                    output_bytes[each])
+        if COPY in seconds:
+            result = result._replace(gigabytes_per_second=moved / result.seconds / 1e9,
+                                     of_copy=seconds[COPY] / result.seconds)
         results.append(result)
     return results
 
 
-def with_bandwidth(result: Result, input_bytes: int, output_bytes: int) -> Result:
-    """Add the bandwidth, and its ratio to that of a copy; see :class:`Result`."""
-    moved = input_bytes + output_bytes
-    if result.passes != 'forward':
-        moved += 2 * input_bytes + output_bytes
-    source = torch.empty(moved // 2, dtype=torch.uint8, device='cuda')
+def bytes_moved(inputs: Sequence[Tensor], outputs: Sequence[Tensor], passes: str) -> int:
+    """Bytes that an implementation reads and writes at least; see :class:`Result`."""
+    read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (inputs, outputs))
+    return read + written if passes == 'forward' else 3 * read + 2 * written
+
+
+def copy_of(moved: int, device: str) -> Callable[[], Tensor]:
+    """A copy that reads and writes as many bytes together."""
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_seconds = seconds_of(lambda: target.copy_(source), 'cuda')
-    return result._replace(gigabytes_per_second=moved / result.seconds / 1e9,
-                           of_copy=copy_seconds / result.seconds)
+    return lambda: target.copy_(source)
 
 
 def peak_memory(name: str, passes: str, implementation: str, setting: Setting) -> float:

@@ -87,11 +87,42 @@ def test_swin_blocks_run_in_every_dtype(dtype):
     assert inputs[0].grad.isfinite().all()
 
 
-def test_bandwidth_counts_reads_and_writes(monkeypatch):
-    monkeypatch.setattr(benchmark, 'seconds_of', lambda run, device: 0.5)
-    monkeypatch.setattr(torch, 'empty', lambda *size, **options: torch.zeros(1))
-    result = benchmark.with_bandwidth(Result('case', PASSES[0], 'name', 2., 1.), 10**9, 10**9)
-    assert (result.gigabytes_per_second, result.of_copy) == (1.0, 0.25)
-    result = benchmark.with_bandwidth(Result('case', PASSES[1], 'name', 5., 1.), 10**9, 10**9)
-    assert result.gigabytes_per_second == 1.0
+def test_bandwidth_counts_reads_and_writes():
+    inputs, outputs = [torch.zeros(6), torch.zeros(2)], [torch.zeros(3, dtype=torch.float16)]
+    assert benchmark.bytes_moved(inputs, outputs, PASSES[0]) == 32 + 6
+    # The inputs are read twice, and their gradients written; the outputs and their gradients once.
+    assert benchmark.bytes_moved(inputs, outputs, PASSES[1]) == 3 * 32 + 2 * 6
+    assert benchmark.copy_of(38, 'cpu')().nbytes == 19
+    result = Result('case', PASSES[0], 'name', 2., 1., 3., 0.5)
     assert '| GB/s | of a copy |' in results_table([result])
+
+
+def test_gpus_are_timed_by_events(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.calls = len(calls)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 5. * (end.calls - self.calls)
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    assert seconds_of(lambda: calls.append(1), 'cuda') == pytest.approx(0.005)
+    # One call warms up.
+    assert len(calls) == benchmark.GPU_CALLS + 1
+
+
+def test_timed_runs_alternate(monkeypatch):
+    calls = []
+    monkeypatch.setattr(benchmark, 'seconds_of', lambda run, device: run())
+    seconds = benchmark.interleaved_seconds(
+        {'a': lambda: calls.append('a') or len(calls), 'b': lambda: calls.append('b') or 0.5},
+        'cpu', 3)
+    assert calls == ['a', 'b', 'a', 'b', 'a', 'b']
+    assert seconds == {'a': 3, 'b': 0.5}

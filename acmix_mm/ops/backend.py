@@ -55,6 +55,7 @@ class Backend(NamedTuple):
 
 _operators: dict[str, dict[str, Backend]] = {}
 _failed_kernels: set[str] = set()
+_raises_kernel_errors = False
 # The names given to use_backend, innermost first, then that of the environment variable.
 _preferred: tuple[str, ...] = ()
 
@@ -235,17 +236,35 @@ def require_triton(operator: str, tensor: Tensor) -> None:
             'backend to have one chosen.')
 
 
+@contextmanager
+def raising_kernel_errors() -> Iterator[None]:
+    """Within this context, failing kernels raise their error, and run even if they have failed.
+
+    Like :func:`use_backend`, it belongs to the process.
+    """
+    global _raises_kernel_errors
+    outside = _raises_kernel_errors
+    _raises_kernel_errors = True
+    try:
+        yield
+    finally:
+        _raises_kernel_errors = outside
+
+
 def run_kernels(operator: str, kernels: Callable[[], Result],
                 torch_backend: Callable[[], Result]) -> Result:
     """Run Triton kernels or, once they have failed to compile or launch, a torch backend.
 
-    The first failure of an operator is a warning. Being out of memory is none.
+    The first failure of an operator is a warning; see also :func:`raising_kernel_errors`. Being out
+    of memory is none.
 
     Args:
         operator: name of the public function.
         kernels: runs the kernels; returns new tensors.
         torch_backend: computes the same, apart from what only the kernels' backward pass reads.
     """
+    if _raises_kernel_errors:
+        return kernels()
     if operator not in _failed_kernels:
         try:
             return kernels()

@@ -6,79 +6,31 @@ import itertools
 import torch
 from helpers import relative_error
 
+from acmix_mm.gpu_check import checks
+from acmix_mm.gpu_check.checks import TOLERANCE
+from acmix_mm.gpu_check.inputs import (  # noqa: F401
+    aggregation_tensors,
+    conv_tensors,
+    features_tensors,
+    involution_tensors,
+    sliding_tensors,
+    window_tensors,
+)
 from acmix_mm.ops import sliding_window_attention
-
-# Relative error allowed for rounding of inputs and intermediate sums.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def compare(run, tensors, backend, dtype):
     """Compare a backend in ``dtype`` with the reference in float64: output and all gradients."""
-    results = {}
-    for name, precision in (('reference', torch.float64), (backend, dtype)):
-        leaves = [None if tensor is None else tensor.to(dtype).to(precision).requires_grad_()
-                  for tensor in tensors]
-        out = run(*leaves, backend=name)
-        assert out.dtype == precision
-        generator = torch.Generator().manual_seed(1)
-        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-        out.backward(cotangent.to(dtype).to(precision))
-        results[name] = [out, *(leaf.grad for leaf in leaves if leaf is not None)]
-    # Some gradients are zero by algebra; their rounding errors scale with the other tensors.
-    floor = 0.1 * max(expected.abs().max() for expected in results['reference'])
-    for expected, actual in zip(results['reference'], results[backend]):
-        assert actual.shape == expected.shape
-        error = (actual.double() - expected).abs().max()
-        assert error <= TOLERANCE[dtype] * max(expected.abs().max(), floor)
-
-
-def conv_tensors(batch, heads, head_dims, height, width, kernel_size, bias, channels_last):
-    shifts = kernel_size**2
-    if channels_last:
-        maps = torch.randn(batch, height, width, 3 * heads, head_dims).permute(0, 3, 4, 1, 2)
-    else:
-        maps = torch.randn(batch, 3 * heads, head_dims, height, width)
-    return [maps, torch.randn(shifts, 3 * heads) / (3 * heads)**0.5,
-            torch.randn(heads * head_dims, shifts, kernel_size, kernel_size) / shifts,
-            torch.randn(shifts) if bias else None]
-
-
-def window_tensors(batch, grid, window_size, heads, head_dims):
-    height, width = grid[0] * window_size[0], grid[1] * window_size[1]
-    area = window_size[0] * window_size[1]
-    return [torch.randn(batch, height, width, 3, heads, head_dims), torch.randn(heads, area, area)]
-
-
-def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
-    qkv = torch.randn(batch, height, width, 3, heads, head_dims)
-    if heads_last:
-        qkv = qkv.permute(0, 1, 2, 5, 3, 4).contiguous().permute(0, 1, 2, 4, 5, 3)
-    return [qkv, torch.randn(height, width, head_dims)]
+    error = checks.relative_error(functools.partial(run, backend=backend),
+                              functools.partial(run, backend='reference'), tensors, dtype)
+    assert error <= TOLERANCE[dtype]
 
 
 def slide(kernel_size, stride=1, dilation=1):
     return functools.partial(sliding_window_attention, kernel_size=kernel_size, stride=stride,
                              dilation=dilation)
-
-
-def features_tensors(batch, channels, height, width, kernel_size):
-    around = channels * (kernel_size**2 + 1)
-    q, k = torch.randn(2, batch, channels, height, width)
-    return [q, k, torch.randn(around), torch.randn(around), torch.randn(3, around) / around**0.5]
-
-
-def aggregation_tensors(batch, channels, height, width, kernel_size, groups=2):
-    area = kernel_size**2
-    return [torch.randn(batch, channels, height, width), torch.randn(batch, 3, height, width),
-            torch.randn(groups * area, 3) / area, torch.randn(groups * area) / area]
-
-
-def involution_tensors(batch, groups, per_group, height, width, kernel_size, stride=1):
-    size = [-(-extent // stride) for extent in (height, width)]
-    return [torch.randn(batch, groups * per_group, height, width),
-            torch.randn(batch, groups, kernel_size, kernel_size, *size)]
 
 
 def involution_loop(x, kernels, stride, dilation):

@@ -7,15 +7,12 @@ test_kernels.py without the interpreter.
 import functools
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
+from launches import specialize
 
 from acmix_mm.ops.shift_conv import triton_kernels as convolution
 from acmix_mm.ops.sliding_attention import strip_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding
 
-BACKEND = make_backend(GPUTarget('cuda', 90, 32))
 SIZES = ((200, 336), (201, 333), (160, 256), (17, 16), (16, 1))
 
 
@@ -23,15 +20,15 @@ class Recorder:
     """Stands for a kernel; collects the keys that its launches are compiled by."""
 
     def __init__(self, kernel):
+        self.kernel = kernel
         self.keys = set()
-        self.bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
 
     def __getitem__(self, grid):
         return self.launch
 
     def launch(self, *arguments, **constants):
-        _, specialization, options = self.bind(*arguments, **constants)
-        self.keys.add(str((specialization, options)))
+        source, options, _ = specialize(self.kernel, arguments, constants)
+        self.keys.add((source.hash(), str(options)))
 
 
 def count(description, modules, run):

@@ -1,0 +1,191 @@
+"""What is checked: operators and layers at sizes whose borders matter, as functions of tensors."""
+
+import functools
+from collections.abc import Sequence
+from typing import Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from acmix_mm.gpu_check.inputs import (
+    aggregation_tensors,
+    conv_tensors,
+    features_tensors,
+    involution_tensors,
+    projected_tensors,
+    sliding_tensors,
+    window_tensors,
+)
+from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.ops import (
+    involution,
+    patch_aggregation,
+    patch_features,
+    projected_shift_conv,
+    shift_conv,
+    sliding_window_attention,
+    window_attention,
+)
+
+# Strips and tiles, heads of all widths, borders, strides, dilations, and heads adjacent in memory.
+SLIDING = (
+    # (batch, heads, head_dims, height, width, heads_last), kernel_size, stride, dilation
+    ((2, 2, 16, 10, 18), 7, 1, 1),
+    ((1, 2, 16, 4, 4), 7, 1, 1),
+    ((1, 1, 24, 9, 7), 5, 1, 1),
+    ((1, 1, 32, 5, 17), 7, 1, 1),
+    ((1, 1, 16, 2, 9), 3, 1, 1),
+    ((1, 1, 16, 1, 2), 7, 1, 1),
+    ((1, 2, 16, 9, 13), 7, 2, 1),
+    ((1, 2, 16, 9, 13), 7, 1, 2),
+    ((1, 1, 64, 9, 5), 7, 1, 1),
+    ((1, 1, 128, 5, 9), 7, 1, 1),
+    ((1, 2, 16, 9, 8, True), 7, 1, 1),
+)
+INTERPRETED_SLIDING = (((1, 1, 16, 5, 9), 7, 1, 1), ((1, 1, 16, 5, 4), 3, 2, 1),
+                       ((1, 1, 16, 5, 4), 3, 1, 2))
+# Windows of 2 to 12, shifted and not.
+WINDOWS = (
+    # (batch, grid, window_size, heads, head_dims), shift_size
+    ((2, (2, 3), (7, 7), 3, 32), 3),
+    ((1, (1, 2), (7, 7), 2, 32), 0),
+    ((1, (2, 2), (2, 2), 2, 16), 1),
+    ((1, (2, 1), (12, 12), 1, 32), 6),
+    ((1, (1, 1), (5, 6), 2, 32), 0),
+)
+INTERPRETED_WINDOWS = (((1, (2, 1), (3, 3), 1, 16), 1), ((1, (1, 2), (2, 2), 1, 16), 0))
+# Folded and in two steps, both layouts, with and without bias.
+SHIFTS = (
+    # (batch, heads, head_dims, height, width, kernel_size, bias, channels_last), stride, dilation
+    ((2, 4, 16, 9, 13, 3, True, True), 1, 1),
+    ((1, 5, 8, 5, 6, 3, True, True), 1, 1),
+    ((1, 3, 32, 9, 13, 3, False, False), 2, 1),
+    ((1, 4, 16, 9, 13, 3, True, True), 1, 2),
+    ((1, 1, 4, 7, 4, 5, True, True), 2, 3),
+)
+INTERPRETED_SHIFTS = (((1, 1, 4, 4, 5, 3, True, False), 2, 1),
+                      ((1, 1, 4, 4, 5, 3, False, True), 1, 2))
+
+
+class Subject(NamedTuple):
+    """An operator or a layer, with its arguments.
+
+    Attributes:
+        name: of the operator or the layer.
+        case: its arguments.
+        run: takes tensors; returns one.
+        tensors: makes these tensors, float32 on the CPU; some may be None.
+        is_layer: whether it is a layer.
+    """
+
+    name: str
+    case: str
+    run: Callable[..., Tensor]
+    tensors: Callable[[], list[Optional[Tensor]]]
+    is_layer: bool
+
+
+def operators(interpreted: bool) -> list[Subject]:
+    """Every operator; the first case of each with kernels also runs compiled and in CUDA graphs.
+
+    Args:
+        interpreted: only what Triton's interpreter runs in a few seconds: small cases of the
+            operators with kernels of their own.
+    """
+    if interpreted:
+        return [*sliding_cases(INTERPRETED_SLIDING), *window_cases(INTERPRETED_WINDOWS),
+                *shift_cases(INTERPRETED_SHIFTS)]
+    return [*sliding_cases(SLIDING), *window_cases(WINDOWS), *shift_cases(SHIFTS),
+            *projected_cases(), *other_cases()]
+
+
+def layers(interpreted: bool) -> list[Subject]:
+    """Both layers, at sizes that strides and windows do not divide; see :func:`operators`."""
+    if interpreted:
+        conv, window = (1, 4, 4, 5), (1, 4, 5, 4)
+        narrow = functools.partial(ACmixConv2d, 4, 4, num_heads=1)
+        return [layer('ACmixConv2d', '4 channels', narrow, conv),
+                layer('WindowACmix', 'window 3, shift 1',
+                      functools.partial(WindowACmix, 4, 1, 3, shift_size=1), window)]
+    conv, window = (1, 32, 9, 13), (2, 10, 17, 32)
+    strided = functools.partial(ACmixConv2d, 32, 64, num_heads=4)
+    wide = functools.partial(WindowACmix, 32, 2)
+    return [
+        layer('ACmixConv2d', '2 heads of 16', lambda: ACmixConv2d(32, 32, num_heads=2), conv),
+        layer('ACmixConv2d', 'stride 2', functools.partial(strided, stride=2), conv),
+        layer('ACmixConv2d', 'dilation 2', functools.partial(strided, dilation=2), conv),
+        layer('ACmixConv2d', 'channels last', lambda: ACmixConv2d(32, 32, num_heads=2), conv, True),
+        layer('WindowACmix', 'window 7, shift 3', lambda: wide(7, shift_size=3), window),
+        layer('WindowACmix', 'window 7', lambda: wide(7), window),
+        layer('WindowACmix', 'window 4, shift 1', lambda: wide(4, shift_size=1), window),
+        layer('WindowACmix', 'a map below one window', lambda: wide(18, shift_size=9), window),
+    ]
+
+
+def layer(name: str, case: str, build: Callable[[], nn.Module], shape: Sequence[int],
+          channels_last: bool = False) -> Subject:
+    """A layer as a function of its input and its parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build()
+    names = [each for each, _ in module.named_parameters()]
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        # Buffers are indices.
+        buffers = {each: buffer.to(x.device) for each, buffer in module.named_buffers()}
+        return functional_call(module, {**dict(zip(names, parameters)), **buffers}, (x,))
+
+    def tensors() -> list[Optional[Tensor]]:
+        x = torch.randn(*shape)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        # Where a layer starts, some gradients are zero.
+        return [x, *(each.detach() + 0.1 * torch.randn_like(each)
+                     for each in module.parameters())]
+    return Subject(name, case, run, tensors, True)
+
+
+def operator(run: Callable[..., Tensor], make: Callable, arguments: Sequence,
+             **options: object) -> Subject:
+    """An operator with options, on the tensors that ``make`` returns."""
+    case = ', '.join([f'{make.__name__}{tuple(arguments)}',
+                      *(f'{key}={value}' for key, value in options.items())])
+    return Subject(run.__name__, case, functools.partial(run, **options),
+                   lambda: make(*arguments), False)
+
+
+def sliding_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(sliding_window_attention, sliding_tensors, arguments, kernel_size=kernel_size,
+                     stride=stride, dilation=dilation)
+            for arguments, kernel_size, stride, dilation in cases]
+
+
+def window_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(window_attention, window_tensors, arguments, window_size=arguments[2],
+                     shift_size=shift_size) for arguments, shift_size in cases]
+
+
+def shift_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(shift_conv, conv_tensors, arguments, stride=stride, dilation=dilation)
+            for arguments, stride, dilation in cases]
+
+
+def projected_cases() -> list[Subject]:
+    """With and without each bias."""
+    cases = [
+        # batch, in_channels, heads, head_dims, height, width, kernel_size, bias, fc_bias; stride
+        # and dilation
+        ((2, 32, 2, 16, 9, 13, 3, True, True), 1, 1),
+        ((1, 32, 2, 16, 9, 13, 3, True, False), 2, 1),
+        ((1, 32, 2, 16, 9, 13, 3, False, True), 1, 2),
+    ]
+    return [operator(projected_shift_conv, projected_tensors, arguments, stride=stride,
+                     dilation=dilation) for arguments, stride, dilation in cases]
+
+
+def other_cases() -> list[Subject]:
+    """The operators of other hosts, which have no kernels of their own."""
+    return [operator(patch_features, features_tensors, (1, 8, 6, 7, 3), kernel_size=3),
+            operator(patch_aggregation, aggregation_tensors, (1, 8, 6, 7, 3), kernel_size=3),
+            operator(involution, involution_tensors, (1, 2, 4, 9, 8, 3, 2), stride=2)]

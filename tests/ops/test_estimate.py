@@ -1,0 +1,68 @@
+"""The estimate of kernels' times without a GPU."""
+
+import os
+import subprocess
+import sys
+
+from helpers import ROOT
+from helpers.stack import needs_torch, needs_triton
+
+pytestmark = [needs_triton, needs_torch('2.11', 'the estimate, which uses internals of torch')]
+
+
+def run_python(*arguments):
+    """Run Python without the interpreter of kernels; return what it prints."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / 'tests/ops')])
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'TRITON_INTERPRET': '0', 'PYTHONPATH': path},
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_of_a_layer():
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]]
+            for line in run_python('tests/ops/estimate.py', 'ACmixConv2d, channels last',
+                                   'ShiftWindowMSA').splitlines() if line.startswith('|')]
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[:2]), row[2:])
+    # Queries, keys, values and output in bfloat16, and the logarithms of sums in float32.
+    pixels = 8 * 200 * 336
+    launches, megabytes, flops, instructions, microseconds = found['forward', 'attend_kernel']
+    assert (launches, megabytes, flops) == ('1', f'{pixels * (4 * 64 * 2 + 4 * 4) / 1e6:.0f}', '')
+    assert 0.05 < float(instructions) < 0.5
+    assert abs(float(microseconds) - float(instructions) * 1e9 / (528 * 1.755e3) - 3) < 2
+    # A dense convolution, and twice as much for its gradients.
+    gigaflops = 2 * pixels * 64 * 64 * 9 / 1e9
+    assert found['forward', 'convolution'][:3] == ['1', '138', f'{gigaflops:.1f}']
+    assert found['backward', 'convolution_backward'][2] == f'{2 * gigaflops:.1f}'
+    assert {'grad_queries_kernel', 'grad_keys_kernel'} <= {name for _, name in found}
+    sums = {(layer, name): row for layer, name, *row in rows if layer[0] in 'AS'}
+    assert set(sums) == {(layer, name) for layer in ('ACmixConv2d, channels last', 'ShiftWindowMSA')
+                         for name in ('forward', 'backward')}
+    # The host casts to bfloat16, pads, rolls twice along each axis, and rolls back.
+    assert found['forward', 'roll'][0] == '4'
+    assert found['forward', 'constant_pad_nd'][0] == '2'
+    assert float(sums['ShiftWindowMSA', 'forward'][1]) > 5000
+
+
+def test_instructions_of_loops():
+    """The tiles of dilated attention are computed in a loop over chunks of keys."""
+    code = '''
+import estimate
+from acmix_mm.layers import ACmixConv2d
+def trace(**options):
+    layer = estimate.Layer(lambda: ACmixConv2d(16, 16, num_heads=1, **options), (1, 16, 20, 20))
+    forward, _ = estimate.trace_layer(layer)
+    return next(each for each in forward if each.name == 'attend_kernel')
+trace(dilation=2)
+total, loops = next(iter(estimate.COUNTED.values()))
+(start, end), = loops
+print(total, end - start + 1, trace(dilation=2).instructions)
+'''
+    total, loop, executed = map(float, run_python('-c', code).split())
+    assert 0 < loop < total
+    # Tiles of 8×8 queries read 14×14 keys: 16 columns of 4 rows at a time. 4 phases of 2×2 tiles
+    # have one program of 4 warps each.
+    assert executed == (total + 3 * loop) * 4 * 4 * 4
