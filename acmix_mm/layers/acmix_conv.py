@@ -94,6 +94,12 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
     def init_weights(self) -> None:
         """Keep the constructor's initialisation; without this, OpenMMLab applies its own."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        # On a GPU, projections and convolution would each copy the map into this order, and the
+        # projections add their bias in a pass of its own.
+        maps = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+        return self.finish(super().forward(maps), x)
+
     def project(self, x: Tensor) -> tuple[Tensor]:
         """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims)."""
         weight, bias = self.projections()
