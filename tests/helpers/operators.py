@@ -6,7 +6,7 @@ import itertools
 import torch
 from helpers import relative_error
 
-from acmix_mm.ops import sliding_window_attention
+from acmix_mm.ops import sliding_window_attention, window_attention
 
 # Relative error allowed for rounding of inputs and intermediate sums.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -49,6 +49,21 @@ def window_tensors(batch, grid, window_size, heads, head_dims):
     height, width = grid[0] * window_size[0], grid[1] * window_size[1]
     area = window_size[0] * window_size[1]
     return [torch.randn(batch, height, width, 3, heads, head_dims), torch.randn(heads, area, area)]
+
+
+def padded_window_tensors(batch, size, window_size, heads, head_dims):
+    """As window_tensors, for a map of any size, and the values of its padding."""
+    area = window_size[0] * window_size[1]
+    return [torch.randn(batch, *size, 3, heads, head_dims), torch.randn(heads, area, area),
+            torch.randn(3, heads, head_dims)]
+
+
+def attend_padded(window_size, shift_size):
+    """Window attention as a function of the tensors that padded_window_tensors returns."""
+    def run(qkv, bias, padding, backend=None):
+        return window_attention(qkv, bias, window_size, shift_size=shift_size, padding=padding,
+                                backend=backend)
+    return run
 
 
 def sliding_tensors(batch, heads, head_dims, height, width, heads_last=False):
