@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import GOLDEN, ROOT, Golden
+from torch._subclasses import FakeTensorMode
 
 # Without a GPU, the Triton kernels run in Triton's interpreter. They read this when imported.
 if not torch.cuda.is_available():
@@ -24,6 +26,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def _fake_gpu(monkeypatch):
+    """Tensors without data may be on a GPU of compute capability 9.0."""
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda device: SimpleNamespace(major=9, minor=0))
+    with FakeTensorMode():
+        yield
 
 
 @pytest.fixture(scope='session')

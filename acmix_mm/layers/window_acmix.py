@@ -18,7 +18,7 @@ from acmix_mm.layers.base import (
 from acmix_mm.layers.point_attention import PointAttention, scatter, softmax
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
 from acmix_mm.ops import project, window_attention
-from acmix_mm.ops.window_attention import MASKED_LOGIT
+from acmix_mm.ops.window_attention import MASKED_LOGIT, pads_in_place
 from acmix_mm.ops.window_attention.padding import drop_padding, pad_to_windows, roll
 
 
@@ -101,45 +101,72 @@ class WindowACmix(TwoPathLayer):
             self.dep_conv.reset_parameters()
         self.reset_rates()
 
-    def project(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
-        """Return queries, keys and values of the padded and rolled map, (batch, padded height,
-        padded width, 3, num_heads, head_dims), and the (height, width) without padding.
+    def project(self, x: Tensor) -> tuple[Tensor, Sequence[int], bool]:
+        """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims), the
+        (height, width) of ``x``, and whether the map has been padded and rolled.
         """
         size = x.shape[1:3]
-        window_size, shift_size = self.window_and_shift(size)
-        x = pad_to_windows(x, window_size)
-        if shift_size:
-            x = roll(x, -shift_size)
-        return project(x, self.qkv.weight, self.qkv.bias, self.num_heads,
-                       for_convolution=self.convolves), size
+        is_rolled = self.rolls_input(x)
+        if is_rolled:
+            window_size, shift_size = self.window_and_shift(size)
+            x = pad_to_windows(x, window_size)
+            if shift_size:
+                x = roll(x, -shift_size)
+        qkv = project(x, self.qkv.weight, self.qkv.bias, self.num_heads,
+                      for_convolution=self.convolves)
+        return qkv, size, is_rolled
 
-    def attend(self, qkv: Tensor, size: Sequence[int]) -> Tensor:
+    def attend(self, qkv: Tensor, size: Sequence[int], is_rolled: bool) -> Tensor:
         window_size, shift_size = self.window_and_shift(size)
         out = window_attention(qkv, self.position_bias(window_size), window_size,
-                               shift_size=shift_size, scale=self.scale,
-                               dropout_p=self.attn_drop.p if self.training else 0.0)
+                               shift_size=shift_size,
+                               padding=None if is_rolled else self.padding(qkv), scale=self.scale,
+                               dropout_p=self.attention_dropout)
         out = scaled_linear(self.attention_rate, out, self.proj)
-        return drop_padding(out, size, shift_size)
+        return drop_padding(out, size, shift_size) if is_rolled else out
 
-    def convolve(self, qkv: Tensor, size: Sequence[int]) -> Tensor:
+    def convolve(self, qkv: Tensor, size: Sequence[int], is_rolled: bool) -> Tensor:
         _, shift_size = self.window_and_shift(size)
-        maps = drop_padding(qkv, size, shift_size).flatten(3, 4).permute(0, 3, 4, 1, 2)
-        return self.shift_and_sum(maps).permute(0, 2, 3, 1)
+        if is_rolled:
+            qkv = drop_padding(qkv, size, shift_size)
+        elif shift_size:
+            qkv = roll(qkv, -shift_size)
+        out = self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)).permute(0, 2, 3, 1)
+        return out if is_rolled or not shift_size else roll(out, shift_size)
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
         if not self.reads_input(x, x.shape[3]):
             return None
         _, shift_size = self.window_and_shift(x.shape[1:3])
-        if shift_size:
-            x = roll(x, -shift_size)
-        out = self.project_shift_and_sum(x.permute(0, 3, 1, 2), self.qkv.weight, self.qkv.bias)
-        return out.permute(0, 2, 3, 1)
+        maps = roll(x, -shift_size) if shift_size else x
+        out = self.project_shift_and_sum(maps.permute(0, 3, 1, 2), self.qkv.weight, self.qkv.bias)
+        out = out.permute(0, 2, 3, 1)
+        return roll(out, shift_size) if shift_size and not self.rolls_input(x) else out
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         _, shift_size = self.window_and_shift(x.shape[1:3])
-        if shift_size:
+        if shift_size and self.rolls_input(x):
             out = roll(out, shift_size)
         return self.proj_drop(out)
+
+    def rolls_input(self, x: Tensor) -> bool:
+        """Whether both paths read the padded and rolled map, and their sum is rolled back.
+
+        If not, attention pads and rolls in place, and the convolution path rolls a map of its own.
+        """
+        window_size, _ = self.window_and_shift(x.shape[1:3])
+        return not self.attends or not pads_in_place(x, window_size, self.head_dims,
+                                                     self.attention_dropout)
+
+    @property
+    def attention_dropout(self) -> float:
+        """The dropout rate of the attention weights that applies now."""
+        return self.attn_drop.p if self.training else 0.0
+
+    def padding(self, qkv: Tensor) -> Tensor:
+        """Queries, keys and values of a padded position, (3, num_heads, head_dims)."""
+        bias = self.qkv.bias
+        return qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
 
     def window_and_shift(self, size: Sequence[int]) -> tuple[tuple[int, int], int]:
         """The window's (height, width) and the cyclic shift on a map of ``size``."""

@@ -36,8 +36,14 @@ def use_backends(attention, convolution):
         yield
 
 
-@pytest.mark.parametrize('attention', ['reference', 'sdpa', 'chunked'])
-@pytest.mark.parametrize('convolution', CONVOLUTION_BACKENDS)
+def pairs_of_backends(attention):
+    """All operators have 'reference' and 'triton', so that contexts cannot combine these two."""
+    return [pair for pair in itertools.product(attention, CONVOLUTION_BACKENDS)
+            if set(pair) != {'reference', 'triton'}]
+
+
+@pytest.mark.parametrize(('attention', 'convolution'), pairs_of_backends(
+    ['reference', 'sdpa', 'chunked', 'triton']))
 def test_window_acmix(attention, convolution):
     """Two images of 5×6, windows of 4: attention's map is padded to 8×8."""
     layer = WindowACmix(12, 3, window_size=4, shift_size=2)
@@ -55,11 +61,8 @@ def test_window_acmix(attention, convolution):
     assert total(counts).parameters == sum(each.numel() for each in layer.parameters())
 
 
-# Both operators have 'reference' and 'triton', so that contexts cannot combine these two.
-@pytest.mark.parametrize(('attention', 'convolution'), [
-    pair for pair in itertools.product(['reference', 'tiled', 'dense', 'triton'],
-                                       CONVOLUTION_BACKENDS)
-    if set(pair) != {'reference', 'triton'}])
+@pytest.mark.parametrize(('attention', 'convolution'), pairs_of_backends(
+    ['reference', 'tiled', 'dense', 'triton']))
 def test_acmix_conv(attention, convolution):
     """Stride 2 on 7×5: projections and fc run on all 35 positions, the rest on 4×3 outputs."""
     layer = ACmixConv2d(6, 8, stride=2, num_heads=2, attn_kernel_size=5)

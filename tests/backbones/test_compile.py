@@ -6,6 +6,7 @@ from helpers.operators import (
     DEVICE,
     assert_compiled_is_equal,
     conv_tensors,
+    padded_window_tensors,
     sliding_tensors,
     window_tensors,
 )
@@ -13,6 +14,7 @@ from helpers.stack import needs_custom_ops
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
 from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.ops import use_backend
 
 pytestmark = needs_custom_ops
 
@@ -35,6 +37,13 @@ def test_backbones_are_one_graph(backbone):
     module = backbone()
     module.init_weights()
     assert_compiled_is_equal(module, torch.randn(1, 3, 64, 80), 'aot_eager')
+
+
+def test_attention_that_pads_in_place_compiles():
+    """The Triton kernels' custom op, and its backward pass, in a graph."""
+    layer = WindowACmix(8, 2, 4, shift_size=2, mix='attn').to(DEVICE)
+    with use_backend('triton'):
+        assert_compiled_is_equal(layer, torch.randn(1, 5, 4, 8, device=DEVICE), 'aot_eager')
 
 
 def test_operators_are_custom_ops():
@@ -62,6 +71,14 @@ def test_custom_ops_are_registered_correctly():
         opcheck(operators.attend_windows.default, (each, bias, *geometry))
         opcheck(operators.attend_windows_backward.default,
                 (torch.randn(2, 14, 21, 8), each, bias.transpose(1, 2), *geometry))
+
+    qkv, bias, padding = (
+        tensor.to(DEVICE) for tensor in padded_window_tensors(1, (2, 4), (2, 3), 1, 4))
+    grad, geometry = torch.randn(1, 2, 4, 4, device=DEVICE), ([2, 3], 1, False, 0.5)
+    for each in (qkv, heads_last(qkv)):
+        inputs = each, bias.transpose(1, 2), padding
+        opcheck(operators.attend_windows_triton.default, (*inputs, *geometry))
+        opcheck(operators.attend_windows_triton_backward.default, (grad, *inputs, *geometry))
 
     qkv, positions = (tensor.to(DEVICE) for tensor in sliding_tensors(1, 1, 4, 5, 4))
     grad, geometry = torch.randn(1, 3, 2, 1, 4, device=DEVICE), (3, 2, 1, 0.5)

@@ -16,7 +16,7 @@ from acmix_mm.gpu_check.inputs import (  # noqa: F401
     sliding_tensors,
     window_tensors,
 )
-from acmix_mm.ops import sliding_window_attention
+from acmix_mm.ops import sliding_window_attention, window_attention
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -26,6 +26,21 @@ def compare(run, tensors, backend, dtype):
     error = checks.relative_error(functools.partial(run, backend=backend),
                               functools.partial(run, backend='reference'), tensors, dtype)
     assert error <= TOLERANCE[dtype]
+
+
+def padded_window_tensors(batch, size, window_size, heads, head_dims):
+    """As window_tensors, for a map of any size, and the values of its padding."""
+    area = window_size[0] * window_size[1]
+    return [torch.randn(batch, *size, 3, heads, head_dims), torch.randn(heads, area, area),
+            torch.randn(3, heads, head_dims)]
+
+
+def attend_padded(window_size, shift_size):
+    """Window attention as a function of the tensors that padded_window_tensors returns."""
+    def run(qkv, bias, padding, backend=None):
+        return window_attention(qkv, bias, window_size, shift_size=shift_size, padding=padding,
+                                backend=backend)
+    return run
 
 
 def slide(kernel_size, stride=1, dilation=1):

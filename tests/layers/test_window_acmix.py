@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+from helpers.operators import DEVICE
+from helpers.stack import needs_custom_ops, needs_triton
 from helpers.weights import randomised
 
 from acmix_mm.layers import WindowACmix
 from acmix_mm.ops import use_backend
+
+
+def results(layer, x):
+    """Output, and gradients of the input and all parameters."""
+    out = layer(x)
+    return [out, *torch.autograd.grad(out.sin().sum(), (x, *layer.parameters()))]
 
 
 @pytest.mark.parametrize('size', [(14, 21), (7, 7), (10, 9), (5, 6), (2, 20), (7, 13), (1, 1)])
@@ -20,6 +28,58 @@ def test_equals_the_reference_backends(size, shift_size):
         slow = layer(x)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(gradient, torch.autograd.grad(slow.sin().sum(), x)[0])
+
+
+@needs_triton
+@pytest.mark.parametrize(('size', 'convolution', 'options'), [
+    # The convolution path reads the input or the projections.
+    ((5, 9), 'composed', dict(shift_size=1)),
+    ((5, 4), 'folded', dict(shift_size=2)),
+    ((8, 4), 'folded', dict(shift_size=2, mix='attn')),
+    ((5, 6), 'composed', dict(shift_size=0, qkv_bias=False)),
+    ((3, 4), 'folded', dict(shift_size=1)),
+])
+def test_attention_that_pads_in_place(size, convolution, options):
+    """The Triton kernels read the original map; the gradients include those of padding."""
+    layer = randomised(WindowACmix(8, 2, 4, **options)).to(DEVICE)
+    x = torch.randn(1, *size, 8, device=DEVICE, requires_grad=True)
+    with use_backend('reference'):
+        expecteds = results(layer, x)
+    with use_backend('triton'), use_backend(convolution):
+        assert not layer.rolls_input(x)
+        actuals = results(layer, x)
+    for actual, expected in zip(actuals, expecteds):
+        torch.testing.assert_close(actual, expected, rtol=1e-4,
+                                   atol=2e-5 * expected.abs().max().item())
+
+
+@needs_triton
+@needs_custom_ops
+@pytest.mark.usefixtures('_fake_gpu')
+@pytest.mark.parametrize('size', [(5, 9), (3, 4)])
+def test_attention_copies_no_map_on_gpus(size):
+    """Nothing but the kernel pads and rolls."""
+    targets = set()
+
+    def record(graph, inputs):
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.device('cuda'):
+        layer, x = WindowACmix(8, 2, 4, shift_size=2, mix='attn'), torch.randn(1, *size, 8)
+    torch._dynamo.reset()
+    torch.compile(layer, backend=record, fullgraph=True, dynamic=True)(x)
+    assert 'acmix_mm.attend_windows_triton.default' in targets
+    copies = ('roll', 'pad', 'cat', 'clone', 'contiguous')
+    assert not [target for target in targets if any(word in target for word in copies)]
+
+
+def test_dropout_pads_before_the_projections():
+    """The kernels have none."""
+    layer = WindowACmix(8, 2, 4, attn_drop_rate=0.5)
+    x = torch.randn(1, 5, 5, 8)
+    assert layer.train().rolls_input(x)
+    assert torch.isfinite(layer(x)).all()
 
 
 def test_paths_add_up():

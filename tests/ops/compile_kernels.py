@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 from acmix_mm.ops.shift_conv import triton_kernels as grouped_conv
 from acmix_mm.ops.sliding_attention import strip_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding_attention
+from acmix_mm.ops.window_attention import triton_kernels as window_attention
 
 
 def compile_all():
@@ -26,6 +27,15 @@ def compile_all():
             for kernel in (strip_kernels.attend_kernel, strip_kernels.grad_queries_kernel,
                            strip_kernels.grad_keys_kernel):
                 compile_kernel(kernel, dtype, strip_kernels.constants(queries, 7), capability)
+        for dtype, side in ((torch.bfloat16, 7), (torch.float32, 12)):
+            qkv = torch.empty(1, 8, 8, 3, 1, 32, dtype=dtype, device='meta')
+            tiling = window_attention.Tiling(qkv, (side, side), 3, False)
+            compile_kernel(window_attention.attend_kernel, dtype, tiling.constants, capability)
+            compile_kernel(window_attention.grad_queries_kernel, dtype, tiling.backward_constants,
+                           capability)
+            if tiling.blocks > 1:
+                compile_kernel(window_attention.grad_keys_kernel, dtype,
+                               tiling.backward_constants, capability)
         for dtype in (torch.bfloat16, torch.float32):
             conv = dict(IN_CHANNELS=12, KERNEL_SIZE=3, STRIDE=1, DILATION=1,
                         **grouped_conv.tiling(16, 4))
@@ -38,11 +48,12 @@ def compile_all():
 def compile_kernel(kernel, dtype, constants, capability):
     name = {torch.bfloat16: 'bf16', torch.float32: 'fp32'}[dtype]
     constants = dict(constants)
-    options = {key: constants.pop(key) for key in ('num_warps', 'num_stages') if key in constants}
+    options = {key: constants.pop(key) for key in ('num_warps', 'num_stages', 'maxnreg')
+               if key in constants}
     pointers = dict.fromkeys(('q', 'k', 'keys', 'v', 'out', 'grad_out', 'grad_q', 'grad_k',
-                              'grad_v', 'maps', 'grads'), f'*{name}')
-    pointers.update(dict.fromkeys(('positions', 'log_sum', 'mean', 'weights', 'bias', 'partial'),
-                                  '*fp32'), scale='fp32')
+                              'grad_v', 'maps', 'grads', 'qkv', 'grad_qkv'), f'*{name}')
+    pointers.update(dict.fromkeys(('positions', 'log_sum', 'mean', 'weights', 'bias', 'partial',
+                                   'biases', 'padding', 'grad_bias'), '*fp32'), scale='fp32')
     signature = {argument: 'constexpr' if argument in constants else pointers.get(argument, 'i32')
                  for argument in kernel.arg_names}
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants),

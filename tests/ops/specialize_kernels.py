@@ -12,8 +12,10 @@ from launches import specialize
 from acmix_mm.ops.shift_conv import triton_kernels as convolution
 from acmix_mm.ops.sliding_attention import strip_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding
+from acmix_mm.ops.window_attention import triton_kernels as windows
 
-SIZES = ((200, 336), (201, 333), (160, 256), (17, 16), (16, 1))
+# Windows of 7 and 12 divide the last one.
+SIZES = ((200, 336), (201, 333), (160, 256), (17, 16), (16, 1), (168, 252))
 
 
 class Recorder:
@@ -65,6 +67,16 @@ def convolve(height, width):
     convolution.convolve_kernels_backward(out, groups, 3, 1, 1)
 
 
+def attend_windows(side, height, width):
+    """In plain and in shifted blocks."""
+    qkv, bias = empty(2, height, width, 3, 4, 16), empty(4, side**2, side**2, dtype=torch.float32)
+    padding, out = qkv[0, 0, 0], qkv[:, :, :, 0].flatten(3)
+    for shift in (0, side // 2):
+        geometry = (side, side), shift, False, 0.25
+        windows.attend(qkv, bias, padding, out, *geometry)
+        windows.attend_backward(out, qkv, bias, padding, *geometry)
+
+
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device='meta')
 
@@ -73,3 +85,5 @@ if __name__ == '__main__':
     for each in (1, 2):
         count(f'dilation={each}', (strip_kernels, sliding), functools.partial(slide, each))
     count('', (convolution,), convolve)
+    for side in (7, 12):
+        count(f'side={side}', (windows,), functools.partial(attend_windows, side))

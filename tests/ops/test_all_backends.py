@@ -7,9 +7,11 @@ import torch
 from helpers.operators import (
     DEVICE,
     aggregation_tensors,
+    attend_padded,
     conv_tensors,
     features_tensors,
     involution_tensors,
+    padded_window_tensors,
     sliding_tensors,
     window_tensors,
 )
@@ -29,7 +31,8 @@ from acmix_mm.ops.involution import chunked as involution_chunked
 from acmix_mm.ops.patchwise_attention import chunked as patchwise_chunked
 from acmix_mm.ops.sliding_attention import tiles
 
-# Functions of tensors, and functions of the batch size that return small tensors.
+# Functions of tensors, and functions of the batch size that return small tensors. A name ends in
+# that of the operator.
 OPERATORS = {
     'sliding_window_attention': (
         functools.partial(sliding_window_attention, kernel_size=3),
@@ -37,6 +40,9 @@ OPERATORS = {
     'window_attention': (
         functools.partial(window_attention, window_size=(2, 3), shift_size=1),
         lambda batch: window_tensors(batch, (2, 2), (2, 3), 2, 2)),
+    'padded window_attention': (
+        attend_padded((2, 3), 1),
+        lambda batch: padded_window_tensors(batch, (3, 5), (2, 3), 2, 2)),
     'shift_conv': (
         functools.partial(shift_conv, stride=2),
         lambda batch: conv_tensors(batch, 2, 2, 3, 4, 3, True, True)),
@@ -50,7 +56,13 @@ OPERATORS = {
         functools.partial(involution, stride=2),
         lambda batch: involution_tensors(batch, 2, 2, 4, 3, 3, 2)),
 }
-CASES = [(operator, backend) for operator in OPERATORS for backend in available_backends(operator)]
+
+
+def backends_of(name):
+    return available_backends(name.split()[-1])
+
+
+CASES = [(operator, backend) for operator in OPERATORS for backend in backends_of(operator)]
 # The backend 'dense' runs torch's fused attention; see test_fused_attention.
 DIFFERENTIABLE_TWICE = [case for case in CASES if 'dense' not in case]
 
@@ -117,7 +129,8 @@ def test_fused_attention():
 def test_gradients_that_are_not_needed():
     """Second derivatives with respect to some of the tensors only."""
     for operator, backend in DIFFERENTIABLE_TWICE:
-        if backend == 'triton':
+        # Unless the bias needs a gradient, 'sdpa' runs torch's fused attention, too.
+        if backend == 'triton' or (operator, backend) == ('padded window_attention', 'sdpa'):
             continue
         run, tensors = prepare(operator, backend, 1, torch.float32)
         for tensor in tensors[:-1]:
@@ -141,7 +154,7 @@ def test_compiled_operators_refuse_second_derivatives(operator, backend):
 @pytest.mark.parametrize('operator', OPERATORS)
 def test_functional_transforms_are_refused(operator):
     run, tensors = prepare(operator, next(
-        name for name in available_backends(operator) if name in ('tiled', 'chunked', 'folded')),
+        name for name in backends_of(operator) if name in ('tiled', 'chunked', 'folded')),
                            1, torch.float32)
     with pytest.raises(RuntimeError, match='must override the setup_context'):
         torch.func.grad(lambda first: run(first, *tensors[1:]).sum())(tensors[0])

@@ -3,14 +3,18 @@
 import logging
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT
-from helpers.operators import conv_tensors, sliding_tensors, window_tensors
+from helpers.operators import (
+    attend_padded,
+    conv_tensors,
+    padded_window_tensors,
+    sliding_tensors,
+    window_tensors,
+)
 from helpers.stack import needs_custom_ops, needs_torch, needs_triton
-from torch._subclasses import FakeTensorMode
 
 from acmix_mm.ops import (
     available_backends,
@@ -23,7 +27,7 @@ from acmix_mm.ops import (
 
 BACKENDS = {
     'sliding_window_attention': {'reference', 'tiled', 'dense', 'triton'},
-    'window_attention': {'reference', 'sdpa', 'chunked'},
+    'window_attention': {'reference', 'sdpa', 'chunked', 'triton'},
     'projected_shift_conv': {'reference', 'separate', 'composed', 'grouped'},
     'shift_conv': {'reference', 'two_step', 'folded', 'conv2d', 'triton'},
     'patch_features': {'reference', 'chunked'},
@@ -142,18 +146,10 @@ def test_environment_variable_of_unknown_value():
         "ValueError: ACMIX_BACKEND: no operator has a backend 'fastest'; known backends are ")
 
 
-@pytest.fixture
-def _fake_gpu(monkeypatch):
-    """Tensors without data may be on a GPU of compute capability 9.0."""
-    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
-    monkeypatch.setattr(torch.cuda, 'get_device_properties',
-                        lambda device: SimpleNamespace(major=9, minor=0))
-    with FakeTensorMode():
-        yield
-
-
 def arguments_of_operators_with_kernels():
     return ((slide, 'attend_triton', sliding_tensors(1, 1, 4, 3, 3)),
+            (attend_padded((4, 4), 2), 'attend_windows_triton',
+             padded_window_tensors(1, (5, 6), (4, 4), 2, 4)),
             (shift_conv, 'convolve_triton', conv_tensors(1, 2, 4, 3, 3, 3, False, False)))
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers.operators import (
     aggregation_tensors,
+    attend_padded,
     compare,
     conv_tensors,
     features_tensors,
     involution_tensors,
+    padded_window_tensors,
     sliding_tensors,
     window_tensors,
 )
@@ -48,6 +50,10 @@ def draw_case(operator, data):
     if operator == 'window_attention':
         window, grid = (tuple(data.draw(st.integers(1, most)) for _ in range(2)) for most in (5, 4))
         shift = data.draw(st.integers(0, min(window) - 1))
+        if data.draw(st.booleans()):
+            size = [data.draw(st.integers(1, 3 * side)) for side in window]
+            return (attend_padded(window, shift),
+                    padded_window_tensors(batch, size, window, heads, head_dims))
         run = functools.partial(window_attention, window_size=window, shift_size=shift)
         return run, window_tensors(batch, grid, window, heads, head_dims)
     if operator == 'shift_conv':

@@ -11,15 +11,25 @@ import sys
 import pytest
 import torch
 from helpers import ROOT
-from helpers.operators import DEVICE, compare, conv_tensors, slide, sliding_tensors
+from helpers.operators import (
+    DEVICE,
+    attend_padded,
+    compare,
+    conv_tensors,
+    padded_window_tensors,
+    slide,
+    sliding_tensors,
+    window_tensors,
+)
 
-from acmix_mm.ops import backend, shift_conv, sliding_window_attention
+from acmix_mm.ops import backend, shift_conv, sliding_window_attention, window_attention
 from acmix_mm.ops.backend import has_triton
 
 if not has_triton():
     pytest.skip('needs triton 3', allow_module_level=True)
 from acmix_mm.ops.shift_conv import triton_kernels as conv_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding_kernels
+from acmix_mm.ops.window_attention import triton_kernels as window_kernels
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE == 'cuda' else ()))
 
@@ -72,6 +82,50 @@ def test_shift_conv_on_several_programs():
     compare_on_device(shift_conv, conv_tensors(1, 1, 32, 33, 34, 1, False, True), torch.float32)
 
 
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(('batch', 'size', 'window_size', 'shift_size', 'heads', 'head_dims'), [
+    # Padding at both edges, at one and nowhere; all of its positions in one window or in two.
+    (1, (3, 5), (2, 2), 1, 2, 8),
+    (2, (3, 4), (3, 3), 0, 1, 16),
+    (1, (8, 8), (4, 4), 2, 1, 4),
+    (1, (7, 3), (5, 5), 3, 2, 24),
+    (1, (8, 14), (7, 7), 3, 1, 32),
+    (1, (9, 1), (8, 8), 7, 1, 16),
+    # A window that shrank to the map.
+    (2, (2, 5), (2, 5), 0, 3, 4),
+    # Windows that several programs share.
+    (1, (10, 8), (9, 9), 4, 1, 24),
+    (1, (11, 13), (12, 12), 6, 1, 8),
+])
+def test_window_attention(dtype, batch, size, window_size, shift_size, heads, head_dims,
+                          monkeypatch):
+    # Programs take several windows; the last of them fewer.
+    monkeypatch.setattr(window_kernels, 'PROGRAMS', 2 * heads)
+    tensors = padded_window_tensors(batch, size, window_size, heads, head_dims)
+    compare_on_device(attend_padded(window_size, shift_size), tensors, dtype)
+
+
+def test_window_attention_on_rolled_maps():
+    for shift_size in (0, 1):
+        run = functools.partial(window_attention, window_size=(2, 3), shift_size=shift_size)
+        compare_on_device(run, window_tensors(2, (2, 2), (2, 3), 2, 16), torch.float32)
+
+
+def test_window_attention_takes_bias_and_padding_in_float32():
+    """Beside projections in half precision, as under autocast; gradients are not rounded."""
+    tensors = padded_window_tensors(1, (3, 5), (2, 2), 1, 8)
+    results = {}
+    for name, dtypes in (('reference', [torch.float64] * 3),
+                         ('triton', (torch.float16, torch.float32, torch.float32))):
+        leaves = [tensor.half().to(DEVICE, dtype).requires_grad_()
+                  for tensor, dtype in zip(tensors, dtypes)]
+        out = attend_padded((2, 2), 0)(*leaves, backend=name)
+        results[name] = torch.autograd.grad(out.sum(), leaves)
+        assert [grad.dtype for grad in results[name]] == list(dtypes)
+    for actual, expected in zip(results['triton'], results['reference']):
+        assert (actual - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(stride=2, dilation=2), 'takes stride or dilation, not both.*got stride=2, dilation=2'),
     (dict(dtype=torch.float64), 'takes float32, bfloat16 or float16 on an NVIDIA GPU.*float64'),
@@ -84,6 +138,17 @@ def test_invalid_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         sliding_window_attention(*tensors, 3, stride=given['stride'], dilation=given['dilation'],
                                  backend='triton')
+
+
+@pytest.mark.parametrize(('head_dims', 'dtype', 'options', 'message'), [
+    (4, torch.float32, dict(dropout_p=0.1), "no dropout, got dropout_p=0.1; use 'sdpa'"),
+    (4, torch.float64, {}, 'takes float32, bfloat16 or float16 on an NVIDIA GPU.*float64'),
+    (65, torch.float32, {}, 'does not take windows of 4×4 with 65 channels of torch.float32'),
+])
+def test_invalid_arguments_of_window_attention(head_dims, dtype, options, message):
+    tensors = [each.to(DEVICE, dtype) for each in window_tensors(1, (1, 1), (4, 4), 1, head_dims)]
+    with pytest.raises(ValueError, match=message):
+        window_attention(*tensors, (4, 4), backend='triton', **options)
 
 
 def test_cpu_without_the_interpreter_is_an_error(monkeypatch):
@@ -112,34 +177,42 @@ def rows_of(script):
 def test_kernels_compile_for_gpus():
     """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
     compiled = rows_of('compile_kernels.py')
-    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2)
+    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3)
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
 
 
-@pytest.mark.parametrize(('module', 'failing'), [
-    (sliding_kernels, 'attend'), (sliding_kernels, 'attend_backward'),
-    (conv_kernels, 'convolve'), (conv_kernels, 'convolve_kernels_backward')])
-def test_failing_kernels_fall_back_to_torch(module, failing, monkeypatch):
+@pytest.mark.parametrize(('operator', 'module', 'failing', 'run', 'tensors_of'), [
+    (*kernels[:2], failing, *kernels[2:]) for kernels in [
+        ('sliding_window_attention', sliding_kernels, slide(3),
+         functools.partial(sliding_tensors, 1, 1, 4, 3, 5)),
+        ('window_attention', window_kernels, attend_padded((2, 3), 1),
+         functools.partial(padded_window_tensors, 1, (3, 5), (2, 3), 2, 4)),
+        ('window_attention', window_kernels,
+         functools.partial(window_attention, window_size=(2, 3), shift_size=1),
+         functools.partial(window_tensors, 1, (2, 2), (2, 3), 2, 4)),
+        ('shift_conv', conv_kernels, functools.partial(shift_conv, stride=2),
+         functools.partial(conv_tensors, 2, 5, 2, 4, 5, 3, True, True)),
+    ] for failing in (('convolve', 'convolve_kernels_backward') if kernels[1] is conv_kernels
+                      else ('attend', 'attend_backward'))])
+def test_failing_kernels_fall_back_to_torch(operator, module, failing, run, tensors_of,
+                                            monkeypatch):
     def fail(*arguments):
         raise RuntimeError('out of resources')
 
-    operator, run, make_tensors, arguments = {
-        sliding_kernels: ('sliding_window_attention', slide(3), sliding_tensors, (1, 1, 4, 3, 5)),
-        conv_kernels: ('shift_conv', functools.partial(shift_conv, stride=2), conv_tensors,
-                       (2, 5, 2, 4, 5, 3, True, True))}[module]
     monkeypatch.setattr(backend, '_failed_kernels', set())
     monkeypatch.setattr(module, failing, fail)
     message = f'kernels of {operator} failed; it runs in torch.*out of resources'
     with pytest.warns(RuntimeWarning, match=message):
-        compare_on_device(run, make_tensors(*arguments), torch.float32)
+        compare_on_device(run, tensors_of(), torch.float32)
     # Warned of once.
-    compare_on_device(run, make_tensors(*arguments), torch.float32)
+    compare_on_device(run, tensors_of(), torch.float32)
 
 
 def test_image_sizes_share_compiled_kernels():
-    """Strips and, where these do not apply, tiles."""
+    """Sliding attention in strips and, where these do not apply, in tiles; window attention."""
     counts = rows_of('specialize_kernels.py')
-    # One column is too narrow for strips at dilation 1. Forward and transposed are two constants.
-    assert len(counts) == 6 + 3 + 2
+    # One column is too narrow for strips at dilation 1. Windows of 7 and of 12.
+    assert len(counts) == 6 + 3 + 2 + 2 + 3
     for kernel, *_, count in counts:
+        # Forward and transposed convolution are two constants.
         assert int(count) == 1 + kernel.endswith('.convolve_kernel'), counts

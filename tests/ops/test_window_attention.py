@@ -62,10 +62,11 @@ def test_dropout_rate():
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (dict(backend='flash'), 'has no backend .flash.; it has chunked, reference, sdpa'),
+    (dict(backend='flash'), 'has no backend .flash.; it has chunked, reference, sdpa, triton'),
     (dict(backend='chunked', dropout_p=0.1), 'has no dropout, got dropout_p=0.1; use .sdpa.'),
     (dict(qkv=torch.zeros(1, 7, 7, 12)), 'takes qkv of shape'),
     (dict(window_size=(5, 7)), 'does not divide into windows'),
+    (dict(padding=torch.zeros(2, 4)), 'takes padding of shape .3, 2, 4. for this map'),
     (dict(bias=torch.zeros(2, 49, 48)), 'takes a bias of shape'),
     (dict(shift_size=7), 'shift_size must lie in'),
 ])

@@ -8,47 +8,67 @@ from typing import Optional
 
 from torch import Tensor
 
-from acmix_mm.ops.backend import Backend, register_backends, select_backend
+from acmix_mm.ops.backend import (
+    Backend,
+    is_exporting,
+    preferred_backend,
+    register_backends,
+    select_backend,
+    triton_unavailable,
+)
 from acmix_mm.ops.window_attention.chunked import window_attention_chunked
 from acmix_mm.ops.window_attention.masks import MASKED_LOGIT
+from acmix_mm.ops.window_attention.padding import padding_first
 from acmix_mm.ops.window_attention.reference import window_attention_reference
 from acmix_mm.ops.window_attention.sdpa import window_attention_sdpa
+from acmix_mm.ops.window_attention.triton import has_kernel, window_attention_triton
 
-__all__ = ['MASKED_LOGIT', 'window_attention']
+__all__ = ['MASKED_LOGIT', 'pads_in_place', 'window_attention']
 
 
 def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
-                     shift_size: int = 0, scale: Optional[float] = None, dropout_p: float = 0.0,
+                     shift_size: int = 0, padding: Optional[Tensor] = None,
+                     scale: Optional[float] = None, dropout_p: float = 0.0,
                      backend: Optional[str] = None) -> Tensor:
     """Attend within each window of a map: softmax(q · kᵀ · scale + bias) · v.
 
     Args:
         qkv: queries, keys and values, (batch, height, width, 3, num_heads, head_dims), any
-            floating dtype. In a shifted block, the map is already rolled by ``-shift_size`` along
-            both axes.
+            floating dtype.
         bias: position bias between the positions of a window in row-major order,
-            (num_heads, area, area) with area = window height · window width.
-        window_size: (height, width) of a window; each divides that of the map.
-        shift_size: number of pixels by which the map has been rolled. Positions from opposite
-            edges of the map do not attend to each other.
+            (num_heads, area, area) with area = window height · window width, any floating dtype.
+        window_size: (height, width) of a window.
+        shift_size: number of pixels by which the map is rolled. Positions from opposite edges of
+            the map do not attend to each other.
+        padding: queries, keys and values of a position outside of the map, (3, num_heads,
+            head_dims): those of the input zero, that is, the bias of the projections. If given, the
+            map is padded at the bottom and right to whole windows and rolled by ``-shift_size``
+            along both axes; the output is rolled back, without the padding. If None, windows divide
+            the map, which has already been rolled; so is the output.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
-        backend: ``'reference'``, ``'sdpa'`` or ``'chunked'``. By default ``'chunked'`` on a CPU
-            without dropout, otherwise and in an export ``'sdpa'``.
+        backend: ``'reference'``, ``'sdpa'``, ``'chunked'`` or ``'triton'``. By default and without
+            dropout, ``'triton'`` on a GPU that can run it and ``'chunked'`` on a CPU; otherwise and
+            in an export ``'sdpa'``. Only ``'triton'`` pads and rolls without copying the map; see
+            :func:`pads_in_place`.
 
     Returns:
         (batch, height, width, num_heads · head_dims), in the dtype of ``qkv``.
 
     Raises:
-        ValueError: an argument is invalid, or the backend ``'chunked'`` is given dropout.
+        ValueError: an argument is invalid, the backend ``'chunked'`` or ``'triton'`` is given
+            dropout, or the backend ``'triton'`` cannot run on the arguments.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError('window_attention takes qkv of shape (batch, height, width, 3, num_heads, '
                          f'head_dims), got {tuple(qkv.shape)}.')
     height, width, num_heads, head_dims = (qkv.shape[axis] for axis in (1, 2, 4, 5))
-    if height % window_size[0] or width % window_size[1]:
+    if padding is None and (height % window_size[0] or width % window_size[1]):
         raise ValueError(f'A map of {height}×{width} does not divide into windows of '
-                         f'{window_size[0]}×{window_size[1]}; pad it first.')
+                         f'{window_size[0]}×{window_size[1]}; pad it first, or pass padding.')
+    if padding is not None and padding.shape != qkv.shape[3:]:
+        raise ValueError(f'window_attention takes padding of shape {tuple(qkv.shape[3:])} for this '
+                         f'map, got {tuple(padding.shape)}.')
     area = window_size[0] * window_size[1]
     if bias.shape != (num_heads, area, area):
         raise ValueError(f'window_attention takes a bias of shape {(num_heads, area, area)} for '
@@ -57,12 +77,39 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         raise ValueError(f'shift_size must lie in [0, {min(window_size)}), got {shift_size}.')
     if scale is None:
         scale = head_dims**-0.5
-    automatic = 'chunked' if qkv.device.type == 'cpu' and not dropout_p else 'sdpa'
-    run = select_backend('window_attention', backend, qkv.device, automatic=automatic,
-                         exporting='sdpa')
-    return run(qkv, bias.to(qkv.dtype), window_size, shift_size, scale, dropout_p)
+    run = select_backend('window_attention', backend, qkv.device, exporting='sdpa',
+                         automatic=_automatic(qkv, window_size, head_dims, dropout_p))
+    return run(qkv, bias, padding, window_size, shift_size, scale, dropout_p)
 
 
-register_backends('window_attention', Backend('reference', window_attention_reference),
-                  Backend('sdpa', window_attention_sdpa),
-                  Backend('chunked', window_attention_chunked))
+def pads_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,
+                  dropout_p: float = 0.0) -> bool:
+    """Whether :func:`window_attention` pads and rolls without copying the map.
+
+    If not, a layer should pad and roll the smaller input of its projections.
+
+    Args:
+        x: of the dtype and on the device of the map, any shape.
+        window_size: (height, width) of a window.
+        head_dims: channels of a head.
+        dropout_p: probability of dropping an attention weight.
+    """
+    chosen = preferred_backend('window_attention')
+    if chosen is None and not is_exporting():
+        chosen = _automatic(x, window_size, head_dims, dropout_p)
+    return chosen == 'triton'
+
+
+def _automatic(x: Tensor, window_size: tuple[int, int], head_dims: int, dropout_p: float) -> str:
+    if dropout_p:
+        return 'sdpa'
+    if x.is_cuda and has_kernel(x, window_size, head_dims):
+        return 'triton'
+    return 'chunked' if x.device.type == 'cpu' else 'sdpa'
+
+
+register_backends('window_attention',
+                  Backend('reference', padding_first(window_attention_reference)),
+                  Backend('sdpa', padding_first(window_attention_sdpa)),
+                  Backend('chunked', padding_first(window_attention_chunked)),
+                  Backend('triton', window_attention_triton, triton_unavailable))

@@ -1,6 +1,8 @@
 """Padding and rolling the map that windowed attention reads, also with dynamic sizes."""
 
+import functools
 from collections.abc import Sequence
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,49 @@ from acmix_mm.ops.backend import is_exporting
 from acmix_mm.ops.symbolic import statically_known_true
 
 
+def padding_first(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give a backend for padded and rolled maps the argument ``padding``, and one dtype.
+
+    See :func:`acmix_mm.ops.window_attention`.
+    """
+    @functools.wraps(run)
+    def padded(qkv: Tensor, bias: Tensor, padding: Optional[Tensor], window_size: Sequence[int],
+               shift_size: int, *others: Any) -> Tensor:
+        bias = bias.to(qkv.dtype)
+        if padding is None:
+            return run(qkv, bias, window_size, shift_size, *others)
+        height, width = qkv.shape[1:3]
+        maps = roll(fill_to_windows(qkv, padding.to(qkv.dtype), window_size), -shift_size)
+        out = run(maps, bias, window_size, shift_size, *others)
+        return roll(out, shift_size)[:, :height, :width]
+    return padded
+
+
+def fill_to_windows(maps: Tensor, values: Tensor, window_size: Sequence[int]) -> Tensor:
+    """Pad (batch, height, width, …) at the bottom and right to whole windows.
+
+    Args:
+        maps: any strides.
+        values: of each padded position, (…).
+        window_size: (height, width) of a window.
+    """
+    height, width = maps.shape[1:3]
+    bottom, right = padding_of(maps.shape[1:3], window_size)
+    padded = values.expand(len(maps), height + bottom, width + right, *values.shape).clone()
+    padded[:, :height, :width] = maps
+    return padded
+
+
+def padding_of(size: Sequence[int], window_size: Sequence[int]) -> tuple[int, int]:
+    """Rows at the bottom and columns at the right that a map lacks of whole windows."""
+    bottom, right = ((extent + side - 1) // side * side - extent
+                     for extent, side in zip(size, window_size))
+    return bottom, right
+
+
 def pad_to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
     """Pad (batch, height, width, channels) with zeros at the bottom and right to whole windows."""
-    bottom, right = ((extent + side - 1) // side * side - extent
-                     for extent, side in zip(x.shape[1:3], window_size))
+    bottom, right = padding_of(x.shape[1:3], window_size)
     if statically_known_true(bottom == 0) and statically_known_true(right == 0):
         return x
     return F.pad(x, (0, 0, 0, right, 0, bottom))
