@@ -23,6 +23,14 @@ def window_tensors(batch: int, grid: tuple[int, int], window_size: tuple[int, in
     return [torch.randn(batch, height, width, 3, heads, head_dims), torch.randn(heads, area, area)]
 
 
+def padded_window_tensors(batch: int, size: tuple[int, int], window_size: tuple[int, int],
+                          heads: int, head_dims: int) -> list[Tensor]:
+    """As :func:`window_tensors`, for a map of any size, and the values of its padding."""
+    area = window_size[0] * window_size[1]
+    return [torch.randn(batch, *size, 3, heads, head_dims), torch.randn(heads, area, area),
+            torch.randn(3, heads, head_dims)]
+
+
 def conv_tensors(batch: int, heads: int, head_dims: int, height: int, width: int,
                  kernel_size: int, bias: bool, channels_last: bool) -> list[Optional[Tensor]]:
     """Maps, the fc's weight, shift kernels and the fc's bias."""

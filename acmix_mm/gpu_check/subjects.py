@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from acmix_mm.gpu_check.inputs import (
     conv_tensors,
     features_tensors,
     involution_tensors,
+    padded_window_tensors,
     projected_tensors,
     sliding_tensors,
     window_tensors,
@@ -55,6 +56,14 @@ WINDOWS = (
     ((1, (1, 1), (5, 6), 2, 32), 0),
 )
 INTERPRETED_WINDOWS = (((1, (2, 1), (3, 3), 1, 16), 1), ((1, (1, 2), (2, 2), 1, 16), 0))
+# Maps that windows do not divide, padded and rolled by the operator.
+PADDED_WINDOWS = (
+    # (batch, size, window_size, heads, head_dims), shift_size
+    ((2, (9, 17), (7, 7), 3, 32), 3),
+    ((1, (13, 8), (12, 12), 1, 32), 6),
+    ((1, (5, 5), (2, 2), 2, 16), 0),
+)
+INTERPRETED_PADDED_WINDOWS = (((1, (4, 5), (3, 3), 1, 16), 1),)
 # Folded and in two steps, both layouts, with and without bias.
 SHIFTS = (
     # (batch, heads, head_dims, height, width, kernel_size, bias, channels_last), stride, dilation
@@ -95,9 +104,9 @@ def operators(interpreted: bool) -> list[Subject]:
     """
     if interpreted:
         return [*sliding_cases(INTERPRETED_SLIDING), *window_cases(INTERPRETED_WINDOWS),
-                *shift_cases(INTERPRETED_SHIFTS)]
-    return [*sliding_cases(SLIDING), *window_cases(WINDOWS), *shift_cases(SHIFTS),
-            *projected_cases(), *other_cases()]
+                *padded_window_cases(INTERPRETED_PADDED_WINDOWS), *shift_cases(INTERPRETED_SHIFTS)]
+    return [*sliding_cases(SLIDING), *window_cases(WINDOWS), *padded_window_cases(PADDED_WINDOWS),
+            *shift_cases(SHIFTS), *projected_cases(), *other_cases()]
 
 
 def layers(interpreted: bool) -> list[Subject]:
@@ -164,6 +173,16 @@ def sliding_cases(cases: Sequence[tuple]) -> list[Subject]:
 def window_cases(cases: Sequence[tuple]) -> list[Subject]:
     return [operator(window_attention, window_tensors, arguments, window_size=arguments[2],
                      shift_size=shift_size) for arguments, shift_size in cases]
+
+
+def padded_window_cases(cases: Sequence[tuple]) -> list[Subject]:
+    def window_attention_in_place(qkv: Tensor, bias: Tensor, padding: Tensor,
+                                  **options: Any) -> Tensor:
+        return window_attention(qkv, bias, padding=padding, **options)
+
+    return [operator(window_attention_in_place, padded_window_tensors, arguments,
+                     window_size=arguments[2], shift_size=shift_size)._replace(
+                         name='window_attention') for arguments, shift_size in cases]
 
 
 def shift_cases(cases: Sequence[tuple]) -> list[Subject]:

@@ -13,6 +13,7 @@ from acmix_mm.gpu_check.inputs import (  # noqa: F401
     conv_tensors,
     features_tensors,
     involution_tensors,
+    padded_window_tensors,
     sliding_tensors,
     window_tensors,
 )
@@ -26,13 +27,6 @@ def compare(run, tensors, backend, dtype):
     error = checks.relative_error(functools.partial(run, backend=backend),
                               functools.partial(run, backend='reference'), tensors, dtype)
     assert error <= TOLERANCE[dtype]
-
-
-def padded_window_tensors(batch, size, window_size, heads, head_dims):
-    """As window_tensors, for a map of any size, and the values of its padding."""
-    area = window_size[0] * window_size[1]
-    return [torch.randn(batch, *size, 3, heads, head_dims), torch.randn(heads, area, area),
-            torch.randn(3, heads, head_dims)]
 
 
 def attend_padded(window_size, shift_size):
