@@ -13,6 +13,9 @@ from acmix_mm.layers.shift_path import FullyConnected, Shifts
 from acmix_mm.ops import projected_shift_conv, shift_conv, shift_sum
 from acmix_mm.ops.projected_shift_conv import reads_input
 
+# Torch has the first since 2.4.
+torch_autocast_dtype = getattr(torch, 'get_autocast_dtype',
+                               lambda device: torch.get_autocast_gpu_dtype())
 OPERATOR_CLASSES = PROJECTIONS, ATTENTION, CONVOLUTION, REST = (
     'projections', 'attention', 'convolution path', 'rest')
 MIXES = ('acmix', 'attn', 'conv')
@@ -94,6 +97,7 @@ class TwoPathLayer(OperatorLayer):
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
+        x = in_autocast_dtype(x)
         if not self.convolves:
             out = self.attend(*self.project(x))
         elif not self.attends:
@@ -295,6 +299,13 @@ class TwoPathLayer(OperatorLayer):
     def point_attention(self, x: Tensor, row: int, column: int) -> PointAttention:
         """Implement :meth:`attention_of_point` for a layer that attends."""
         raise NotImplementedError
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Convert a map once on a GPU; autocast would convert it for each path."""
+    if not x.is_cuda or x.dtype != torch.float32 or not torch.is_autocast_enabled():
+        return x
+    return x.to(torch_autocast_dtype('cuda'))
 
 
 @overload

@@ -37,7 +37,7 @@ class FullyConnected(nn.Module):
     @property
     def matrix(self) -> Tensor:
         """The weight as (k², num_maps)."""
-        return self.weight[:, :, 0, 0]
+        return self.weight.flatten(1)
 
 
 class Shifts(nn.Module):
