@@ -203,6 +203,7 @@ CASES = {
     'window-acmix': window_case(None, 224, 336, 96),
     'swin-blocks': swin_case(functools.partial(FirstBlocks, height=224, width=336),
                              None, 224 * 336, 96),
+    'swin-t-448x672': swin_case(swin_tiny, None, 3, 448, 672),
     'swin-t-896x1344': swin_case(swin_tiny, None, 3, 896, 1344),
     'swin-t-800x1344': swin_case(swin_tiny, None, 3, 800, 1344),
     'mask-rcnn-800x1344': swin_case(MaskRCNN, None, 3, 800, 1344),

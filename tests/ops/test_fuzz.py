@@ -15,9 +15,10 @@ from helpers.operators import (
     sliding_tensors,
     window_tensors,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from acmix_mm.environment import TORCH_VERSION
 from acmix_mm.ops import (
     available_backends,
     involution,
@@ -57,6 +58,8 @@ def draw_case(operator, data):
         run = functools.partial(window_attention, window_size=window, shift_size=shift)
         return run, window_tensors(batch, grid, window, heads, head_dims)
     if operator == 'shift_conv':
+        # In float64, conv2d of torch 2.1 refuses a single kernel that is not contiguous.
+        assume(TORCH_VERSION != (2, 1) or heads * head_dims > 1)
         run = functools.partial(shift_conv, stride=stride, dilation=dilation)
         return run, conv_tensors(batch, heads, head_dims, *size, 3, data.draw(st.booleans()),
                                  data.draw(st.booleans()))
