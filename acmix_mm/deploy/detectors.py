@@ -18,6 +18,8 @@ from torchvision.ops import nms, roi_align
 from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
+# Far above the number of anchors times classes.
+MOST_BOXES = 2**40
 # The parts of a detector that the modules below compute as MMDetection does, by their keys.
 SUPPORTED = dict(
     bbox_head=('RetinaHead', 'RTMDetSepBNHead', 'YOLOXHead', 'Shared2FCBBoxHead',
@@ -41,8 +43,9 @@ UNSUPPORTED = dict(semantic_head='panoptic segmentation', panoptic_head='panopti
 class Detector(nn.Module):
     """Base class of the detectors.
 
-    Maps an image, (1, 3, height, width), normalised and padded, and its size without padding,
-    (2,), int64, (height, width), to:
+    Maps an image, normalised and padded, and its size without padding, (2,), int64, (height,
+    width), to the outputs below. The image is (1, 3, height / step, step, width / step, step), from
+    which torch.export sees that the sides are multiples of ``step``.
 
     - boxes (n, 4), x1, y1, x2, y2 in pixels of the image;
     - scores (n,), descending;
@@ -69,7 +72,7 @@ class Detector(nn.Module):
         return ['boxes', 'scores', 'labels']
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
-        maps = self.detector.extract_feat(image)
+        maps = self.detector.extract_feat(image.flatten(4, 5).flatten(2, 3))
         # The largest x1, y1, x2, y2.
         limits = size.flip(0).repeat(2).to(image.dtype)
         return (*self.predict(maps, limits), *maps)
@@ -90,11 +93,10 @@ class AnchorDetector(Detector):
             num_classes = scores.shape[1]
             scores, index = top_k(scores.flatten(), cfg.get('nms_pre', -1))
             box = index // num_classes
-            # The remainder by a number cannot be translated into ONNX for every dtype.
             levels.append((decode(head.bbox_coder, priors[box], boxes[box], limits), scores,
-                           index - box * num_classes))
+                           label_of(index, num_classes)))
         boxes, scores, labels = map(torch.cat, zip(*levels))
-        keep = is_larger(boxes, cfg.get('min_bbox_size', -1)) & (scores > cfg.score_thr)
+        keep = where(is_larger(boxes, cfg.get('min_bbox_size', -1)) & (scores > cfg.score_thr))
         return suppress(boxes[keep], scores[keep], labels[keep], cfg.nms, cfg.max_per_img)
 
 
@@ -110,7 +112,7 @@ class YOLOX(Detector):
         boxes = head._bbox_decode(torch.cat(priors), torch.cat(boxes))
         scores, labels = torch.cat(classes).sigmoid().max(1)
         scores = scores * torch.cat(objectness)[:, 0].sigmoid()
-        keep = scores >= head.test_cfg.score_thr
+        keep = where(scores >= head.test_cfg.score_thr)
         return suppress(boxes[keep], scores[keep], labels[keep], head.test_cfg.nms)
 
 
@@ -139,7 +141,7 @@ class RCNN(Detector):
             boxes = decode(head.bbox_coder, priors[index], boxes[index], limits)
             levels.append((boxes, scores, torch.full_like(index, level)))
         boxes, scores, level_of = map(torch.cat, zip(*levels))
-        keep = is_larger(boxes, cfg.get('min_bbox_size', -1))
+        keep = where(is_larger(boxes, cfg.get('min_bbox_size', -1)))
         return suppress(boxes[keep], scores[keep], level_of[keep], cfg.nms, cfg.max_per_img)[0]
 
     def detect(self, maps: Sequence[Tensor], rois: Tensor,
@@ -160,9 +162,10 @@ class RCNN(Detector):
         scores = torch.stack(logits).mean(0).softmax(1)[:, :num_classes]
         deltas = deltas.unflatten(1, (-1, 4)).expand(-1, num_classes, 4)
         boxes = decode(coder, rois[:, None].expand_as(deltas), deltas, limits)
-        keep = scores > cfg.score_thr
-        roi, labels = keep.nonzero().unbind(1)
-        return suppress(boxes[roi, labels], scores[roi, labels], labels, cfg.nms, cfg.max_per_img)
+        boxes, scores = boxes.flatten(0, 1), scores.flatten()
+        keep = where(scores > cfg.score_thr)
+        return suppress(boxes[keep], scores[keep], label_of(keep, num_classes), cfg.nms,
+                        cfg.max_per_img)
 
     def segment(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
         """Compute the mask of each box for its label, averaged over the stages."""
@@ -265,6 +268,22 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.topk(torch.sym_min(k, number) if k > 0 else number)
 
 
+def where(condition: Tensor) -> Tensor:
+    """The positions where a condition, (n,), holds, int64."""
+    return bounded(condition.nonzero()[:, 0])
+
+
+def bounded(index: Tensor) -> Tensor:
+    """Tell torch.export that a tensor is not so long that other sizes exceed ONNX's integers."""
+    torch._check(index.shape[0] <= MOST_BOXES)
+    return index
+
+
+def label_of(index: Tensor, num_classes: int) -> Tensor:
+    """The labels that positions in a flattened (n, num_classes) have."""
+    return index - index // num_classes * num_classes
+
+
 def is_larger(boxes: Tensor, side: float) -> Tensor:
     """Whether both sides of each box are longer than ``side``; all are if that is negative."""
     if side < 0:
@@ -291,8 +310,7 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, cfg: Mapping[str, An
         # Boxes of different groups are moved apart. The zero is for an image without boxes.
         largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).amax(0)
         shifted = boxes + (groups.to(boxes.dtype) * (largest + 1))[:, None]
-    keep = nms(shifted, scores, cfg['iou_threshold'])
-    keep = keep[:max_boxes]
+    keep = bounded(nms(shifted, scores, cfg['iou_threshold']))[:max_boxes]
     return boxes[keep], scores[keep], groups[keep]
 
 
@@ -312,7 +330,7 @@ def roi_features(extractor: nn.Module, maps: Sequence[Tensor], boxes: Tensor) ->
     level_of = extractor.map_roi_levels(rois, len(layers))
     features, order = [], []
     for level, (layer, feature_map) in enumerate(zip(layers, maps)):
-        index = (level_of == level).nonzero()[:, 0]
+        index = where(level_of == level)
         features.append(roi_align(feature_map, rois[index], layer.output_size,
                                   layer.spatial_scale, layer.sampling_ratio, layer.aligned))
         order.append(index)

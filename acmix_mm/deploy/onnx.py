@@ -110,8 +110,11 @@ def is_detector(network: nn.Module) -> bool:
 
 
 def inputs_of(network: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """The inputs of a network: images and, for a detector, their size."""
-    return (images, torch.tensor(images.shape[2:])) if is_detector(network) else (images,)
+    """The inputs of a network: images and, for a detector, which divides them, their size."""
+    if not is_detector(network):
+        return (images,)
+    divided = images.unflatten(2, (-1, network.step)).unflatten(4, (-1, network.step))
+    return divided, torch.tensor(images.shape[2:])
 
 
 def export_program(network: nn.Module,
@@ -134,16 +137,18 @@ def export_program(network: nn.Module,
     side, step = smallest_side(network), getattr(network, 'step', 1)
     # Odd and different: torch.export would keep a condition that holds for the example by chance.
     height, width = ((steps | 1) * step for steps in (side // step * 3 // 2, side // step * 2))
-    axes = {2: step * Dim('height', min=side // step), 3: step * Dim('width', min=side // step)}
+    first, second = Dim('height', min=side // step), Dim('width', min=side // step)
+    if is_detector(network):
+        axes = ({2: first, 4: second}, None)
+    else:
+        axes = ({0: Dim('batch'), 2: first, 3: second},)
     batch = 1 if is_detector(network) else 2
     inputs = inputs_of(network, torch.zeros(batch, 3, height, width))
-    if batch > 1:
-        axes[0] = Dim('batch')
     try:
         with torch.no_grad():
             # Conditions that torch cannot prove become assertions in the program, which ONNX drops.
             program = torch.export.export(with_dynamic_modules(network), inputs,
-                                          dynamic_shapes=(axes, None)[:len(inputs)],
+                                          dynamic_shapes=axes,
                                           prefer_deferred_runtime_asserts_over_guards=True)
     except (torch._dynamo.exc.UserError, RuntimeError, ValueError) as error:
         raise UsageError(f'{SPECIALISED} torch.export reports: '
@@ -167,14 +172,20 @@ def check_assertions(program: ExportedProgram, side: int, step: int = 1) -> None
     """
     name = program.graph_signature.user_inputs[0]
     image = next(node.meta['val'] for node in program.graph.nodes if node.name == name)
+    # A detector divides its images into steps.
+    sides = image.shape[2::2] if image.dim() == 6 else image.shape[2:]
     assertions = {node.args[0].meta['val'].node.expr for node in program.graph.nodes
                   if node.target is torch.ops.aten._assert_scalar.default}
+    if step > 1:
+        # On smaller images, the coarsest maps of a detector have one position. That this is assumed
+        # not to be so concerns their strides only. The outputs there are compared later.
+        side += 4 * step
     draw = Random(0).randrange
     for size in ((1, side, side), *((draw(1, 9), side + step * draw(999), side + step * draw(999))
                                     for _ in range(31))):
-        given = {symbol: Integer(extent // factor) for extent, dim, factor in zip(
-            size, (image.shape[axis] for axis in (0, 2, 3)), (1, step, step))
-            if isinstance(dim, torch.SymInt) for symbol in dim.node.expr.free_symbols}
+        given = {dim.node.expr: Integer(extent // factor)
+                 for extent, dim, factor in zip(size, (image.shape[0], *sides[:2]), (1, step, step))
+                 if isinstance(dim, torch.SymInt)}
         for assertion in assertions:
             if assertion.xreplace(given) == sympy.false:
                 raise UsageError(f'{SPECIALISED} For an input of {size[0]} × 3 × {size[1]} × '
@@ -268,7 +279,7 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
     sizes = [(1, *shape)]
     if not fixed_size:
         between = padded(((side + shape[0]) // 2 | 1, (side + 2 * shape[1]) // 3 | 1), step, side)
-        sizes += [(2 if step == 1 else 1, side, side + step), (1, *between)]
+        sizes += [(2, side, side + 1) if step == 1 else (1, side, side), (1, *between)]
     print('Tracing with torch.export; this step and the next may take minutes …', flush=True)
     program = export_program(network, shape if fixed_size else None)
     print(f'Translating {len(program.graph.nodes)} graph nodes to ONNX …', flush=True)

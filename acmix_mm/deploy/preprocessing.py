@@ -146,8 +146,8 @@ def add_padding(model: 'onnx_ir.Model', steps: Preprocessing, divisor: int, smal
     """Make a graph that reads padded images and their size read images of any size.
 
     Args:
-        model: a graph with the inputs ``image``, (1, 3, padded height, padded width), and ``size``,
-            (2,); in their place it gets ``input``, (1, 3, height, width).
+        model: a graph with the inputs of :class:`acmix_mm.deploy.detectors.Detector`, ``image``
+            and ``size``; in their place it gets ``input``, (1, 3, height, width).
         steps: the config's preprocessing.
         divisor: the padded height and width are multiples of this,
         smallest: and not less than this.
@@ -158,18 +158,22 @@ def add_padding(model: 'onnx_ir.Model', steps: Preprocessing, divisor: int, smal
                            graph.ir.TensorType(graph.ir.DataType.FLOAT))
     size = graph.add('Shape', image, start=2)
     target = graph.add('Max', graph.round_up(size, divisor), graph.ints(smallest))
-    connect(model, image, graph, graph.pad(image, size, target, steps.pad_value), size)
+    # Each side becomes an axis of steps and one of the positions in a step; the first is inferred.
+    number, length = graph.ints(-1), graph.ints(divisor)
+    columns = graph.add('Div', graph.add('Gather', target, graph.ints(1)), length)
+    divided = graph.add('Concat', graph.ints(1, 3), number, length, columns, length, axis=0)
+    divided = graph.add('Reshape', graph.pad(image, size, target, steps.pad_value), divided)
+    connect(model, image, graph, divided, size)
 
 
 def connect(model: 'onnx_ir.Model', new_input: 'onnx_ir.Value', graph: Graph,
-            image: 'onnx_ir.Value', size: 'onnx_ir.Value') -> None:
-    """Compute the first inputs of a graph, ``image`` and ``size``, from another input."""
-    for old, new in zip(list(model.graph.inputs), (image, size)):
+            *values: 'onnx_ir.Value') -> None:
+    """Compute the inputs of a graph, ``values``, from another input."""
+    for old, new in zip(list(model.graph.inputs), values):
         new.shape, new.type = old.shape, old.type
         old.replace_all_uses_with(new)
     model.graph.inputs[:] = [new_input]
-    first = model.graph[0]
-    model.graph.insert_before(first, graph.nodes)
+    model.graph.insert_before(model.graph[0], graph.nodes)
 
 
 def add_preprocessing(model: 'onnx_ir.Model', steps: Preprocessing,
@@ -218,11 +222,7 @@ def add_preprocessing(model: 'onnx_ir.Model', steps: Preprocessing,
                  for each in (steps.mean, steps.std))
     image = add('Div', add('Sub', image, mean), std)
 
-    old, = model.graph.inputs
-    image.shape, image.type = old.shape, old.type
-    old.replace_all_uses_with(image)
-    model.graph.inputs[:] = [raw]
-    model.graph.insert_before(model.graph[0], graph.nodes)
+    connect(model, raw, graph, image)
     rescale_boxes(model, size, resized)
 
 
