@@ -192,23 +192,25 @@ def check_detector(cfg: Config) -> None:
     if kind == 'DetTTAModel':
         raise UsageError('Test-time augmentation cannot be exported: export the config without its '
                          'tta_model.')
-    for key, value in parts_of(cfg.model):
+    parts = list(parts_of(cfg.model))
+    for key, _ in parts:
         if key in UNSUPPORTED:
             raise UsageError(f"The config's {key} cannot be exported, as {UNSUPPORTED[key]} is not "
                              'supported; --backbone-only exports the backbone.')
+    if kind not in KINDS:
+        raise UsageError(f'The detector {kind} cannot be exported; supported: {", ".join(KINDS)}. '
+                         '--backbone-only exports the backbone.')
+    for key, value in parts:
         found = type_name(value.get('type', key))
-        if found not in SUPPORTED.get(key, (found,)):
+        if 'type' in value and found not in SUPPORTED.get(key, (found,)):
             raise UsageError(f"The config's {key}, {found}, cannot be exported; supported: "
                              f'{", ".join(SUPPORTED[key])}. --backbone-only exports the backbone.')
         if key == 'roi_layer' and value.get('pool_mode', 'avg') != 'avg':
-            raise UsageError('Only RoIAlign with pool_mode=\'avg\' can be exported.')
+            raise UsageError("Only RoIAlign with pool_mode='avg' can be exported.")
         further = value.keys() - {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
         if key == 'nms' and further:
             raise UsageError(f'The settings {", ".join(sorted(further))} of nms cannot be '
                              'exported.')
-    if kind not in KINDS:
-        raise UsageError(f'The detector {kind} cannot be exported; supported: {", ".join(KINDS)}. '
-                         '--backbone-only exports the backbone.')
 
 
 def parts_of(node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

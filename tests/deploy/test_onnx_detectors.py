@@ -1,13 +1,13 @@
 """Tests of exported detectors: their post-processing, the ONNX file, its evaluation, examples."""
 
 import json
+import pickle
 import subprocess
-import sys
 import venv
+from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from helpers import ROOT, relative_error
@@ -15,23 +15,41 @@ from helpers.stack import needs_export
 from PIL import Image
 from torch import nn
 
+from acmix_mm.deploy import onnx as onnx_module
 from acmix_mm.deploy.dynamic_modules import dynamic_module
 from acmix_mm.deploy.masks import paste_masks
-from acmix_mm.deploy.onnx import export_onnx, inputs_of, matching_detections, network_of
-from acmix_mm.engine.config import build_model, load_config
+from acmix_mm.deploy.onnx import (
+    export_onnx,
+    inputs_of,
+    matching_detections,
+    metadata,
+    network_of,
+)
+from acmix_mm.deploy.preprocessing import (
+    add_preprocessing,
+    check_preprocessing,
+    preprocessing_of,
+    resized_shape,
+)
+from acmix_mm.engine.config import build_model, load_config, set_data_root
+from acmix_mm.engine.runner import save_predictions
+from acmix_mm.engine.runner import test as run_test
 from acmix_mm.layers import WindowACmix
 from acmix_mm.utils.errors import UsageError
 
+onnx_ir = pytest.importorskip('onnx_ir')
+onnxruntime = pytest.importorskip('onnxruntime')
 pytestmark = needs_export
+SITE_PACKAGES = Path(np.__file__).parents[1]
 SMALL = {
     'model.backbone.depth': 18, 'model.backbone.base_channels': 8,
     'model.neck.in_channels': [8, 16, 32, 64], 'model.neck.out_channels': 16}
 HEADS = {
     f'model.{part}': 16 for part in (
         'rpn_head.in_channels', 'rpn_head.feat_channels',
-        'roi_head.bbox_roi_extractor.out_channels', 'roi_head.mask_roi_extractor.out_channels', 'roi_head.bbox_head.in_channels',
-        'roi_head.mask_head.in_channels', 'roi_head.mask_head.conv_out_channels',
-        'roi_head.bbox_head.fc_out_channels')}
+        'roi_head.bbox_roi_extractor.out_channels', 'roi_head.mask_roi_extractor.out_channels',
+        'roi_head.bbox_head.in_channels', 'roi_head.bbox_head.fc_out_channels',
+        'roi_head.mask_head.in_channels', 'roi_head.mask_head.conv_out_channels')}
 RETINA = {'model.bbox_head.in_channels': 16, 'model.bbox_head.feat_channels': 16}
 CASCADE = {key.replace('bbox_head', f'bbox_head.{stage}'): value for key, value in HEADS.items()
            for stage in range(3)}
@@ -152,5 +170,279 @@ def exported(tmp_path_factory):
     network = network_of(cfg, None, backbone_only=False)
     responsive(network.detector)
     torch.save(dict(state_dict=network.detector.state_dict(), meta={}), folder / 'small.pth')
-    export_onnx(network, str(folder / 'raw.onnx'), (100, 130), False, cfg, with_preprocessing=True)
+    export_onnx(network, str(folder / 'plain.onnx'), (100, 130), False, cfg)
+    # As with_preprocessing=True does, but without another trace.
+    model, steps = onnx_ir.load(folder / 'plain.onnx'), preprocessing_of(cfg)
+    add_preprocessing(model, steps)
+    model.metadata_props.update(metadata(cfg, network, steps, True, 64))
+    onnx_ir.save(model, folder / 'raw.onnx')
     return network.detector, cfg, folder
+
+
+def normalised(image, cfg):
+    """Preprocess a raw image as the test pipeline and the data preprocessor do."""
+    import mmcv
+    steps = cfg.model.data_preprocessor
+    resized = mmcv.imrescale(image, (192, 192))
+    pixels = torch.from_numpy(resized[:, :, ::-1].astype(np.float32)).permute(2, 0, 1)
+    mean, std = (torch.tensor(steps[key])[:, None, None] for key in ('mean', 'std'))
+    return ((pixels - mean) / std)[None]
+
+
+def test_file_has_standard_operators_and_metadata(exported):
+    import onnx
+    _, _, folder = exported
+    for name, given in (('plain', [1, 3, 'height', 'width']), ('raw', ['height', 'width', 3])):
+        model = onnx.load(folder / f'{name}.onnx')
+        assert [(each.domain, each.version) for each in model.opset_import] == [('', 20)]
+        assert not model.functions
+        assert {node.domain for node in model.graph.node} == {''}
+        operators = {node.op_type for node in model.graph.node}
+        assert operators >= {'NonMaxSuppression', 'RoiAlign', 'TopK'}
+        session = onnxruntime.InferenceSession(folder / f'{name}.onnx')
+        assert session.get_inputs()[0].shape == given
+        assert [each.name for each in session.get_outputs()] == ['boxes', 'scores', 'labels',
+                                                                 'masks']
+        entries = session.get_modelmeta().custom_metadata_map
+        assert json.loads(entries['classes']) == ['circle', 'square', 'triangle']
+        steps = json.loads(entries['preprocessing'])
+        assert steps['scale'] == [192, 192]
+        assert steps['order'] == 'RGB'
+        assert steps['in_graph'] == (name == 'raw')
+        assert float(entries['mask_threshold']) == 0.5
+
+
+def test_sizes_in_a_row(exported):
+    model, _, folder = exported
+    session = onnxruntime.InferenceSession(folder / 'plain.onnx')
+    for size in ((96, 160), (33, 47), (100, 250), (40, 64), (191, 65)):
+        image = torch.randn(1, 3, *size)
+        expected = predict(model, image)
+        assert len(expected) > 1
+        assert_same(session.run(None, dict(input=image.numpy())), expected, size)
+    # Smaller images are padded to 64 pixels, more than by MMDetection.
+    boxes, *_ = session.run(None, dict(input=np.ones((1, 3, 5, 3), np.float32)))
+    assert (boxes <= np.array([3, 5, 3, 5])).all()
+
+
+def test_raw_images(exported):
+    model, cfg, folder = exported
+    session = onnxruntime.InferenceSession(folder / 'raw.onnx')
+    rng = np.random.default_rng(0)
+    for height, width in ((100, 130), (300, 200), (50, 333)):
+        image = cv2.resize(rng.integers(0, 256, (12, 9, 3), np.uint8), (width, height))
+        given = normalised(image, cfg)
+        boxes, scores, labels, _ = session.run(None, dict(image=image))
+        expected = predict(model, given)
+        scale = torch.tensor([given.shape[3] / width, given.shape[2] / height] * 2)
+        found, total = matching_detections(
+            [torch.from_numpy(each) for each in (boxes, scores, labels)],
+            (expected.bboxes / scale, expected.scores, expected.labels), 0.3, 0.5)
+        assert total > 1
+        # OpenCV and ONNX Runtime round resized pixels differently.
+        assert found >= 0.9 * total
+
+
+def test_number_of_detections(exported):
+    model, _, folder = exported
+    session = onnxruntime.InferenceSession(folder / 'plain.onnx')
+    noise = torch.randn(1, 3, 96, 130)
+    counts = set()
+    for contrast in (0., *np.geomspace(1e-3, 30, 24)):
+        image = (noise * contrast).float()
+        expected = predict(model, image)
+        outputs = session.run(None, dict(input=image.numpy()))
+        assert_same(outputs, expected, (96, 130))
+        assert outputs[3].shape[1:] == (28, 28)
+        counts.add(min(len(expected), 100) if len(expected) in (0, 1, 100) else 'some')
+    assert counts == {0, 1, 'some', 100}
+
+
+@pytest.fixture(scope='module')
+def evaluate(exported, shapes):
+    """A function that tests a file on generated images, with given annotations."""
+    _, _, folder = exported
+
+    def run(name, annotations, save=None):
+        options = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}
+        cfg = config('shapes/maskrcnn_acmix_r50', options)
+        set_data_root(cfg, str(shapes))
+        cfg.test_dataloader.dataset.ann_file = cfg.test_evaluator.ann_file = str(annotations)
+        cfg.update(work_dir=str(folder / 'work'), launcher='none', load_from=str(folder / name),
+                   experiment_name=f'{name}-{save}')
+        if save:
+            save_predictions(cfg, str(save))
+        return run_test(cfg)
+    return run
+
+
+def test_evaluation_equals_that_of_the_checkpoint(evaluate, exported, shapes):
+    _, _, folder = exported
+    truth = shapes / 'annotations/instances_val2017.json'
+    evaluate('small.pth', truth, folder / 'found.pkl')
+    # The checkpoint's own detections become the truth, so that its weights may be random.
+    contents = json.loads(truth.read_text())
+    contents['annotations'] = []
+    for result in pickle.loads((folder / 'found.pkl').read_bytes()):
+        found = result['pred_instances']
+        for box, score, label, mask in zip(found['bboxes'].tolist(), found['scores'].tolist(),
+                                           found['labels'].tolist(), found['masks']):
+            if score > 0.5:
+                left, top, right, bottom = box
+                contents['annotations'].append(dict(
+                    id=len(contents['annotations']) + 1, image_id=result['img_id'], iscrowd=0,
+                    category_id=label + 1, bbox=[left, top, right - left, bottom - top],
+                    area=(right - left) * (bottom - top),
+                    segmentation=dict(size=mask['size'], counts=mask['counts'].decode())))
+    own = folder / 'own.json'
+    own.write_text(json.dumps(contents))
+    expected = evaluate('small.pth', own)
+    assert min(expected['coco/bbox_mAP'], expected['coco/segm_mAP']) > 0.5
+    for name, tolerance in (('plain.onnx', 0.01), ('raw.onnx', 0.1)):
+        metrics = evaluate(name, own)
+        for key in ('coco/bbox_mAP', 'coco/segm_mAP'):
+            assert abs(metrics[key] - expected[key]) <= tolerance
+
+
+def test_evaluation_of_other_files(evaluate, exported, shapes):
+    _, _, folder = exported
+    truth = shapes / 'annotations/instances_val2017.json'
+    (folder / 'damaged.onnx').write_bytes((folder / 'raw.onnx').read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r'damaged.onnx is damaged or not an ONNX file'):
+        evaluate('damaged.onnx', truth)
+    with pytest.raises(UsageError, match=r'none.onnx does not exist'):
+        evaluate('none.onnx', truth)
+    model = onnx_ir.load(folder / 'raw.onnx')
+    model.metadata_props['classes'] = json.dumps(['a', 'b', 'c'])
+    onnx_ir.save(model, folder / 'classes.onnx')
+    with pytest.raises(UsageError, match='detects the classes a, b, c, but the dataset has circle'):
+        evaluate('classes.onnx', truth)
+    model.metadata_props.pop('preprocessing')
+    onnx_ir.save(model, folder / 'unrelated.onnx')
+    with pytest.raises(UsageError, match='is not a detector exported by'):
+        evaluate('unrelated.onnx', truth)
+
+
+@pytest.mark.parametrize(('name', 'options', 'message'), [
+    ('dino_acmix_swin_t', {}, 'The detector DINO cannot be exported; supported: RetinaNet, '),
+    ('mask2former_acmix_swin_t_coco', {}, 'panoptic_head cannot be exported'),
+    ('maskrcnn_acmix_r50', {'model.test_cfg.rcnn.nms.type': 'soft_nms'},
+     'nms, soft_nms, cannot be exported; supported: nms'),
+    ('maskrcnn_acmix_r50', {'model.test_cfg.rpn.nms.min_score': 0.1}, 'min_score of nms cannot be'),
+    ('maskrcnn_acmix_r50', {'model.type': 'DetTTAModel'}, 'Test-time augmentation cannot be'),
+    ('maskrcnn_acmix_r50', {'model.type': 'PanopticFPN'}, 'The detector PanopticFPN cannot be'),
+    ('maskrcnn_acmix_r50', {'model.roi_head.mask_head.type': 'PointHead'}, 'mask_head, PointHead'),
+])
+def test_unsupported_detectors_are_named_before_any_work(monkeypatch, name, options, message):
+    monkeypatch.setattr(onnx_module, 'build_model', lambda cfg: pytest.fail('built the model'))
+    with pytest.raises(UsageError, match=message):
+        network_of(config(name, options), 'none.pth', backbone_only=False)
+
+
+def test_unsupported_preprocessing_is_named():
+    steps = preprocessing_of(config('maskrcnn_acmix_r50', {
+        'test_dataloader.dataset.pipeline.1.type': 'FixScaleResize'}))
+    with pytest.raises(UsageError, match='transforms FixScaleResize, which --with-preprocessing'):
+        check_preprocessing(steps)
+    steps = preprocessing_of(config('maskrcnn_acmix_r50'))._replace(pad=dict(pad_val=(1, 2, 3)))
+    with pytest.raises(UsageError, match='pads all channels with one value'):
+        check_preprocessing(steps)
+
+
+@pytest.mark.parametrize(('name', 'shape', 'resized'), [
+    ('maskrcnn_acmix_r50', (480, 640), (800, 1067)),
+    ('yolox_acmix_s', (480, 640), (640, 640)),
+    ('rtmdet_acmix_s', (100, 640), (640, 640)),
+])
+def test_resized_shape(name, shape, resized):
+    assert resized_shape(preprocessing_of(config(name)), shape) == resized
+
+
+@pytest.fixture(scope='module')
+def run_example(tmp_path_factory):
+    """A function that runs an example in an environment with onnxruntime, numpy and Pillow only."""
+    folder = tmp_path_factory.mktemp('environment')
+    venv.create(folder, symlinks=True)
+    packages = folder / 'packages'
+    packages.mkdir()
+    for name in ('onnxruntime', 'numpy', 'numpy.libs', 'PIL', 'pillow.libs'):
+        source = SITE_PACKAGES / name
+        if source.is_dir():
+            (packages / name).symlink_to(source)
+
+    def run(*arguments):
+        return subprocess.run([folder / 'bin/python', *map(str, arguments)], cwd=ROOT, text=True,
+                              env=dict(PYTHONPATH=str(packages)), capture_output=True, check=False)
+    assert run('-c', 'import torch').returncode != 0
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """The path of an image on which the small detector finds something."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+    Image.fromarray(pixels).resize((130, 100)).save(tmp_path / 'photo.png')
+    return tmp_path / 'photo.png'
+
+
+def test_detection_example(run_example, exported, photo, tmp_path):
+    done = run_example('examples/detect_onnx.py', exported[2] / 'raw.onnx', photo,
+                       tmp_path / 'found.png')
+    assert (done.returncode, done.stderr) == (0, '')
+    found = json.loads((tmp_path / 'found.json').read_text())
+    session = onnxruntime.InferenceSession(exported[2] / 'raw.onnx')
+    boxes, scores, labels, _ = session.run(None, dict(
+        image=np.ascontiguousarray(np.asarray(Image.open(photo))[:, :, ::-1])))
+    confident = scores >= 0.5
+    assert len(found) == confident.sum() > 0
+    np.testing.assert_allclose([each['box'] for each in found], boxes[confident], atol=0.1)
+    classes = ('circle', 'square', 'triangle')
+    assert [each['name'] for each in found] == [classes[label] for label in labels[confident]]
+    before, after = (np.asarray(Image.open(path)) for path in (photo, tmp_path / 'found.png'))
+    assert before.shape == after.shape
+    assert (before != after).any()
+
+
+def test_segmentation_example(run_example, photo, tmp_path):
+    options = {
+        'model.backbone.depth': 18, 'model.backbone.base_channels': 8,
+        'model.backbone.num_stages': 2, 'model.backbone.strides': [1, 2],
+        'model.backbone.dilations': [1, 1], 'model.backbone.out_indices': [0, 1],
+        'model.decode_head.in_channels': [8, 16], 'model.decode_head.in_index': [0, 1],
+        'model.decode_head.channels': 16, 'model.auxiliary_head': None}
+    cfg = config('shapes/upernet_acmix_r50', options)
+    network = network_of(cfg, None, backbone_only=False)
+    export_onnx(network, str(tmp_path / 'a.onnx'), (147, 192), fixed_size=True, cfg=cfg)
+    done = run_example('examples/segment_onnx.py', tmp_path / 'a.onnx', photo,
+                       tmp_path / 'found.png')
+    assert (done.returncode, done.stderr) == (0, '')
+    shares = json.loads((tmp_path / 'found.json').read_text())
+    assert abs(sum(shares.values()) - 1) < 1e-6
+    assert set(shares) <= {'background', 'circle', 'square', 'triangle'}
+    assert Image.open(tmp_path / 'found.png').size == (130, 100)
+
+
+@pytest.mark.parametrize('example', ['detect', 'segment'])
+def test_errors_of_examples(run_example, exported, photo, tmp_path, example):
+    folder, output = exported[2], tmp_path / 'output'
+    output.mkdir()
+    (tmp_path / 'damaged.onnx').write_bytes((folder / 'raw.onnx').read_bytes()[:1000])
+    (tmp_path / 'text.png').write_text('no image')
+    (tmp_path / 'cut.png').write_bytes(photo.read_bytes()[:200])
+    model = folder / 'raw.onnx'
+    unusable = folder / ('plain.onnx' if example == 'detect' else 'raw.onnx')
+    cases = [(tmp_path / 'damaged.onnx', photo, output / 'a.png', 'damaged.onnx is not a usable'),
+             (unusable, photo, output / 'a.png', f'{unusable.name} is not a usable'),
+             (photo, photo, output / 'a.png', 'photo.png is not a usable')]
+    if example == 'detect':
+        cases += [(model, tmp_path / 'none.png', output / 'a.png', 'none.png cannot be read'),
+                  (model, tmp_path / 'text.png', output / 'a.png', 'text.png cannot be read'),
+                  (model, tmp_path / 'cut.png', output / 'a.png', 'cut.png cannot be read'),
+                  (model, photo, tmp_path / 'none/a.png', 'none/a.png cannot be written'),
+                  (model, photo, output / 'a.unknown', 'a.unknown cannot be written')]
+    for *arguments, message in cases:
+        done = run_example(f'examples/{example}_onnx.py', *arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert 'Traceback' not in done.stderr
+        assert not list(output.iterdir())
