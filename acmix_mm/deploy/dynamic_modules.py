@@ -143,6 +143,25 @@ def roll(x: Tensor, shift: Tensor, size: Optional[Sequence[int]] = None) -> Tens
     return x
 
 
+class DynamicFPN(nn.Module):
+    """MMDetection's FPN whose further levels are every second position of the level before.
+
+    MMDetection selects these by pooling with 1×1 windows.
+    """
+
+    def __init__(self, fpn: nn.Module) -> None:
+        super().__init__()
+        levels = fpn.backbone_end_level - fpn.start_level
+        self.fpn, self.further_levels = fpn, fpn.num_outs - levels
+        fpn.num_outs = levels
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        outs = self.fpn(maps)
+        for _ in range(self.further_levels):
+            outs = (*outs, outs[-1][:, :, ::2, ::2])
+        return outs
+
+
 def with_dynamic_modules(network: nn.Module) -> nn.Module:
     """Copy a network and replace its modules as :func:`dynamic_module` does."""
     copy = deepcopy(network)
@@ -163,6 +182,8 @@ def dynamic_module(module: nn.Module) -> nn.Module:
         replaced = DynamicWindowACmix.__new__(DynamicWindowACmix)
         replaced.__dict__ = module.__dict__
         return replaced
+    if type(module).__name__ == 'FPN' and not module.add_extra_convs:
+        return DynamicFPN(module)
     if isinstance(module, AdaptivePadding) and (
             module.padding == 'corner' and module.kernel_size == module.stride):
         return PadToStrides(module.stride, 0.)

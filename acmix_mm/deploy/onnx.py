@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import sympy
 import torch
+import torch.fx.experimental._config
 from mmengine.config import Config
 from sympy import Integer
 from torch import Tensor, nn
@@ -144,8 +145,10 @@ def export_program(network: nn.Module,
         axes = ({0: Dim('batch'), 2: first, 3: second},)
     batch = 1 if is_detector(network) else 2
     inputs = inputs_of(network, torch.zeros(batch, 3, height, width))
+    # Otherwise no map of a detector could have a single position.
+    allow_single = torch.fx.experimental._config.patch(backed_size_oblivious=is_detector(network))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), allow_single:
             # Conditions that torch cannot prove become assertions in the program, which ONNX drops.
             program = torch.export.export(with_dynamic_modules(network), inputs,
                                           dynamic_shapes=axes,

@@ -17,10 +17,9 @@ from acmix_mm.backbones import (
     ACmixSwinTransformer,
 )
 from acmix_mm.deploy import onnx as export
+from acmix_mm.deploy.dynamic_modules import MatrixAdaptiveAvgPool2d, dynamic_module
 from acmix_mm.deploy.onnx import (
     ClassMap,
-    MatrixAdaptiveAvgPool2d,
-    dynamic_module,
     export_onnx,
     export_program,
     network_of,
@@ -35,7 +34,7 @@ pytestmark = needs_export
 NETWORKS = {
     'swin': (lambda: ACmixSwinTransformer(
         embed_dims=12, depths=(2, 1), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1),
-        window_size=3, use_abs_pos_embed=True, pretrain_img_size=32), 25),
+        window_size=3, use_abs_pos_embed=True, pretrain_img_size=32), 9),
     'resnet': (lambda: ACmixResNet(
         26, base_channels=8, stage_blocks=(1, 1), num_stages=2, strides=(1, 2), dilations=(1, 2),
         out_indices=(0, 1)), 9),
@@ -64,7 +63,7 @@ def exported(request, tmp_path_factory):
     network = build().eval()
     program = export_program(network)
     path = tmp_path_factory.mktemp('onnx') / f'{request.param}.onnx'
-    translate(program, network, side).save(path, external_data=False)
+    translate(program, network, fixed_size=False).save(path, external_data=False)
     return network, side, program, onnxruntime.InferenceSession(path)
 
 
@@ -191,7 +190,7 @@ def test_tool_exports_a_segmentor(segmentor):
     assert output.count('logits ') == 3
     assert 'input: tensor(float) (batch, 3, height, width)' in output
     assert 'output: tensor(int64) (batch, 1, height, width)' in output
-    assert 'height and width from 25 on' in output
+    assert 'height and width from 9 on' in output
     assert 'RGB images with values from 0 to 255, minus [123.675, 116.28, 103.53]' in output
     assert sorted(path.name for path in folder.iterdir()) == ['tiny.onnx', 'tiny.pth']
     session = onnxruntime.InferenceSession(folder / 'tiny.onnx')
@@ -229,14 +228,13 @@ def test_does_not_keep_a_file_whose_outputs_differ(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(('config', 'given', 'message'), [
-    ('shapes/upernet_acmix_swin', {}, 'begin at 225×225, but the shape is 192×192'),
+    ('shapes/upernet_acmix_r50', dict(shape=(30, 40)), 'begin at 33×33, but the shape is 30×40'),
     ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; create it'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='none.pth'), 'none.pth does not exist'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'),
      "does not match the config's model"),
     ('shapes/upernet_acmix_swin', dict(options={'model.test_cfg.mode': 'slide'}), 'mode=whole'),
-    ('shapes/maskrcnn_acmix_swin', {}, 'is of a detector, .* --backbone-only'),
-    ('maskrcnn_r50_acmix_fpn_mask', {},
+    ('maskrcnn_r50_acmix_fpn_mask', dict(backbone_only=True),
      'has none of the backbones that can be exported: ACmixResNet, '),
 ])
 def test_errors(config, given, message, tmp_path):
@@ -244,9 +242,9 @@ def test_errors(config, given, message, tmp_path):
     checkpoint = given.get('checkpoint') and str(tmp_path / given['checkpoint'])
     with pytest.raises(UsageError, match=message):
         cfg = load_config(str(ROOT / f'configs/{config}.py'), given.get('options'))
-        export_onnx(network_of(cfg, checkpoint, backbone_only=False),
-                    str(tmp_path / given.get('out', 'a.onnx')), padded_image_size(cfg),
-                    fixed_size=False)
+        network = network_of(cfg, checkpoint, given.get('backbone_only', False))
+        export_onnx(network, str(tmp_path / given.get('out', 'a.onnx')),
+                    given.get('shape', padded_image_size(cfg)), fixed_size=False)
     assert [path.name for path in tmp_path.iterdir()] == ['other.pth']
 
 

@@ -60,8 +60,10 @@ YOLO = {
     'model.neck.out_channels': 32, 'model.bbox_head.in_channels': 32,
     'model.bbox_head.feat_channels': 32}
 # A config of each kind of detector, reduced.
+MASK_RCNN = 'shapes/maskrcnn_acmix_pvt'
 CONFIGS = {
-    'shapes/maskrcnn_acmix_r50': {**SMALL, **HEADS},
+    MASK_RCNN: {'model.backbone.embed_dims': 8, 'model.backbone.num_layers': [1, 1, 1, 1],
+                'model.neck.in_channels': [8, 16, 40, 64], 'model.neck.out_channels': 16, **HEADS},
     'cascade_maskrcnn_acmix_r50': {**SMALL, **CASCADE},
     'retinanet_acmix_r50': {**SMALL, **RETINA},
     'yolox_acmix_s': YOLO,
@@ -166,7 +168,7 @@ def exported(tmp_path_factory):
     """A small Mask R-CNN, its config, and the files with and without preprocessing."""
     folder = tmp_path_factory.mktemp('detector')
     torch.manual_seed(0)
-    cfg = config('shapes/maskrcnn_acmix_r50')
+    cfg = config(MASK_RCNN)
     network = network_of(cfg, None, backbone_only=False)
     responsive(network.detector)
     torch.save(dict(state_dict=network.detector.state_dict(), meta={}), folder / 'small.pth')
@@ -265,7 +267,7 @@ def evaluate(exported, shapes):
 
     def run(name, annotations, save=None):
         options = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}
-        cfg = config('shapes/maskrcnn_acmix_r50', options)
+        cfg = config(MASK_RCNN, options)
         set_data_root(cfg, str(shapes))
         cfg.test_dataloader.dataset.ann_file = cfg.test_evaluator.ann_file = str(annotations)
         cfg.update(work_dir=str(folder / 'work'), launcher='none', load_from=str(folder / name),
