@@ -33,8 +33,11 @@ def segment(model: str, source: str, target: str) -> None:
     if steps['scale'] and steps['keep_ratio']:
         factor = min(max(size) / max(image.size), min(size) / min(image.size))
         size = [int(side * factor + 0.5) for side in image.size]
+    # Files for images of one size have numbers in place of the names of these axes.
+    expected = session.get_inputs()[0].shape[:1:-1]
     smallest = int(entries['smallest_width']), int(entries['smallest_height'])
-    size = [max(pair) for pair in zip(size, smallest)]
+    size = [fixed if isinstance(fixed, int) else max(side, least)
+            for fixed, side, least in zip(expected, size, smallest)]
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
     pixels = pixels if steps['order'] == 'RGB' else pixels[:, :, ::-1]
     pixels = (pixels - np.float32(steps['mean'])) / np.float32(steps['std'])

@@ -40,4 +40,9 @@ def run(args: argparse.Namespace) -> None:
         save_predictions(cfg, args.out)
     if args.tta:
         augment_test(cfg)
-    test(cfg)
+    if args.checkpoint.endswith('.onnx'):
+        # Imported here because not all stacks have MMDetection.
+        from acmix_mm.deploy.runtime import test_onnx
+        test_onnx(cfg, args.checkpoint)
+    else:
+        test(cfg)

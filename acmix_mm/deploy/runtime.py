@@ -1,6 +1,7 @@
 """Evaluating an exported detector with ONNX Runtime, as a model of MMEngine."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
@@ -15,30 +16,37 @@ from torch import Tensor
 
 from acmix_mm.deploy.masks import paste_masks
 from acmix_mm.engine.config import classes_of, dataset_configs
+from acmix_mm.engine.runner import check_run, test
 from acmix_mm.environment import export_unavailable
 from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
 
-def load_onnx(cfg: Config, path: str) -> None:
-    """Make a config test an exported detector instead of a checkpoint.
+def test_onnx(cfg: Config, path: str) -> dict[str, float]:
+    """Test an exported detector as :func:`acmix_mm.engine.runner.test` does a checkpoint.
 
     Raises:
         UsageError: the file is no detector exported by ``tools/export_onnx.py``, or has other
-            classes than the config's dataset.
+            classes than the config's dataset; or data or settings are invalid.
     """
+    if cfg.default_scope != 'mmdet' or 'tta_cfg' in cfg.model:
+        raise UsageError('An ONNX file can be tested with the config of a detector, and without '
+                         'test-time augmentation.')
+    check_run(cfg, ('test',))
     _, entries = open_detector(path)
+    in_graph = entries['preprocessing']['in_graph']
     for dataset in dataset_configs(cfg, ('test',)):
-        classes = classes_of(dataset, cfg.get('default_scope'))
+        classes = classes_of(dataset, cfg.default_scope)
         if classes and entries['classes'] and list(classes) != entries['classes']:
             raise UsageError(f'{path} detects the classes {", ".join(entries["classes"])}, but the '
                              f'dataset has {", ".join(classes)}.')
-        if entries['preprocessing']['in_graph']:
+        if in_graph:
             dataset.pipeline = [transform for transform in dataset.pipeline
                                 if type_name(transform['type']) not in ('Resize', 'Pad')]
-    preprocessor = None if entries['preprocessing']['in_graph'] else cfg.model.data_preprocessor
+    preprocessor = None if in_graph else cfg.model.data_preprocessor
     cfg.model = dict(type='ONNXDetector', path=path, data_preprocessor=preprocessor)
     cfg.load_from = None
+    return test(cfg)
 
 
 def open_detector(path: str) -> tuple[Any, dict[str, Any]]:
@@ -55,6 +63,8 @@ def open_detector(path: str) -> tuple[Any, dict[str, Any]]:
     if reason is not None:
         raise UsageError(f'Testing an ONNX file {reason}.')
     from acmix_mm.deploy.onnx import open_session
+    if not os.path.isfile(path):
+        raise UsageError(f'{path} does not exist.')
     try:
         session = open_session(path)
     # onnxruntime has its own classes of errors, without a common base.

@@ -245,33 +245,17 @@ def train(cfg: Config) -> None:
 
 @data_only()
 def test(cfg: Config) -> dict[str, float]:
-    """Test the checkpoint, or the exported ONNX file, ``cfg.load_from`` and return its metrics.
+    """Test the checkpoint ``cfg.load_from`` and return its metrics; if it is None, a model that
+    needs none.
 
     Raises:
         UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_run(cfg, ('test',))
-    source = cfg.load_from
-    with prepared(cfg, [source]), atomic_files():
-        if source.endswith('.onnx'):
-            use_onnx_file(cfg, source)
+    with prepared(cfg, [] if cfg.load_from is None else [cfg.load_from]), atomic_files():
         runner = build_runner(cfg, ('test',))
         runner.requires_all_weights = True
         return runner.test()
-
-
-def use_onnx_file(cfg: Config, path: str) -> None:
-    """Make a config test a detector that was exported to ONNX.
-
-    Raises:
-        UsageError: the file or the config is for something else.
-    """
-    if cfg.default_scope != 'mmdet' or 'tta_cfg' in cfg.model:
-        raise UsageError('An ONNX file can be tested with the config of a detector, and without '
-                         'test-time augmentation.')
-    # Imported here because not all stacks have MMDetection.
-    from acmix_mm.deploy.runtime import load_onnx
-    load_onnx(cfg, path)
 
 
 @contextlib.contextmanager

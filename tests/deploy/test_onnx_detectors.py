@@ -263,6 +263,7 @@ def test_number_of_detections(exported):
 @pytest.fixture(scope='module')
 def evaluate(exported, shapes):
     """A function that tests a file on generated images, with given annotations."""
+    from acmix_mm.deploy.runtime import test_onnx
     _, _, folder = exported
 
     def run(name, annotations, save=None):
@@ -274,7 +275,7 @@ def evaluate(exported, shapes):
                    experiment_name=f'{name}-{save}')
         if save:
             save_predictions(cfg, str(save))
-        return run_test(cfg)
+        return test_onnx(cfg, cfg.load_from) if name.endswith('.onnx') else run_test(cfg)
     return run
 
 
