@@ -280,9 +280,11 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
                          f'shape is {shape[0]}×{shape[1]}: pass a larger --shape H W, or '
                          '--fixed-size for images of exactly that size.')
     sizes = [(1, *shape)]
-    if not fixed_size:
-        between = padded(((side + shape[0]) // 2 | 1, (side + 2 * shape[1]) // 3 | 1), step, side)
-        sizes += [(2, side, side + 1) if step == 1 else (1, side, side), (1, *between)]
+    if not fixed_size and is_detector(network):
+        sizes += [(1, side, side), (1, shape[0] + step, shape[1] + 2 * step)]
+    elif not fixed_size:
+        between = (side + shape[0]) // 2 | 1, (side + 2 * shape[1]) // 3 | 1
+        sizes += [(2, side, side + 1), (1, *between)]
     print('Tracing with torch.export; this step and the next may take minutes …', flush=True)
     program = export_program(network, shape if fixed_size else None)
     print(f'Translating {len(program.graph.nodes)} graph nodes to ONNX …', flush=True)
@@ -295,10 +297,13 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
             del onnx.model.graph.outputs[len(output_names(network)):]
         if is_detector(network):
             add_padding(onnx.model, steps, step, side, input_shape if fixed_size else None)
+            for output in onnx.model.graph.outputs:
+                output.shape[0] = 'detections'
         if with_preprocessing:
             add_preprocessing(onnx.model, steps, given if fixed_size else None)
         onnx.model.metadata_props.update(metadata(cfg, network, steps, with_preprocessing, side))
         onnx.save(temporary, external_data=False)
+        run_once(str(temporary), given)
         description = describe(str(temporary))
     if not fixed_size and step == 1:
         description += f'\n  height and width from {side} on, batch from 1 on'
@@ -477,6 +482,15 @@ def open_session(path: str) -> Any:
     """Open an ONNX file in ONNX Runtime on the CPU."""
     import onnxruntime
     return onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+
+
+def run_once(path: str, shape: tuple[int, int]) -> None:
+    """Run the finished file, which has changed since it was compared with torch."""
+    session = open_session(path)
+    given, = session.get_inputs()
+    image = torch.zeros(shape + (3,), dtype=torch.uint8) if 'uint8' in given.type else torch.zeros(
+        1, 3, *shape)
+    session.run(None, {given.name: image.numpy()})
 
 
 def describe(path: str) -> str:

@@ -83,6 +83,8 @@ def responsive(model):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if getattr(model, 'roi_head', None):
+        # Otherwise many proposals would have the score 1, whose order is arbitrary.
+        model.rpn_head.rpn_cls.weight.data /= 8
         heads = model.roi_head.bbox_head
         for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
             head.fc_cls.bias.data[-1] = 4  # the background
