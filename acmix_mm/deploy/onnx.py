@@ -488,7 +488,7 @@ def run_once(path: str, shape: tuple[int, int]) -> None:
     """Run the finished file, which has changed since it was compared with torch."""
     session = open_session(path)
     given, = session.get_inputs()
-    image = torch.zeros(shape + (3,), dtype=torch.uint8) if 'uint8' in given.type else torch.zeros(
+    image = torch.zeros((*shape, 3), dtype=torch.uint8) if 'uint8' in given.type else torch.zeros(
         1, 3, *shape)
     session.run(None, {given.name: image.numpy()})
 
