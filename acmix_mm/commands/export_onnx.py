@@ -2,8 +2,9 @@
 
 A segmentor takes normalised images and returns the class of each pixel, (batch, 1, height, width),
 like MMDeploy's exports; a backbone returns its feature maps. Batch, height and width are dynamic;
-height and width have a minimum: for PVT every map must be at least two cells wide (64), for the
-others at least two positions (33).
+height and width have a minimum, which depends on the backbone: for Swin every map must be larger
+than a window (225 at stride 32 with 7×7 windows), for PVT at least two cells wide (64), for ResNet
+and SAN at least two positions (33).
 
 A detector takes one normalised image or, with --with-preprocessing, one raw uint8 BGR image
 (height, width, 3), of any size, and returns boxes (n, 4), scores, labels and masks (n, 28, 28). The

@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any, Optional
 
@@ -85,7 +86,9 @@ def smallest_side(network: nn.Module) -> int:
     def measure(layer: OperatorLayer, inputs: tuple[Tensor, ...]) -> None:
         large_enough.append(min(layer.map_size(inputs[0])) >= layer.min_dynamic_size)
 
-    on_shapes = with_dynamic_modules(backbone).to('meta')
+    # Of detectors only, sizes of one, here the number of windows, are not special to the tracer.
+    on_shapes = (with_dynamic_modules(backbone) if is_detector(network) else deepcopy(backbone)).to(
+        'meta')
     for layer in on_shapes.modules():
         if isinstance(layer, OperatorLayer):
             layer.register_forward_pre_hook(measure)

@@ -34,7 +34,7 @@ pytestmark = needs_export
 NETWORKS = {
     'swin': (lambda: ACmixSwinTransformer(
         embed_dims=12, depths=(2, 1), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1),
-        window_size=3, use_abs_pos_embed=True, pretrain_img_size=32), 9),
+        window_size=3, use_abs_pos_embed=True, pretrain_img_size=32), 25),
     'resnet': (lambda: ACmixResNet(
         26, base_channels=8, stage_blocks=(1, 1), num_stages=2, strides=(1, 2), dilations=(1, 2),
         out_indices=(0, 1)), 9),
@@ -190,7 +190,7 @@ def test_tool_exports_a_segmentor(segmentor):
     assert output.count('logits ') == 3
     assert 'input: tensor(float) (batch, 3, height, width)' in output
     assert 'output: tensor(int64) (batch, 1, height, width)' in output
-    assert 'height and width from 9 on' in output
+    assert 'height and width from 25 on' in output
     assert 'RGB images with values from 0 to 255, minus [123.675, 116.28, 103.53]' in output
     assert sorted(path.name for path in folder.iterdir()) == ['tiny.onnx', 'tiny.pth']
     session = onnxruntime.InferenceSession(folder / 'tiny.onnx')
@@ -228,7 +228,7 @@ def test_does_not_keep_a_file_whose_outputs_differ(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(('config', 'given', 'message'), [
-    ('shapes/upernet_acmix_r50', dict(shape=(30, 40)), 'begin at 33×33, but the shape is 30×40'),
+    ('shapes/upernet_acmix_swin', {}, 'begin at 225×225, but the shape is 192×192'),
     ('shapes/upernet_acmix_swin', dict(out='none/a.onnx'), 'none does not exist; create it'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='none.pth'), 'none.pth does not exist'),
     ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'),
