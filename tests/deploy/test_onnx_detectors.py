@@ -114,15 +114,16 @@ def assert_same(actual, instances, size):
         return
     expected = instances.bboxes, instances.scores, instances.labels
     found, total = matching_detections((boxes, scores, labels), expected, min_score=0.)
-    # Rounding decides a few times which of two overlapping boxes is suppressed.
-    assert found >= 0.97 * total
+    # Rounding decides which of two equal scores is the last to be kept, or suppresses the other.
+    assert total - found <= max(1, 0.03 * total)
     torch.testing.assert_close(scores, instances.scores, rtol=0, atol=2e-3)
     if masks:
         pasted = torch.from_numpy(paste_masks(masks[0].numpy(), boxes.numpy(), size))
-        same_place = (boxes - instances.bboxes).abs().amax(1) < 0.1
-        assert same_place.float().mean() > 0.9
-        differing = (pasted != instances.masks)[same_place].float().mean()
-        assert differing < 1e-3
+        distance = (instances.bboxes[:, None] - boxes).abs().amax(2)
+        distance += 1e3 * (instances.labels[:, None] != labels)
+        distance, nearest = distance.min(1)
+        differing = (pasted[nearest] != instances.masks)[distance < 0.1]
+        assert differing.float().mean() < 1e-3
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -232,7 +233,10 @@ def test_number_of_detections(exported, tmp_path):
     model = onnx_ir.load(folder / 'plain.onnx')
     bias = model.graph.initializers['detector.roi_head.bbox_head.fc_cls.bias']
     before = head.fc_cls.bias.detach().clone()
-    one = next(each for each in np.linspace(0, 200, 2001) if count(each) == 1)
+    low, one, high = 0., 0., 1e3
+    while count(one) != 1:
+        low, high = (one, high) if count(one) > 1 else (low, one)
+        one = (low + high) / 2
     for background, number in ((1e4, 0), (one, 1), (-1e4, 30)):
         assert count(background) == number
         bias.const_value = onnx_ir.tensor(head.fc_cls.bias.detach().numpy())
