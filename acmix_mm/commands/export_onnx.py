@@ -1,14 +1,21 @@
-"""Export a segmentor or a backbone to ONNX, verified with ONNX Runtime.
+"""Export a segmentor, a detector or a backbone to ONNX, verified with ONNX Runtime.
 
 A segmentor takes normalised images and returns the class of each pixel, (batch, 1, height, width),
 like MMDeploy's exports; a backbone returns its feature maps. Batch, height and width are dynamic;
 height and width have a minimum, which depends on the backbone: for Swin every map must be larger
 than a window (225 at stride 32 with 7×7 windows), for PVT at least two cells wide (64), for ResNet
-and SAN at least two positions (33). The outputs are compared with torch's at three sizes, and the
-file is kept only if they agree. Without a checkpoint the weights are random. The heads of detectors
-are not exported; use MMDeploy for them.
+and SAN at least two positions (33).
+
+A detector takes one normalised image or, with --with-preprocessing, one raw uint8 BGR image
+(height, width, 3), of any size, and returns boxes (n, 4), scores, labels and masks (n, 28, 28). The
+graph has standard operators only. RetinaNet, Faster, Mask and Cascade Mask R-CNN, YOLOX and RTMDet
+are supported.
+
+The outputs are compared with torch's at three sizes, and the file is kept only if they agree.
+Without a checkpoint the weights are random.
 
 Examples: %(prog)s upernet_acmix_swin_t iter_160000.pth upernet.onnx
+          %(prog)s maskrcnn_acmix_r50 epoch_12.pth maskrcnn.onnx --with-preprocessing
           %(prog)s maskrcnn_acmix_r50 epoch_12.pth r50.onnx \\
               --backbone-only --shape 800 1344
 """
@@ -33,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         'that a segmentation config pads to, 800 1344 for detection)')
     parser.add_argument('--fixed-size', action='store_true',
                         help='take one image of exactly this shape, which may be of any size')
+    parser.add_argument('--with-preprocessing', action='store_true',
+                        help='take raw images of a detector: resize, normalise and pad them in the '
+                        'graph')
     add_cfg_options(parser)
 
 
@@ -44,5 +54,6 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.cfg_options)
     network = network_of(cfg, args.checkpoint, args.backbone_only)
     shape = tuple(args.shape or padded_image_size(cfg))
-    print(export_onnx(network, args.out, shape, args.fixed_size))
-    print(f'  input: {normalisation(cfg)}')
+    print(export_onnx(network, args.out, shape, args.fixed_size, cfg, args.with_preprocessing))
+    if not args.with_preprocessing:
+        print(f'  input: {normalisation(cfg)}')

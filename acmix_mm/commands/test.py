@@ -1,6 +1,9 @@
-"""Evaluate a checkpoint of a detector or segmentor.
+"""Evaluate a checkpoint of a detector or segmentor, or a detector that was exported to ONNX.
 
-Example: %(prog)s maskrcnn_acmix_swin_t work_dirs/…/epoch_12.pth
+An ONNX file runs in ONNX Runtime on the CPU, on the config's test data.
+
+Examples: %(prog)s maskrcnn_acmix_swin_t work_dirs/…/epoch_12.pth
+          %(prog)s maskrcnn_acmix_swin_t maskrcnn.onnx
 """
 
 import argparse
@@ -12,7 +15,8 @@ from acmix_mm.engine.runner import augment_test, save_predictions, show_predicti
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, or a detector '
+                        'from tools/export_onnx.py (.onnx)')
     add_common_arguments(parser)
     parser.add_argument('--out', metavar='PATH', help='save the predictions to PATH: detections '
                         'as a pickle (PATH ends in .pkl or .pickle), segmentations as label maps '
@@ -36,4 +40,9 @@ def run(args: argparse.Namespace) -> None:
         save_predictions(cfg, args.out)
     if args.tta:
         augment_test(cfg)
-    test(cfg)
+    if args.checkpoint.endswith('.onnx'):
+        # Imported here because not all stacks have MMDetection.
+        from acmix_mm.deploy.runtime import test_onnx
+        test_onnx(cfg, args.checkpoint)
+    else:
+        test(cfg)

@@ -261,13 +261,14 @@ def train(cfg: Config) -> None:
 
 @data_only()
 def test(cfg: Config) -> dict[str, float]:
-    """Test the checkpoint ``cfg.load_from`` and return its metrics.
+    """Test the checkpoint ``cfg.load_from`` and return its metrics; if it is None, a model that
+    needs none.
 
     Raises:
         UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_run(cfg, ('test',))
-    with prepared(cfg, [cfg.load_from]), atomic_files():
+    with prepared(cfg, [] if cfg.load_from is None else [cfg.load_from]), atomic_files():
         runner = build_runner(cfg, ('test',))
         runner.requires_all_weights = True
         return runner.test()

@@ -17,10 +17,9 @@ from acmix_mm.backbones import (
     ACmixSwinTransformer,
 )
 from acmix_mm.deploy import onnx as export
+from acmix_mm.deploy.dynamic_modules import MatrixAdaptiveAvgPool2d, dynamic_module
 from acmix_mm.deploy.onnx import (
     ClassMap,
-    MatrixAdaptiveAvgPool2d,
-    dynamic_module,
     export_onnx,
     export_program,
     network_of,
@@ -64,7 +63,7 @@ def exported(request, tmp_path_factory):
     network = build().eval()
     program = export_program(network)
     path = tmp_path_factory.mktemp('onnx') / f'{request.param}.onnx'
-    translate(program, network, side).save(path, external_data=False)
+    translate(program, network, fixed_size=False).save(path, external_data=False)
     return network, side, program, onnxruntime.InferenceSession(path)
 
 
@@ -235,8 +234,7 @@ def test_does_not_keep_a_file_whose_outputs_differ(monkeypatch, tmp_path):
     ('shapes/upernet_acmix_swin', dict(checkpoint='other.pth'),
      "does not match the config's model"),
     ('shapes/upernet_acmix_swin', dict(options={'model.test_cfg.mode': 'slide'}), 'mode=whole'),
-    ('shapes/maskrcnn_acmix_swin', {}, 'is of a detector, .* --backbone-only'),
-    ('maskrcnn_r50_acmix_fpn_mask', {},
+    ('maskrcnn_r50_acmix_fpn_mask', dict(backbone_only=True),
      'has none of the backbones that can be exported: ACmixResNet, '),
 ])
 def test_errors(config, given, message, tmp_path):
@@ -244,9 +242,9 @@ def test_errors(config, given, message, tmp_path):
     checkpoint = given.get('checkpoint') and str(tmp_path / given['checkpoint'])
     with pytest.raises(UsageError, match=message):
         cfg = load_config(str(ROOT / f'configs/{config}.py'), given.get('options'))
-        export_onnx(network_of(cfg, checkpoint, backbone_only=False),
-                    str(tmp_path / given.get('out', 'a.onnx')), padded_image_size(cfg),
-                    fixed_size=False)
+        network = network_of(cfg, checkpoint, given.get('backbone_only', False))
+        export_onnx(network, str(tmp_path / given.get('out', 'a.onnx')),
+                    given.get('shape', padded_image_size(cfg)), fixed_size=False)
     assert [path.name for path in tmp_path.iterdir()] == ['other.pth']
 
 

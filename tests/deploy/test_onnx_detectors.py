@@ -1,0 +1,482 @@
+"""Tests of exported detectors: their post-processing, the ONNX file, its evaluation, examples."""
+
+import json
+import pickle
+import subprocess
+import venv
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, relative_error
+from helpers.stack import needs_export
+from PIL import Image
+from torch import nn
+
+from acmix_mm.deploy import onnx as onnx_module
+from acmix_mm.deploy.dynamic_modules import dynamic_module
+from acmix_mm.deploy.masks import paste_masks
+from acmix_mm.deploy.onnx import (
+    export_onnx,
+    inputs_of,
+    matching_detections,
+    metadata,
+    network_of,
+)
+from acmix_mm.deploy.preprocessing import (
+    add_preprocessing,
+    check_preprocessing,
+    preprocessing_of,
+    resized_shape,
+)
+from acmix_mm.engine.config import build_model, enter_scope, load_config, set_data_root
+from acmix_mm.engine.runner import save_predictions
+from acmix_mm.engine.runner import test as run_test
+from acmix_mm.layers import WindowACmix
+from acmix_mm.utils.errors import UsageError
+
+onnx_ir = pytest.importorskip('onnx_ir')
+onnxruntime = pytest.importorskip('onnxruntime')
+pytestmark = needs_export
+SITE_PACKAGES = Path(np.__file__).parents[1]
+SMALL = {
+    'model.backbone.depth': 18, 'model.backbone.base_channels': 8,
+    'model.neck.in_channels': [8, 16, 32, 64], 'model.neck.out_channels': 16}
+HEADS = {
+    f'model.{part}': 16 for part in (
+        'rpn_head.in_channels', 'rpn_head.feat_channels',
+        'roi_head.bbox_roi_extractor.out_channels', 'roi_head.mask_roi_extractor.out_channels',
+        'roi_head.bbox_head.in_channels', 'roi_head.bbox_head.fc_out_channels',
+        'roi_head.mask_head.in_channels', 'roi_head.mask_head.conv_out_channels')}
+RETINA = {'model.bbox_head.in_channels': 16, 'model.bbox_head.feat_channels': 16}
+CASCADE = {key.replace('bbox_head', f'bbox_head.{stage}'): value for key, value in HEADS.items()
+           for stage in range(3)}
+CASCADE.update({f'model.roi_head.{head}.num_classes': 3 for head in (
+    'bbox_head.0', 'bbox_head.1', 'bbox_head.2', 'mask_head')})
+YOLO = {
+    'model.backbone.widen_factor': 0.125, 'model.neck.in_channels': [32, 64, 128],
+    'model.neck.out_channels': 32, 'model.bbox_head.in_channels': 32,
+    'model.bbox_head.feat_channels': 32}
+# A config of each kind of detector, reduced.
+MASK_RCNN = 'shapes/maskrcnn_acmix_pvt'
+CONFIGS = {
+    MASK_RCNN: {'model.backbone.embed_dims': 8, 'model.backbone.num_layers': [1, 1, 1, 1],
+                'model.neck.in_channels': [8, 16, 40, 64], 'model.neck.out_channels': 16,
+                'model.test_cfg.rcnn.max_per_img': 30, **HEADS},
+    'cascade_maskrcnn_acmix_r50': {**SMALL, **CASCADE},
+    'retinanet_acmix_r50': {**SMALL, **RETINA},
+    'yolox_acmix_s': YOLO,
+    'rtmdet_acmix_s': YOLO,
+}
+
+
+def config(name, options=()):
+    return load_config(str(ROOT / f'configs/{name}.py'), {**CONFIGS.get(name, {}), **dict(options)})
+
+
+def responsive(model):
+    """Make the predictions of a random detector depend on the image, with scores up to 1."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and 'head' in name:
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if getattr(model, 'roi_head', None):
+        # Otherwise many proposals would have the score 1, whose order is arbitrary.
+        model.rpn_head.rpn_cls.weight.data /= 8
+        heads = model.roi_head.bbox_head
+        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
+            head.fc_cls.bias.data[-1] = 4  # the background
+    return model
+
+
+def predict(model, image):
+    """The predictions of MMDetection for a normalised image, (1, 3, height, width)."""
+    from mmdet.structures import DetDataSample
+    height, width = image.shape[2:]
+    sample = DetDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width),
+                                         scale_factor=(1., 1.)))
+    with torch.no_grad():
+        return model.predict(padded(image), [sample])[0].pred_instances
+
+
+def padded(image):
+    return nn.functional.pad(image, (0, -image.shape[3] % 32, 0, -image.shape[2] % 32))
+
+
+def assert_same(actual, instances, size):
+    """Compare boxes, scores, labels and masks with MMDetection's, in any order of equal scores."""
+    boxes, scores, labels, *masks = (torch.as_tensor(each) for each in actual)
+    assert len(boxes) == len(instances)
+    if len(boxes) == 0:
+        return
+    expected = instances.bboxes, instances.scores, instances.labels
+    found, total = matching_detections((boxes, scores, labels), expected, min_score=0.)
+    # Rounding decides which of two equal scores is the last to be kept, or suppresses the other.
+    assert total - found <= max(1, 0.03 * total)
+    torch.testing.assert_close(scores, instances.scores, rtol=0, atol=2e-3)
+    if masks:
+        pasted = torch.from_numpy(paste_masks(masks[0].numpy(), boxes.numpy(), size))
+        distance = (instances.bboxes[:, None] - boxes).abs().amax(2)
+        distance += 1e3 * (instances.labels[:, None] != labels)
+        distance, nearest = distance.min(1)
+        differing = (pasted[nearest] != instances.masks)[distance < 0.1]
+        assert differing.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_post_processing_equals_mmdetection(name):
+    from acmix_mm.deploy.detectors import KINDS
+    cfg = config(name)
+    model = responsive(build_model(cfg))
+    detector = KINDS[cfg.model.type](model).eval()
+    for size in ((64, 96), (70, 45)):
+        image = torch.randn(1, 3, *size)
+        expected = predict(model, image)
+        assert len(expected) > 1
+        with torch.no_grad():
+            outputs = detector(inputs_of(detector, padded(image))[0], torch.tensor(size))
+        assert_same(outputs[:len(detector.output_names)], expected, size)
+
+
+@pytest.mark.parametrize('size', [(6, 6), (7, 7), (1, 9), (42, 3), (2, 8), (15, 13)])
+@pytest.mark.parametrize('shift_size', [0, 3])
+def test_dynamic_windows_equal_the_layer(size, shift_size):
+    for mix, (embed_dims, num_heads) in (('acmix', (24, 3)), ('acmix', (8, 2)), ('attn', (8, 2)),
+                                         ('conv', (8, 2))):
+        layer = WindowACmix(embed_dims, num_heads, 7, shift_size=shift_size, mix=mix).eval()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        x = torch.randn(2, *size, embed_dims)
+        with torch.no_grad():
+            assert relative_error(dynamic_module(layer)(x), layer(x)) < 1e-5
+
+
+def test_pasting_equals_mmdetection():
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+    masks = torch.rand(40, 28, 28)
+    corner, side = torch.rand(40, 2) * 90 - 10, torch.rand(40, 2) * 60
+    boxes = torch.cat([corner, corner + side], 1)
+    expected, _ = _do_paste_mask(masks[:, None], boxes, 70, 90, skip_empty=False)
+    actual = torch.from_numpy(paste_masks(masks.numpy(), boxes.numpy(), (70, 90)))
+    # Away from the threshold, where rounding decides.
+    clear = (expected - 0.5).abs() > 1e-4
+    assert torch.equal(actual[clear], (expected >= 0.5)[clear])
+    assert paste_masks(np.zeros((0, 28, 28)), np.zeros((0, 4)), (7, 9)).shape == (0, 7, 9)
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """A small Mask R-CNN, its config, and the files with and without preprocessing."""
+    folder = tmp_path_factory.mktemp('detector')
+    torch.manual_seed(0)
+    cfg = config(MASK_RCNN)
+    network = network_of(cfg, None, backbone_only=False)
+    responsive(network.detector)
+    torch.save(dict(state_dict=network.detector.state_dict(), meta={}), folder / 'small.pth')
+    export_onnx(network, str(folder / 'plain.onnx'), (100, 130), False, cfg)
+    # As with_preprocessing=True does, but without another trace.
+    model, steps = onnx_ir.load(folder / 'plain.onnx'), preprocessing_of(cfg)
+    add_preprocessing(model, steps)
+    model.metadata_props.update(metadata(cfg, network, steps, True, 64))
+    onnx_ir.save(model, folder / 'raw.onnx')
+    return network.detector, cfg, folder
+
+
+def test_file_has_standard_operators_and_metadata(exported):
+    import onnx
+    _, _, folder = exported
+    for name, given in (('plain', [1, 3, 'height', 'width']), ('raw', ['height', 'width', 3])):
+        model = onnx.load(folder / f'{name}.onnx')
+        assert [(each.domain, each.version) for each in model.opset_import] == [('', 20)]
+        assert not model.functions
+        assert {node.domain for node in model.graph.node} == {''}
+        operators = {node.op_type for node in model.graph.node}
+        assert operators >= {'NonMaxSuppression', 'RoiAlign', 'TopK'}
+        session = onnxruntime.InferenceSession(folder / f'{name}.onnx')
+        assert session.get_inputs()[0].shape == given
+        assert [each.name for each in session.get_outputs()] == ['boxes', 'scores', 'labels',
+                                                                 'masks']
+        entries = session.get_modelmeta().custom_metadata_map
+        assert json.loads(entries['classes']) == ['circle', 'square', 'triangle']
+        steps = json.loads(entries['preprocessing'])
+        assert steps['scale'] == [192, 192]
+        assert steps['order'] == 'RGB'
+        assert steps['in_graph'] == (name == 'raw')
+        assert float(entries['mask_threshold']) == 0.5
+
+
+def test_sizes_in_a_row(exported):
+    model, _, folder = exported
+    session = onnxruntime.InferenceSession(folder / 'plain.onnx')
+    for size in ((96, 160), (33, 47), (100, 250), (40, 64), (191, 65)):
+        image = torch.randn(1, 3, *size)
+        expected = predict(model, image)
+        assert len(expected) > 1
+        assert_same(session.run(None, dict(input=image.numpy())), expected, size)
+    # Smaller images are padded to 64 pixels, more than by MMDetection.
+    boxes, *_ = session.run(None, dict(input=np.ones((1, 3, 5, 3), np.float32)))
+    assert (boxes <= np.array([3, 5, 3, 5])).all()
+
+
+def test_number_of_detections(exported, tmp_path):
+    network, _, folder = exported
+    head = network.roi_head.bbox_head
+    image = torch.randn(1, 3, 96, 130)
+
+    def count(background):
+        head.fc_cls.bias.data[-1] = background
+        return len(predict(network, image))
+
+    model = onnx_ir.load(folder / 'plain.onnx')
+    bias = model.graph.initializers['detector.roi_head.bbox_head.fc_cls.bias']
+    before = head.fc_cls.bias.detach().clone()
+    low, one, high = 0., 0., 1e3
+    while count(one) != 1:
+        low, high = (one, high) if count(one) > 1 else (low, one)
+        one = (low + high) / 2
+    for background, number in ((1e4, 0), (one, 1), (-1e4, 30)):
+        assert count(background) == number
+        bias.const_value = onnx_ir.tensor(head.fc_cls.bias.detach().numpy())
+        onnx_ir.save(model, tmp_path / 'a.onnx')
+        session = onnxruntime.InferenceSession(tmp_path / 'a.onnx')
+        outputs = session.run(None, dict(input=image.numpy()))
+        assert [each.shape for each in outputs] == [(number, 4), (number,), (number,),
+                                                    (number, 28, 28)]
+        assert_same(outputs, predict(network, image), (96, 130))
+    head.fc_cls.bias.data.copy_(before)
+
+
+@pytest.mark.parametrize('name', ['maskrcnn_acmix_r50', 'yolox_acmix_s', 'rtmdet_acmix_s'])
+def test_preprocessing_equals_the_pipeline(name, tmp_path):
+    from mmdet.registry import MODELS, TRANSFORMS
+    cfg = config(name)
+    enter_scope(cfg)
+    pipeline = [transform for transform in cfg.test_dataloader.dataset.pipeline
+                if transform.type in ('Resize', 'Pad')]
+    # A graph that returns its input.
+    given = onnx_ir.Input('input', onnx_ir.Shape([1, 3, 'height', 'width']),
+                          onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    pixels = onnx_ir.node('Identity', [given])
+    boxes = onnx_ir.node('Constant', [], dict(value=onnx_ir.tensor(np.ones((1, 4), np.float32))))
+    outputs = [pixels.outputs[0], boxes.outputs[0]]
+    for output, (label, axes) in zip(outputs, (('pixels', given.shape),
+                                               ('boxes', onnx_ir.Shape([1, 4])))):
+        output.name, output.shape, output.type = label, axes, given.type
+    graph = onnx_ir.Graph([given], outputs, nodes=[pixels, boxes], opset_imports={'': 20})
+    model = onnx_ir.Model(graph, ir_version=10)
+    add_preprocessing(model, preprocessing_of(cfg))
+    onnx_ir.save(model, tmp_path / 'a.onnx')
+    session = onnxruntime.InferenceSession(tmp_path / 'a.onnx')
+    preprocessor = MODELS.build(dict(cfg.model.data_preprocessor, pad_size_divisor=1))
+    for height, width in ((100, 130), (900, 700), (40, 333)):
+        noise = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+        image = cv2.resize(noise, (width, height))
+        results = dict(img=image, img_shape=image.shape[:2])
+        for transform in pipeline:
+            results = TRANSFORMS.build(transform).transform(results)
+        expected = preprocessor(dict(inputs=[torch.from_numpy(results['img']).permute(2, 0, 1)],
+                                     data_samples=None))['inputs']
+        actual, boxes = session.run(None, dict(image=image))
+        assert actual.shape == tuple(expected.shape)
+        # OpenCV rounds some pixels to the next level.
+        levels = (preprocessor.std.max() if preprocessor._enable_normalize else 1)
+        difference = (torch.from_numpy(actual) - expected).abs() * levels
+        assert difference.max() < 1.1
+        assert difference.mean() < 0.2
+        scale = results['scale_factor']
+        np.testing.assert_allclose(boxes, 1 / np.array([[*scale, *scale]]), rtol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def evaluate(exported, shapes):
+    """A function that tests a file on generated images, with given annotations."""
+    from acmix_mm.deploy.runtime import test_onnx
+    _, _, folder = exported
+
+    def run(name, annotations, save=None):
+        options = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}
+        cfg = config(MASK_RCNN, options)
+        set_data_root(cfg, str(shapes))
+        cfg.test_dataloader.dataset.ann_file = cfg.test_evaluator.ann_file = str(annotations)
+        cfg.update(work_dir=str(folder / 'work'), launcher='none', load_from=str(folder / name),
+                   experiment_name=f'{name}-{save}')
+        if save:
+            save_predictions(cfg, str(save))
+        return test_onnx(cfg, cfg.load_from) if name.endswith('.onnx') else run_test(cfg)
+    return run
+
+
+def test_evaluation_equals_that_of_the_checkpoint(evaluate, exported, shapes):
+    _, _, folder = exported
+    truth = shapes / 'annotations/instances_val2017.json'
+    evaluate('small.pth', truth, folder / 'found.pkl')
+    # The checkpoint's own detections become the truth, so that its weights may be random.
+    contents = json.loads(truth.read_text())
+    contents['annotations'] = []
+    for result in pickle.loads((folder / 'found.pkl').read_bytes()):
+        found = result['pred_instances']
+        for box, score, label, mask in zip(found['bboxes'].tolist(), found['scores'].tolist(),
+                                           found['labels'].tolist(), found['masks']):
+            if score > 0.5:
+                left, top, right, bottom = box
+                contents['annotations'].append(dict(
+                    id=len(contents['annotations']) + 1, image_id=result['img_id'], iscrowd=0,
+                    category_id=label + 1, bbox=[left, top, right - left, bottom - top],
+                    area=(right - left) * (bottom - top),
+                    segmentation=dict(size=mask['size'], counts=mask['counts'].decode())))
+    own = folder / 'own.json'
+    own.write_text(json.dumps(contents))
+    expected = evaluate('small.pth', own)
+    assert min(expected['coco/bbox_mAP'], expected['coco/segm_mAP']) > 0.5
+    plain, raw = evaluate('plain.onnx', own), evaluate('raw.onnx', own)
+    for key in ('coco/bbox_mAP', 'coco/segm_mAP'):
+        assert abs(plain[key] - expected[key]) <= 0.01
+        # Unlike a trained network, a random one reacts to single levels of resized pixels.
+        assert raw[key] > 0.2
+
+
+def test_evaluation_of_other_files(evaluate, exported, shapes):
+    _, _, folder = exported
+    truth = shapes / 'annotations/instances_val2017.json'
+    (folder / 'damaged.onnx').write_bytes((folder / 'raw.onnx').read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r'damaged.onnx is damaged or not an ONNX file'):
+        evaluate('damaged.onnx', truth)
+    with pytest.raises(UsageError, match=r'none.onnx does not exist'):
+        evaluate('none.onnx', truth)
+    model = onnx_ir.load(folder / 'raw.onnx')
+    model.metadata_props['classes'] = json.dumps(['a', 'b', 'c'])
+    onnx_ir.save(model, folder / 'classes.onnx')
+    with pytest.raises(UsageError, match='detects the classes a, b, c, but the dataset has circle'):
+        evaluate('classes.onnx', truth)
+    model.metadata_props.pop('preprocessing')
+    onnx_ir.save(model, folder / 'unrelated.onnx')
+    with pytest.raises(UsageError, match='is not a detector exported by'):
+        evaluate('unrelated.onnx', truth)
+
+
+@pytest.mark.parametrize(('name', 'options', 'message'), [
+    ('dino_acmix_swin_t', {}, 'The detector DINO cannot be exported; supported: RetinaNet, '),
+    ('mask2former_acmix_swin_t_coco', {}, 'panoptic_head cannot be exported'),
+    ('maskrcnn_acmix_r50', {'model.test_cfg.rcnn.nms.type': 'soft_nms'},
+     'nms, soft_nms, cannot be exported; supported: nms'),
+    ('maskrcnn_acmix_r50', {'model.test_cfg.rpn.nms.min_score': 0.1}, 'min_score of nms cannot be'),
+    ('maskrcnn_acmix_r50', {'model.type': 'DetTTAModel'}, 'Test-time augmentation cannot be'),
+    ('maskrcnn_acmix_r50', {'model.type': 'PanopticFPN'}, 'The detector PanopticFPN cannot be'),
+    ('maskrcnn_acmix_r50', {'model.roi_head.mask_head.type': 'PointHead'}, 'mask_head, PointHead'),
+])
+def test_unsupported_detectors_are_named_before_any_work(monkeypatch, name, options, message):
+    monkeypatch.setattr(onnx_module, 'build_model', lambda cfg: pytest.fail('built the model'))
+    with pytest.raises(UsageError, match=message):
+        network_of(config(name, options), 'none.pth', backbone_only=False)
+
+
+def test_unsupported_preprocessing_is_named():
+    steps = preprocessing_of(config('maskrcnn_acmix_r50', {
+        'test_dataloader.dataset.pipeline.1.type': 'FixScaleResize'}))
+    with pytest.raises(UsageError, match='transforms FixScaleResize, which --with-preprocessing'):
+        check_preprocessing(steps)
+    steps = preprocessing_of(config('maskrcnn_acmix_r50'))._replace(pad=dict(pad_val=(1, 2, 3)))
+    with pytest.raises(UsageError, match='pads all channels with one value'):
+        check_preprocessing(steps)
+
+
+@pytest.mark.parametrize(('name', 'shape', 'resized'), [
+    ('maskrcnn_acmix_r50', (480, 640), (800, 1067)),
+    ('yolox_acmix_s', (480, 640), (640, 640)),
+    ('rtmdet_acmix_s', (100, 640), (640, 640)),
+])
+def test_resized_shape(name, shape, resized):
+    assert resized_shape(preprocessing_of(config(name)), shape) == resized
+
+
+@pytest.fixture(scope='module')
+def run_example(tmp_path_factory):
+    """A function that runs an example in an environment with onnxruntime, numpy and Pillow only."""
+    folder = tmp_path_factory.mktemp('environment')
+    venv.create(folder, symlinks=True)
+    packages = folder / 'packages'
+    packages.mkdir()
+    for name in ('onnxruntime', 'numpy', 'numpy.libs', 'PIL', 'pillow.libs'):
+        source = SITE_PACKAGES / name
+        if source.is_dir():
+            (packages / name).symlink_to(source)
+
+    def run(*arguments):
+        return subprocess.run([folder / 'bin/python', *map(str, arguments)], cwd=ROOT, text=True,
+                              env=dict(PYTHONPATH=str(packages)), capture_output=True, check=False)
+    assert run('-c', 'import torch').returncode != 0
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """The path of an image on which the small detector finds something."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3), np.uint8)
+    Image.fromarray(pixels).resize((130, 100)).save(tmp_path / 'photo.png')
+    return tmp_path / 'photo.png'
+
+
+def test_detection_example(run_example, exported, photo, tmp_path):
+    done = run_example('examples/detect_onnx.py', exported[2] / 'raw.onnx', photo,
+                       tmp_path / 'found.png')
+    assert (done.returncode, done.stderr) == (0, '')
+    found = json.loads((tmp_path / 'found.json').read_text())
+    session = onnxruntime.InferenceSession(exported[2] / 'raw.onnx')
+    boxes, scores, labels, _ = session.run(None, dict(
+        image=np.ascontiguousarray(np.asarray(Image.open(photo))[:, :, ::-1])))
+    confident = scores >= 0.5
+    assert len(found) == confident.sum() > 0
+    np.testing.assert_allclose([each['box'] for each in found], boxes[confident], atol=0.1)
+    classes = ('circle', 'square', 'triangle')
+    assert [each['name'] for each in found] == [classes[label] for label in labels[confident]]
+    before, after = (np.asarray(Image.open(path)) for path in (photo, tmp_path / 'found.png'))
+    assert before.shape == after.shape
+    assert (before != after).any()
+
+
+def test_segmentation_example(run_example, photo, tmp_path):
+    options = {
+        'model.backbone.depth': 18, 'model.backbone.base_channels': 8,
+        'model.backbone.num_stages': 2, 'model.backbone.strides': [1, 2],
+        'model.backbone.dilations': [1, 1], 'model.backbone.out_indices': [0, 1],
+        'model.decode_head.in_channels': [8, 16], 'model.decode_head.in_index': [0, 1],
+        'model.decode_head.channels': 16, 'model.auxiliary_head': None}
+    cfg = config('shapes/upernet_acmix_r50', options)
+    network = network_of(cfg, None, backbone_only=False)
+    export_onnx(network, str(tmp_path / 'a.onnx'), (147, 192), fixed_size=True, cfg=cfg)
+    done = run_example('examples/segment_onnx.py', tmp_path / 'a.onnx', photo,
+                       tmp_path / 'found.png')
+    assert (done.returncode, done.stderr) == (0, '')
+    shares = json.loads((tmp_path / 'found.json').read_text())
+    assert abs(sum(shares.values()) - 1) < 1e-6
+    assert set(shares) <= {'background', 'circle', 'square', 'triangle'}
+    assert Image.open(tmp_path / 'found.png').size == (130, 100)
+
+
+@pytest.mark.parametrize('example', ['detect', 'segment'])
+def test_errors_of_examples(run_example, exported, photo, tmp_path, example):
+    folder, output = exported[2], tmp_path / 'output'
+    output.mkdir()
+    (tmp_path / 'damaged.onnx').write_bytes((folder / 'raw.onnx').read_bytes()[:1000])
+    (tmp_path / 'text.png').write_text('no image')
+    (tmp_path / 'cut.png').write_bytes(photo.read_bytes()[:200])
+    model = folder / 'raw.onnx'
+    unusable = folder / ('plain.onnx' if example == 'detect' else 'raw.onnx')
+    cases = [(tmp_path / 'damaged.onnx', photo, output / 'a.png', 'damaged.onnx is not a usable'),
+             (unusable, photo, output / 'a.png', f'{unusable.name} is not a usable'),
+             (photo, photo, output / 'a.png', 'photo.png is not a usable')]
+    if example == 'detect':
+        cases += [(model, tmp_path / 'none.png', output / 'a.png', 'none.png cannot be read'),
+                  (model, tmp_path / 'text.png', output / 'a.png', 'text.png cannot be read'),
+                  (model, tmp_path / 'cut.png', output / 'a.png', 'cut.png cannot be read'),
+                  (model, photo, tmp_path / 'none/a.png', 'none/a.png cannot be written'),
+                  (model, photo, output / 'a.unknown', 'a.unknown cannot be written')]
+    for *arguments, message in cases:
+        done = run_example(f'examples/{example}_onnx.py', *arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert 'Traceback' not in done.stderr
+        assert not list(output.iterdir())
