@@ -211,8 +211,8 @@ def test_measurements(monkeypatch):
     assert times[sliding_name(16), 'bfloat16', 'forward'] == {OURS, SDPA, FLEX, COPY}
     not_run = {(each.what, each.why.partition(':')[0]) for each in found
                if isinstance(each, NotRun)}
-    # flex_attention has no backward pass on CPUs.
-    assert {what.partition(':')[0] for what, _ in not_run} == {NATTEN, FLEX}
+    # Most versions of torch have no backward pass of flex_attention on CPUs.
+    assert {what.partition(':')[0] for what, _ in not_run} - {FLEX} == {NATTEN}
     assert (f'{NATTEN}: {sliding_name(16)}', 'ModuleNotFoundError') in not_run
     for target in targets([each for each in found if isinstance(each, Measurement)]):
         assert (target.met is None) == (NATTEN in target.measure or (
