@@ -57,8 +57,10 @@ def test_attention_that_pads_in_place(size, convolution, options):
 @needs_custom_ops
 @pytest.mark.usefixtures('_fake_gpu')
 @pytest.mark.parametrize('size', [(5, 9), (3, 4)])
-def test_attention_copies_no_map_on_gpus(size):
+def test_attention_copies_no_map_on_gpus(size, monkeypatch):
     """Nothing but the kernel pads and rolls."""
+    # It reads values in torch 2.15, which fake tensors do not have.
+    monkeypatch.setattr(torch.nn.init, 'trunc_normal_', lambda tensor, std: tensor)
     targets = set()
 
     def record(graph, inputs):
