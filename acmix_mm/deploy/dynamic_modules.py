@@ -14,6 +14,7 @@ from acmix_mm.layers.window_acmix import WindowACmix
 from acmix_mm.ops.symbolic import divide
 from acmix_mm.ops.window_attention.masks import edge_masks, is_last
 from acmix_mm.ops.window_attention.padding import pad_to_windows
+from acmix_mm.ops.window_attention.sdpa import divide_into_windows, join_windows
 
 
 class PadToStrides(nn.Module):
@@ -98,9 +99,7 @@ class DynamicWindowACmix(WindowACmix):
         batch, height, width = qkv.shape[:3]
         side = self.window_size
         grid = (height // side, width // side)
-        q, k, v = qkv.view(batch, grid[0], side, grid[1], side, *qkv.shape[3:]).permute(
-            5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, grid[0] * grid[1], self.num_heads, side**2,
-                                            self.head_dims).flatten(2, 3)
+        q, k, v = divide_into_windows(qkv, (side, side)).flatten(2, 3)
         edges = edge_masks(side, side, self.shift_size, qkv.dtype, qkv.device)
         at_end = [is_last(windows, qkv.device) for windows in grid]
         mask = edges[torch.meshgrid(*at_end, indexing='ij')].flatten(0, 1)[:, None] * is_larger
@@ -108,8 +107,7 @@ class DynamicWindowACmix(WindowACmix):
         is_padding = ((position[:, None] >= size[0]) | (position >= size[1])).flatten() & ~is_larger
         mask = (mask + self.position_bias((side, side))).masked_fill(is_padding, -torch.inf)
         out = F.scaled_dot_product_attention(q, k, v, mask.flatten(0, 1)[None], scale=self.scale)
-        out = out.reshape(batch, *grid, self.num_heads, side, side, self.head_dims)
-        return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
+        return join_windows(out.reshape(batch, *grid, self.num_heads, side, side, self.head_dims))
 
     def convolve_rolled(self, x: Tensor, qkv: Tensor, shift: Tensor) -> Tensor:
         """Compute the convolution path, which reads the rolled map without padding.

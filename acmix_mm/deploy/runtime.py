@@ -16,12 +16,14 @@ from torch import Tensor
 
 from acmix_mm.deploy.masks import paste_masks
 from acmix_mm.engine.config import classes_of, dataset_configs
-from acmix_mm.engine.runner import check_run, test
+from acmix_mm.engine.data_only import data_only
+from acmix_mm.engine.runner import check_run, test_checked
 from acmix_mm.environment import export_unavailable
 from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
 
+@data_only()
 def test_onnx(cfg: Config, path: str) -> dict[str, float]:
     """Test an exported detector as :func:`acmix_mm.engine.runner.test` does a checkpoint.
 
@@ -46,7 +48,7 @@ def test_onnx(cfg: Config, path: str) -> dict[str, float]:
     preprocessor = None if in_graph else cfg.model.data_preprocessor
     cfg.model = dict(type='ONNXDetector', path=path, data_preprocessor=preprocessor)
     cfg.load_from = None
-    return test(cfg)
+    return test_checked(cfg, [])
 
 
 def open_detector(path: str) -> tuple[Any, dict[str, Any]]:

@@ -261,14 +261,26 @@ def train(cfg: Config) -> None:
 
 @data_only()
 def test(cfg: Config) -> dict[str, float]:
-    """Test the checkpoint ``cfg.load_from`` and return its metrics; if it is None, a model that
-    needs none.
+    """Test the checkpoint ``cfg.load_from`` and return its metrics.
 
     Raises:
         UsageError: data or the checkpoint is missing or unreachable, or a setting is invalid.
     """
     check_run(cfg, ('test',))
-    with prepared(cfg, [] if cfg.load_from is None else [cfg.load_from]), atomic_files():
+    return test_checked(cfg, [cfg.load_from])
+
+
+def test_checked(cfg: Config, checkpoints: Sequence[str]) -> dict[str, float]:
+    """Test a model whose settings :func:`check_run` has checked, and return its metrics.
+
+    Args:
+        cfg: the config.
+        checkpoints: those that it loads.
+
+    Raises:
+        UsageError: a checkpoint is missing, or an output cannot be written.
+    """
+    with prepared(cfg, checkpoints), atomic_files():
         runner = build_runner(cfg, ('test',))
         runner.requires_all_weights = True
         return runner.test()
