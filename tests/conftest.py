@@ -5,12 +5,12 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import GOLDEN, ROOT, Golden
+from helpers.tools import tool_environment
 from torch._subclasses import FakeTensorMode
 
 # Without a GPU, the Triton kernels run in Triton's interpreter. They read this when imported.
@@ -65,10 +65,8 @@ def run_tool():
         command = [str(argument) for argument in arguments]
         if command[0].endswith('.py'):
             command.insert(0, sys.executable)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
-        variables = {**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': path, **environment}
-        return subprocess.run(command, cwd=ROOT, env=variables, timeout=timeout, text=True,
-                              capture_output=True, check=False)
+        return subprocess.run(command, cwd=ROOT, env=tool_environment(**environment),
+                              timeout=timeout, text=True, capture_output=True, check=False)
     return run
 
 

@@ -8,7 +8,6 @@ All processes of a run are killed with SIGKILL, while they start, train, save or
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -19,7 +18,14 @@ from pathlib import Path
 import psutil
 from helpers import ROOT
 from helpers.checkpoints import differing, training_state
-from helpers.tools import DETECTION, SEGMENTATION, epochs, logged
+from helpers.tools import (
+    DETECTION,
+    SEGMENTATION,
+    epochs,
+    free_port,
+    logged,
+    tool_environment,
+)
 
 from acmix_mm.datasets.shapes import write_shapes
 
@@ -50,9 +56,7 @@ class Experiment:
             command = ['tools/dist_train.sh', self.config, str(self.processes)]
         command += ['--resume', '--data-root', str(self.root / 'shapes'),
                     '--work-dir', str(self.root / name), '--cfg-options', *COMMON, *self.options]
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
-        environment = dict(os.environ, PATH=path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1',
-                           PORT=str(random.randint(20000, 60000)))
+        environment = tool_environment(OMP_NUM_THREADS='1', PORT=free_port())
         with open(self.root / f'{name}.log', 'a') as log:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,15 @@ from importlib.metadata import version
 import pytest
 import torch
 from helpers import ROOT
-from helpers.tools import DETECTION, FAST, SMALL_IMAGES, epochs, logged, logged_metric
+from helpers.tools import (
+    DETECTION,
+    FAST,
+    SMALL_IMAGES,
+    epochs,
+    free_port,
+    logged,
+    logged_metric,
+)
 from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.engine.cli import config_from
@@ -24,12 +31,6 @@ from acmix_mm.utils.errors import UsageError
 FSDP = 'configs/maskrcnn_acmix_swin_t_fsdp.py'
 METRICS = [f'coco/{kind}_mAP{size}' for kind in ('bbox', 'segm') for size in ('', '_50', '_s')]
 OPTIONS = ['--cfg-options', *FAST, *SMALL_IMAGES, 'randomness.seed=0', *epochs(2)]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(('127.0.0.1', 0))
-        return str(found.getsockname()[1])
 
 
 @pytest.fixture(scope='module')

@@ -4,7 +4,6 @@ import logging
 import os
 import random
 import signal
-import socket
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import torch
 import torchvision  # noqa: F401  MMEngine imports it in each process that trains.
 from helpers.checkpoints import differing, training_state
 from helpers.comparison import SEGMENTATION, TINY, config
+from helpers.tools import free_port
 from mmdet.datasets.transforms import CachedMixUp, CachedMosaic
 from mmengine.config import Config
 from mmengine.dataset import Compose
@@ -65,9 +65,7 @@ def _imported():
 
 def run(cfg, ranks=1):
     """Train in ``ranks`` new processes; return whether they finished rather than being killed."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(ranks):
         child = os.fork()
@@ -76,7 +74,7 @@ def run(cfg, ranks=1):
             try:
                 # OpenMP's threads do not survive a fork.
                 torch.set_num_threads(1)
-                os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank),
+                os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port, RANK=str(rank),
                                   LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
                 train(cfg)
                 status = 0

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 from unittest import mock
 
 from helpers import ROOT
@@ -23,6 +25,19 @@ FAST = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=F
 
 SMALL_IMAGES = [f'{split}_dataloader.dataset.pipeline.{index}.scale=(64,64)'
                 for split, index in (('train', 2), ('val', 1), ('test', 1))]
+
+
+def free_port():
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(('127.0.0.1', 0))
+        return str(found.getsockname()[1])
+
+
+def tool_environment(**variables):
+    """Environment variables for a tool of this checkout in a process of its own."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': path, **variables}
 
 
 def epochs(count):
