@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch, Polygon, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
 from acmix_mm.analysis.rates import Rates, stage_of
 from acmix_mm.analysis.receptive_field import ENERGY_SHARE, ReceptiveField
+from acmix_mm.datasets.shapes import Task
 from acmix_mm.layers.base import PointAttention
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.errors import UsageError
@@ -27,6 +28,9 @@ from acmix_mm.utils.output_paths import file_to_write
 # Colour map, marker and label of each path in plots of rates.
 PATHS = {'attention': ('Blues', 'o', '|α|, attention (rate1)'),
          'convolution': ('Oranges', 's', '|β|, convolution (rate2)')}
+# Colours of the classes of a generated dataset, of lines to what a class follows from.
+CLASS_COLOURS = ('#ffd700', '#00e5ff', '#ff4fd8', '#7dff5a', '#ff8c1a', '#ffffff')
+OUTLINED = [Stroke(linewidth=3.5, foreground='black'), Normal()]
 # Lower end of the colour scale of receptive fields, relative to the largest gradient.
 FAINTEST = 1e-3
 
@@ -310,4 +314,39 @@ def draw_receptive_fields(columns: Sequence[tuple[str, Sequence[ReceptiveField]]
     figure.legend(loc='outside lower center', handles=[
         Patch(fill=False, edgecolor='cyan', label=(
             f'smallest square containing {ENERGY_SHARE:.0%} of the gradient energy'))])
+    return figure
+
+
+def draw_task(task: Task, name: str, image_size: int, seed: int, num_images: int = 3) -> Figure:
+    """Show the first images of a generated dataset, and what the classes in them follow from.
+
+    Each annotated shape is outlined in the colour of its class. Lines lead from there to what the
+    class follows from.
+
+    Args:
+        task: what the images show.
+        name: name of the task.
+        image_size: height and width of an image.
+        seed: seed of the dataset.
+        num_images: number of images.
+    """
+    rng = np.random.default_rng(seed)
+    figure = Figure(figsize=(0.4 + 2.5 * num_images, 3.2), layout='constrained')
+    for axes in figure.subplots(1, num_images):
+        scene = task.draw(image_size, rng)
+        axes.imshow(scene.image[..., ::-1], interpolation='nearest',
+                    extent=(0, image_size, image_size, 0))
+        axes.set(xticks=[], yticks=[])
+        for index, shape in enumerate(scene.shapes):
+            colour = CLASS_COLOURS[shape.label]
+            axes.add_patch(Polygon(shape.corners, fill=False, edgecolor=colour, linewidth=2,
+                                   path_effects=OUTLINED))
+            center = shape.corners.mean(0)
+            for clue in scene.clues[index] if scene.clues else ():
+                axes.plot(*np.stack([center, clue], 1), color=colour, linewidth=1.5,
+                          path_effects=OUTLINED)
+    figure.suptitle(name)
+    figure.legend(loc='outside lower center', ncols=len(task.classes), handles=[
+        Patch(facecolor=colour, edgecolor='black', label=label)
+        for label, colour in zip(task.classes, CLASS_COLOURS)])
     return figure

@@ -1,9 +1,10 @@
-"""A generated dataset of circles, squares and triangles, in COCO's and ADE20K's layouts."""
+"""Generated datasets of shapes, in COCO's and ADE20K's layouts."""
 
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class Shape(NamedTuple):
     """A filled polygon.
 
     Attributes:
-        label: index into ``CLASSES``.
+        label: index into the classes of the task.
         corners: (num_corners, 2), x and y in pixels.
         color: BGR.
     """
@@ -33,8 +34,50 @@ class Shape(NamedTuple):
     color: tuple[int, int, int]
 
 
+class Scene(NamedTuple):
+    """An image with its annotations.
+
+    Attributes:
+        image: (image_size, image_size, 3), uint8, BGR.
+        labels: (image_size, image_size), uint8, numbered as in ADE20K's layout: 0 is ignored, and 1
+            is the first of the task's ``segmentation_classes``.
+        shapes: the annotated shapes.
+        clues: for each shape, x and y of what its class follows from; empty if that is the shape
+            itself.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    shapes: Sequence[Shape]
+    clues: Sequence[np.ndarray] = ()
+
+
+class Task:
+    """What an image shows, and what the class of a shape depends on. This one is ``outline``.
+
+    The class is the outline of the shape: a circle, a square or a triangle.
+    :mod:`acmix_mm.datasets.tasks` has others.
+
+    Attributes:
+        classes: names of the classes, COCO's categories.
+        segmentation_classes: names of the labels in ADE20K's layout, from 1 on.
+        encoding: how OpenCV writes the images.
+    """
+
+    classes: Sequence[str] = CLASSES
+    segmentation_classes: Sequence[str] = SEGMENTATION_CLASSES
+    encoding: Sequence[int] = (cv2.IMWRITE_JPEG_QUALITY, 95)
+
+    def check(self, image_size: int) -> None:
+        """Raise UsageError if the task's difficulty does not fit images of this size."""
+
+    def draw(self, image_size: int, rng: np.random.Generator) -> Scene:
+        """Draw an image, (image_size, image_size)."""
+        return Scene(*draw(image_size, rng))
+
+
 def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image_size: int = 192,
-                 seed: int = 0) -> None:
+                 seed: int = 0, task: Task = Task()) -> None:
     """Write the dataset to ``root``; if that fails, nothing is left behind.
 
     COCO's layout is ``train2017/``, ``val2017/`` and ``annotations/instances_*2017.json``; ADE20K's
@@ -47,6 +90,7 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
         val_images: number of validation images.
         image_size: height and width of an image in pixels, at least 64.
         seed: seed of the random number generator, not negative.
+        task: what the class of a shape depends on.
 
     Raises:
         UsageError: ``root`` is not empty or cannot be written, or an argument is invalid.
@@ -58,6 +102,7 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
                          f'{train_images} and {val_images}.')
     if seed < 0:
         raise UsageError(f'seed must not be negative, got {seed}.')
+    task.check(image_size)
     target = Path(root)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f'{root} exists and is not empty; remove it, or name another folder.')
@@ -71,7 +116,7 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
         rng = np.random.default_rng(seed)
         for count, coco_split, ade_split in ((train_images, 'train2017', 'training'),
                                              (val_images, 'val2017', 'validation')):
-            write_split(partial, coco_split, ade_split, count, image_size, rng)
+            write_split(partial, coco_split, ade_split, count, image_size, rng, task)
         partial.chmod(0o755)
         os.replace(partial, target)
     except BaseException:
@@ -80,17 +125,17 @@ def write_shapes(root: str, train_images: int = 200, val_images: int = 50, image
 
 
 def write_split(root: Path, coco_split: str, ade_split: str, count: int, image_size: int,
-                rng: np.random.Generator) -> None:
+                rng: np.random.Generator, task: Task) -> None:
     """Draw ``count`` images and write them and their annotations in both layouts."""
     folders = [root / coco_split, root / 'images' / ade_split, root / 'annotations' / ade_split]
     for folder in folders:
         folder.mkdir(parents=True)
     images, annotations = [], []
     for index in range(count):
-        image, labels, shapes = draw(image_size, rng)
+        image, labels, shapes, _ = task.draw(image_size, rng)
         name = f'{index:05d}'
         for folder in folders[:2]:
-            cv2.imwrite(str(folder / f'{name}.jpg'), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
+            cv2.imwrite(str(folder / f'{name}.jpg'), image, task.encoding)
         cv2.imwrite(str(folders[2] / f'{name}.png'), labels)
         images.append(dict(id=index, file_name=f'{name}.jpg', height=image_size, width=image_size))
         for shape in shapes:
@@ -103,7 +148,7 @@ def write_split(root: Path, coco_split: str, ade_split: str, count: int, image_s
                 area=float(cv2.contourArea(shape.corners.astype(np.float32))),
                 bbox=np.round([*low, *(high - low)], 2).tolist(),
                 segmentation=[np.round(shape.corners, 2).ravel().tolist()]))
-    categories = [dict(id=label + 1, name=name) for label, name in enumerate(CLASSES)]
+    categories = [dict(id=label + 1, name=name) for label, name in enumerate(task.classes)]
     (root / 'annotations' / f'instances_{coco_split}.json').write_text(
         json.dumps(dict(images=images, annotations=annotations, categories=categories)))
 
