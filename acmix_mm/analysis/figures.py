@@ -28,7 +28,9 @@ from acmix_mm.utils.output_paths import file_to_write
 # Colour map, marker and label of each path in plots of rates.
 PATHS = {'attention': ('Blues', 'o', '|α|, attention (rate1)'),
          'convolution': ('Oranges', 's', '|β|, convolution (rate2)')}
-# Colours of the classes of a generated dataset, of lines to what a class follows from.
+# Dots per inch of the files.
+DPI = 120
+# Colours of the classes of a generated dataset.
 CLASS_COLOURS = ('#ffd700', '#00e5ff', '#ff4fd8', '#7dff5a', '#ff8c1a', '#ffffff')
 OUTLINED = [Stroke(linewidth=3.5, foreground='black'), Normal()]
 # Lower end of the colour scale of receptive fields, relative to the largest gradient.
@@ -43,7 +45,7 @@ def save(figure: Figure, path: str) -> None:
     """
     check_png(path)
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=DPI)
 
 
 def check_png(path: str) -> None:
@@ -331,8 +333,13 @@ def draw_task(task: Task, name: str, image_size: int, seed: int, num_images: int
         num_images: number of images.
     """
     rng = np.random.default_rng(seed)
-    figure = Figure(figsize=(0.4 + 2.5 * num_images, 3.2), layout='constrained')
-    for axes in figure.subplots(1, num_images):
+    # Whole dots per pixel: sharp, and a small file.
+    side, gap, text = image_size * max(288 // image_size, 1), 12, 42
+    size = np.array([num_images * (side + gap) + gap, side + 2 * text])
+    figure = Figure(figsize=size / DPI)
+    for number in range(num_images):
+        left_bottom = gap + number * (side + gap), text
+        axes = figure.add_axes((*left_bottom / size, *side / size))
         scene = task.draw(image_size, rng)
         axes.imshow(scene.image[..., ::-1], interpolation='nearest',
                     extent=(0, image_size, image_size, 0))
@@ -345,8 +352,8 @@ def draw_task(task: Task, name: str, image_size: int, seed: int, num_images: int
             for clue in scene.clues[index] if scene.clues else ():
                 axes.plot(*np.stack([center, clue], 1), color=colour, linewidth=1.5,
                           path_effects=OUTLINED)
-    figure.suptitle(name)
-    figure.legend(loc='outside lower center', ncols=len(task.classes), handles=[
+    figure.suptitle(f'{name}: {task.question}')
+    figure.legend(loc='lower center', ncols=len(task.classes), handles=[
         Patch(facecolor=colour, edgecolor='black', label=label)
         for label, colour in zip(task.classes, CLASS_COLOURS)])
     return figure

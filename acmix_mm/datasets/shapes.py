@@ -59,11 +59,13 @@ class Task:
     :mod:`acmix_mm.datasets.tasks` has others.
 
     Attributes:
+        question: what is asked about each annotated shape.
         classes: names of the classes, COCO's categories.
         segmentation_classes: names of the labels in ADE20K's layout, from 1 on.
         encoding: how OpenCV writes the images.
     """
 
+    question: str = 'What is its outline?'
     classes: Sequence[str] = CLASSES
     segmentation_classes: Sequence[str] = SEGMENTATION_CLASSES
     encoding: Sequence[int] = (cv2.IMWRITE_JPEG_QUALITY, 95)

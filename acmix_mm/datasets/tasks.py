@@ -1,9 +1,8 @@
 """Diagnostic tasks: data whose solution requires one capability at a time.
 
-In each of them, the appearance of a shape is independent of its class. So are, in every image, the
-histogram of colors, the number of items of each kind, and all positions. Classes are balanced
-among the annotated pixels, all others are ignored. Classes stay the same if an image is flipped
-horizontally.
+The class of a shape is independent of its appearance, of all positions, and of the histogram of
+colors of its image. Classes are equally frequent; pixels of anything but the annotated shapes are
+ignored. Classes stay the same if an image is flipped horizontally.
 """
 
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ class Diagnostic(Task):
     classes: Sequence[str]
 
     @property
-    def segmentation_classes(self) -> Sequence[str]:  # type: ignore[override]
+    def segmentation_classes(self) -> Sequence[str]:
         return self.classes
 
 
@@ -52,6 +51,7 @@ class Match(Diagnostic):
         UsageError: discs at this distance would overlap.
     """
 
+    question = 'Is the dark disc of its color next to it?'
     classes = ('unmatched', 'matched')
     disc = 4
     smallest = 2 * disc + 2
@@ -82,7 +82,8 @@ class Match(Diagnostic):
         for first, second in zip(corners[::2], corners[1::2]):
             label = int(rng.integers(2))
             hue = rng.uniform(0, 2 * np.pi)
-            hues = hue, hue + rng.uniform(self.contrast, np.pi - self.contrast) * rng.choice([-1, 1])
+            between = rng.uniform(self.contrast, np.pi - self.contrast)
+            hues = hue, hue + between * rng.choice([-1, 1])
             centers = [corner + self.side / 2 + rng.uniform(0, slack, 2)
                        for corner in (first, second)]
             found = {}
@@ -124,6 +125,7 @@ class Cue(Diagnostic):
         UsageError: the disc and a mark would touch.
     """
 
+    question = 'Which color is the mark above it?'
     classes = ('black', 'white')
     disc, mark = 6, 4
     smallest = disc + mark + 2
@@ -181,6 +183,7 @@ class Count(Diagnostic):
         UsageError: there is no name for that number.
     """
 
+    question = 'How many discs with a white core are there?'
     names: ClassVar[Sequence[str]] = ('one', 'two', 'three', 'four', 'five', 'six')
     smallest, largest = 4, 6
 
@@ -243,7 +246,7 @@ def make_task(name: str, **difficulty: int) -> Task:
 
 def gray_noise(image_size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a background: gray of any brightness, with noise."""
-    noise = rng.normal(rng.uniform(100, 150), 8, (image_size, image_size, 1))
+    noise = rng.normal(rng.uniform(100, 150), 6, (image_size, image_size, 1))
     return np.repeat(np.clip(noise, 0, 255).astype(np.uint8), 3, axis=2)
 
 

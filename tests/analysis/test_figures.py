@@ -6,6 +6,8 @@ import torch
 
 from acmix_mm.analysis import figures
 from acmix_mm.analysis.receptive_field import ReceptiveField
+from acmix_mm.datasets.shapes import Task
+from acmix_mm.datasets.tasks import Cue
 from acmix_mm.utils.errors import UsageError
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -51,6 +53,24 @@ def test_receptive_field_figure():
     np.testing.assert_allclose(panels[0].images[0].get_array(), np.sqrt(energy / energy.max()))
     assert len({axes.images[0].get_clim() for axes in panels}) == 1
     assert panels[0].patches[0].get_xy() == (5, 3)
+
+
+@pytest.mark.parametrize('task', [Task(), Cue(20)])
+def test_task_figure(task):
+    """The first images of the dataset with this seed, and a line from each disc to its cue."""
+    drawn = figures.draw_task(task, 'name', 64, seed=3)
+    rng = np.random.default_rng(3)
+    assert len(drawn.axes) == 3
+    for axes in drawn.axes:
+        scene = task.draw(64, rng)
+        np.testing.assert_array_equal(axes.images[0].get_array(), scene.image[..., ::-1])
+        for shape, patch in zip(scene.shapes, axes.patches):
+            np.testing.assert_allclose(patch.get_xy()[:-1], shape.corners)
+        for line, clue in zip(axes.lines, scene.clues):
+            np.testing.assert_allclose(line.get_xydata()[1], clue[0])
+        assert len(axes.patches) == len(scene.shapes)
+        assert len(axes.lines) == len(scene.clues)
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == list(task.classes)
 
 
 def test_figures_are_written_atomically(tmp_path):

@@ -1,5 +1,6 @@
 """Tests of the generated dataset."""
 
+import hashlib
 import json
 
 import cv2
@@ -22,6 +23,16 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
         write_shapes(str(tmp_path / name), train_images=3, val_images=2, image_size=64, seed=seed)
     assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
     assert contents(tmp_path / 'a') != contents(tmp_path / 'c')
+
+
+def test_files_of_outline_have_not_changed(tmp_path):
+    """They are those that the first version wrote, byte by byte."""
+    write_shapes(str(tmp_path / 'data'), train_images=2, val_images=1, image_size=64, seed=3)
+    digest = hashlib.sha256()
+    for path, content in sorted(contents(tmp_path / 'data').items()):
+        digest.update(str(path).encode() + content)
+    assert digest.hexdigest() == (
+        '3f0ee62d0b3c107a8597e783d7f465c0f1224676e619c907708cd7aec5b1e0f7')
 
 
 @pytest.mark.parametrize(('coco_split', 'ade_split', 'count'), [
