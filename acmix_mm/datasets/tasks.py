@@ -81,9 +81,8 @@ class Match(Diagnostic):
         shapes, clues = [], []
         for first, second in zip(corners[::2], corners[1::2]):
             label = int(rng.integers(2))
-            hue = rng.uniform(0, 2 * np.pi)
             between = rng.uniform(self.contrast, np.pi - self.contrast)
-            hues = hue, hue + between * rng.choice([-1, 1])
+            hues = rng.uniform(0, 2 * np.pi) + np.array([0, between])
             centers = [corner + self.side / 2 + rng.uniform(0, slack, 2)
                        for corner in (first, second)]
             found = {}
@@ -91,10 +90,8 @@ class Match(Diagnostic):
                 around = self.surroundings(center, rng)
                 whose = index if label else 1 - index
                 opposite = hues[whose] + np.array([0, np.pi])
-                others = hues[index] + rng.uniform(self.contrast, 2 * np.pi - self.contrast,
-                                                   self.num_dark - 2)
-                for position, other in zip(around, [*opposite, *others]):
-                    fill(image, position, self.disc, color(self.dark, other))
+                for position, hue in zip(around, [*opposite, *self.others(hues, rng)]):
+                    fill(image, position, self.disc, color(self.dark, hue))
                 found[whose] = around[0]
             for index, center in enumerate(centers):
                 bright = color(self.bright, hues[index])
@@ -103,6 +100,12 @@ class Match(Diagnostic):
                 shapes.append(circle(label, center, self.disc, bright))
                 clues.append(found[index][None])
         return Scene(image, labels, shapes, clues)
+
+    def others(self, hues: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw the hues of the other dark discs, which differ from those of both bright ones."""
+        drawn = rng.uniform(0, 2 * np.pi, 100)
+        similar = np.cos(drawn[:, None] - hues) > np.cos(self.contrast)
+        return drawn[~similar.any(1)][:self.num_dark - 2]
 
     def surroundings(self, center: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draw the centers of the dark discs around a bright one, (num_dark, 2), in any order."""
@@ -265,7 +268,8 @@ def scatter(count: int, spacing: float, margin: float, image_size: int,
             if all(np.hypot(*(center - other)) >= spacing for other in centers):
                 centers.append(center)
             if len(centers) == count:
-                return np.array(centers)
+                # The later ones had less space to choose from.
+                return rng.permutation(np.array(centers))
 
 
 def distances_from(center: np.ndarray, image_size: int) -> np.ndarray:

@@ -248,6 +248,13 @@ def test_the_surroundings_do_not_tell_the_class(name, radius, groups, data):
     assert is_chance(score, found.labels.max() + 1, len(found.labels) / groups / 2)
 
 
+def test_the_classifier_finds_what_is_visible(data):
+    """With the marks in sight, the same classifier solves cue."""
+    found = data['cue']
+    colors = windows(found, TASKS['cue'].distance + Cue.mark)
+    assert learned(colors, found.labels, found.numbers) > 0.9
+
+
 def test_static_filters_do_not_find_a_match(data):
     """Responses of filters around a bright disc, their magnitudes and products with its color."""
     found = data['match']
