@@ -119,31 +119,30 @@ class Cue(Diagnostic):
     """Whether the mark above a disc is black or white.
 
     Both marks, a black and a white one, are at ``distance`` from the disc: one of them above it and
-    the other below it, at most ``steepest`` from the vertical.
+    the other below it, at most ``steepest`` from the vertical. No pixel of the disc is nearer.
 
     Args:
-        distance: distance between the centers of the disc and of a mark, in pixels.
+        distance: distance between the edges of the disc and of a mark, in pixels.
 
     Raises:
-        UsageError: the disc and a mark would touch.
+        UsageError: the distance is not positive.
     """
 
     question = 'Which color is the mark above it?'
     classes = ('black', 'white')
     disc, mark = 6, 4
-    smallest = disc + mark + 2
     steepest = np.pi / 3
     brightness = 128
 
     def __init__(self, distance: int = 24) -> None:
-        if distance < self.smallest:
-            raise UsageError(f'The distance of cue must be at least {self.smallest} pixels, got '
-                             f'{distance}.')
+        if distance < 1:
+            raise UsageError(f'The distance of cue must be at least 1 pixel, got {distance}.')
         self.distance = distance
+        self.between_centers = self.disc + distance + self.mark
 
     def check(self, image_size: int) -> None:
         # Marks that are farthest from the vertical, with space for the disc to move.
-        needed = self.distance + 4 * self.disc
+        needed = self.between_centers + 4 * self.disc
         if image_size < needed:
             raise UsageError(f'Images of {image_size} pixels are too small for a distance of '
                              f'{self.distance}; choose an image_size of at least {needed}.')
@@ -164,7 +163,7 @@ class Cue(Diagnostic):
         margin = self.disc + 1
         while True:
             angles = rng.uniform(-self.steepest, self.steepest, (100, 2))
-            offsets = self.distance * np.stack([np.sin(angles), np.cos(angles) * [-1, 1]], -1)
+            offsets = self.between_centers * np.stack([np.sin(angles), np.cos(angles) * [-1, 1]], -1)
             discs = rng.uniform(margin, image_size - margin, (100, 1, 2))
             centers = np.concatenate([discs, discs + offsets], 1)
             inside = ((centers > margin) & (centers < image_size - margin)).all((1, 2))

@@ -139,8 +139,9 @@ def solve_outline(image, away, radius):
 @pytest.mark.parametrize(('name', 'solve', 'below', 'above', 'groups'), [
     ('match', solve_match, TASKS['match'].radius - Match.disc - 1,
      TASKS['match'].radius + Match.disc + 1, 2),
-    ('cue', solve_cue, TASKS['cue'].distance - Cue.mark - 1,
-     TASKS['cue'].distance + Cue.mark + 1, 1),
+    # From the center of the disc; its edge is nearer.
+    ('cue', solve_cue, TASKS['cue'].distance + Cue.disc - 1,
+     TASKS['cue'].distance + Cue.disc + 2 * Cue.mark + 1, 1),
     ('count', solve_count, TASKS['count'].spacing(SIZE) - Count.largest - 1, np.inf, 3),
 ])
 def test_information_is_at_the_required_reach(name, solve, below, above, groups, data):
@@ -238,7 +239,7 @@ def windows(data, radius):
 
 @pytest.mark.parametrize(('name', 'radius', 'groups'), [
     ('match', (TASKS['match'].radius - Match.disc) / np.sqrt(2), 2),
-    ('cue', (TASKS['cue'].distance - Cue.mark) / np.sqrt(2), 1),
+    ('cue', (TASKS['cue'].distance + Cue.disc) / np.sqrt(2), 1),
     ('count', (TASKS['count'].spacing(SIZE) - Count.largest) / np.sqrt(2), 3),
 ])
 def test_the_surroundings_do_not_tell_the_class(name, radius, groups, data):
@@ -251,7 +252,7 @@ def test_the_surroundings_do_not_tell_the_class(name, radius, groups, data):
 def test_the_classifier_finds_what_is_visible(data):
     """With the marks in sight, the same classifier solves cue."""
     found = data['cue']
-    colors = windows(found, TASKS['cue'].distance + Cue.mark)
+    colors = windows(found, TASKS['cue'].between_centers + Cue.mark)
     assert learned(colors, found.labels, found.numbers) > 0.9
 
 
@@ -297,8 +298,8 @@ def test_layouts_agree(name, tmp_path):
 @pytest.mark.parametrize(('name', 'value', 'image_size', 'message'), [
     ('match', 9, 96, 'radius of match must be at least 10 pixels, got 9'),
     ('match', 20, 96, 'too small for a radius of 20; choose an image_size of at least 98'),
-    ('cue', 11, 96, 'distance of cue must be at least 12 pixels, got 11'),
-    ('cue', 80, 96, 'too small for a distance of 80; choose an image_size of at least 104'),
+    ('cue', 0, 96, 'distance of cue must be at least 1 pixel, got 0'),
+    ('cue', 63, 96, 'too small for a distance of 63; choose an image_size of at least 97'),
     ('count', 1, 96, 'number of count must be 2 to 6, got 1'),
     ('count', 7, 96, 'number of count must be 2 to 6, got 7'),
 ])
@@ -310,7 +311,7 @@ def test_difficulty_is_checked(name, value, image_size, message, tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'value', 'image_size'), [
-    ('match', 10, 64), ('match', 19, 96), ('cue', 12, 64), ('cue', 40, 64), ('cue', 72, 96),
+    ('match', 10, 64), ('match', 19, 96), ('cue', 1, 64), ('cue', 30, 64), ('cue', 62, 96),
     ('count', 2, 64), ('count', 6, 64),
 ])
 def test_hardest_cases_can_be_drawn(name, value, image_size):
