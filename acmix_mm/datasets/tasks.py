@@ -163,7 +163,8 @@ class Cue(Diagnostic):
         margin = self.disc + 1
         while True:
             angles = rng.uniform(-self.steepest, self.steepest, (100, 2))
-            offsets = self.between_centers * np.stack([np.sin(angles), np.cos(angles) * [-1, 1]], -1)
+            directions = np.stack([np.sin(angles), np.cos(angles) * [-1, 1]], -1)
+            offsets = self.between_centers * directions
             discs = rng.uniform(margin, image_size - margin, (100, 1, 2))
             centers = np.concatenate([discs, discs + offsets], 1)
             inside = ((centers > margin) & (centers < image_size - margin)).all((1, 2))
