@@ -130,7 +130,8 @@ class Family:
         """Count all sizes of one width with at most ``most`` blocks added or removed.
 
         The counts are linear in the number of blocks of each stage, so counting one more block in
-        each stage gives all others.
+        each stage gives all others. If the last block of a stage has another mixer, this does not
+        hold for stages with one block, which has the stride and that mixer.
         """
         blocks = self.own_size.blocks
         unchanged = self.count(quantity, BackboneSize(width, blocks))
@@ -143,8 +144,12 @@ class Family:
         found = {}
         for change in changes(len(blocks), most):
             size = BackboneSize(width, tuple(map(sum, zip(blocks, change))))
-            if min(size.blocks) >= 1:
-                found[size] = unchanged + sum(a * b for a, b in zip(change, of_block))
+            if min(size.blocks) < 1:
+                continue
+            is_linear = not self.arguments.get('last_mixer') or all(
+                min(own, new) > 1 for own, new in zip(blocks, size.blocks) if own != new)
+            found[size] = unchanged + sum(a * b for a, b in zip(change, of_block)) if (
+                is_linear) else self.count(quantity, size)
         return found
 
     def widths_near(self, quantity: str, target: float) -> list[int]:

@@ -15,8 +15,8 @@ from acmix_mm.ops.shift_conv import shift_conv, shift_sum
 from acmix_mm.ops.sliding_attention import sliding_window_attention
 from acmix_mm.ops.window_attention import window_attention
 
-__all__ = ['BlockPattern', 'available_backends', 'block_attention', 'global_attention', 'involution',
-           'patch_aggregation', 'patch_features', 'project', 'project_images',
+__all__ = ['BlockPattern', 'available_backends', 'block_attention', 'global_attention',
+           'involution', 'patch_aggregation', 'patch_features', 'project', 'project_images',
            'projected_shift_conv', 'shift_conv', 'shift_sum', 'sliding_window_attention',
            'use_backend', 'window_attention']
 

@@ -64,6 +64,8 @@ class BlockPattern(NamedTuple):
 
     def blocks(self, rows: int, columns: int) -> list[list[int]]:
         """For each block of a grid, in row-major order, the indices of those it attends to."""
+        # Lists have fixed lengths: torch.compile makes a graph for each size of the grid.
+        rows, columns = len([*range(rows)]), len([*range(columns)])
         return draw_blocks(rows, columns, self.random_blocks, self.seed, self.has_window)
 
     def tokens(self, height: int, width: int, stride: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Block attention by ``scaled_dot_product_attention`` on the keys gathered for each block.
 
-``flex_attention`` would not copy the keys, but has no backward pass on a CPU, and its blocks of at
-least 128 tokens are larger than those of a map. As in global attention, keys are k − p.
+``flex_attention`` would not copy the keys, but has no backward pass on a CPU. As in global
+attention, keys are k − p.
 """
 
 import torch
@@ -23,7 +23,7 @@ def block_attention_sdpa(qkv: Tensor, positions: Tensor, pattern: BlockPattern, 
     k = (k - positions.unsqueeze(2)).to(k.dtype)
 
     def gather(maps: Tensor) -> Tensor:
-        """The positions that each block attends to, (batch · num_heads, blocks, keys, head_dims)."""
+        """What each block attends to, (batch · num_heads, blocks, keys, head_dims)."""
         blocks = divide(maps, pattern.block_size, grid)
         keys = blocks.index_select(1, tables.blocks.flatten())
         keys = keys.unflatten(1, tables.blocks.shape).flatten(2, 3)
