@@ -69,7 +69,7 @@ class GlobalPattern(AttentionPattern):
         return -(-height // stride) * -(-width // stride) * height * width
 
     def attended(self, size: tuple[int, int], stride: int, row: int, column: int) -> Tensor:
-        return torch.ones(size, dtype=torch.bool)
+        return torch.ones(size, dtype=torch.bool, device='cpu')
 
     def __repr__(self) -> str:
         return 'GlobalPattern()'
@@ -97,7 +97,7 @@ class BlockedPattern(AttentionPattern):
         return self.blocks.num_pairs(*size, stride)
 
     def attended(self, size: tuple[int, int], stride: int, row: int, column: int) -> Tensor:
-        query = torch.tensor([row * size[1] + column])
+        query = torch.tensor([row * size[1] + column], device='cpu')
         return self.blocks.attended(*size, query, stride).view(size)
 
     def __repr__(self) -> str:

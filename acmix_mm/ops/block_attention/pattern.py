@@ -9,7 +9,10 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from acmix_mm.ops.caching import cached_by_size
+from acmix_mm.ops.caching import cached_by_size, constant_in_graphs
+
+# Tables are computed here, whatever torch's default device is: a tensor on meta has no values.
+CPU = torch.device('cpu')
 
 
 class BlockPattern(NamedTuple):
@@ -64,9 +67,20 @@ class BlockPattern(NamedTuple):
 
     def blocks(self, rows: int, columns: int) -> list[list[int]]:
         """For each block of a grid, in row-major order, the indices of those it attends to."""
-        # Lists have fixed lengths: torch.compile makes a graph for each size of the grid.
-        rows, columns = len([*range(rows)]), len([*range(columns)])
-        return draw_blocks(rows, columns, self.random_blocks, self.seed, self.has_window)
+        generator = random.Random(self.seed)
+        attended = []
+        for row, column in itertools.product(range(rows), range(columns)):
+            window = [] if not self.has_window else [
+                down * columns + across
+                for down in range(max(row - 1, 0), min(row + 2, rows))
+                for across in range(max(column - 1, 0), min(column + 2, columns))]
+            others = rows * columns - len(window)
+            drawn = generator.sample(range(others), min(self.random_blocks, others))
+            # Numbers among the blocks outside the window become numbers among all blocks.
+            for each in window:
+                drawn = [block + (block >= each) for block in drawn]
+            attended.append(window + drawn)
+        return attended
 
     def tokens(self, height: int, width: int, stride: int) -> list[tuple[int, int]]:
         """Rows and columns of the global positions, all of which are queries."""
@@ -84,8 +98,9 @@ class BlockPattern(NamedTuple):
 
     def num_pairs(self, height: int, width: int, stride: int = 1) -> int:
         """Number of pairs of a query and a position that it attends to."""
-        tables = block_tables(self, height, width, stride, torch.device('cpu'))
-        sides = [torch.arange(0, extent, stride) // self.block_size for extent in (height, width)]
+        tables = block_tables(self, height, width, stride, CPU)
+        sides = [torch.arange(0, extent, stride, device=CPU) // self.block_size
+                 for extent in (height, width)]
         down, across = (side.bincount() for side in sides)
         queries = (down[:, None] * across).flatten()
         keys = tables.keys_of_blocks()
@@ -108,38 +123,17 @@ class BlockPattern(NamedTuple):
             (queries, height · width), bool.
         """
         rows, columns = self.grid(height, width)
-        sees = torch.zeros(rows * columns, rows * columns, dtype=torch.bool)
+        sees = torch.zeros(rows * columns, rows * columns, dtype=torch.bool, device=CPU)
         for block, others in enumerate(self.blocks(rows, columns)):
             sees[block, others] = True
-        position = torch.arange(height * width)
+        position = torch.arange(height * width, device=CPU)
         block_of = (position // width // self.block_size * columns +
                     position % width // self.block_size)
-        is_token = torch.zeros(height * width, dtype=torch.bool)
+        is_token = torch.zeros(height * width, dtype=torch.bool, device=CPU)
         for row, column in self.tokens(height, width, stride):
             is_token[row * width + column] = True
         queries = queries.cpu()
         return sees[block_of[queries]][:, block_of] | is_token | is_token[queries, None]
-
-
-# torch.compile would trace the generator, which it does not know.
-@torch.compiler.assume_constant_result
-def draw_blocks(rows: int, columns: int, random_blocks: int, seed: int,
-                has_window: bool) -> list[list[int]]:
-    """Implement :meth:`BlockPattern.blocks`."""
-    generator = random.Random(seed)
-    attended = []
-    for row, column in itertools.product(range(rows), range(columns)):
-        window = [] if not has_window else [
-            down * columns + across
-            for down in range(max(row - 1, 0), min(row + 2, rows))
-            for across in range(max(column - 1, 0), min(column + 2, columns))]
-        others = rows * columns - len(window)
-        drawn = generator.sample(range(others), min(random_blocks, others))
-        # Numbers among the blocks outside the window become numbers among all blocks.
-        for each in window:
-            drawn = [block + (block >= each) for block in drawn]
-        attended.append(window + drawn)
-    return attended
 
 
 class BlockTables(NamedTuple):
@@ -153,6 +147,7 @@ class BlockTables(NamedTuple):
             all are.
         tokens: indices of the global positions on the map, (global positions,), int64.
         queries: their indices among the queries.
+        block_area: number of positions of a block.
     """
 
     blocks: Tensor
@@ -165,33 +160,35 @@ class BlockTables(NamedTuple):
         """Number of positions that the queries of each block attend to, (blocks,), int64."""
         if self.mask is not None:
             return self.mask.sum(1)
-        return torch.full(self.blocks.shape[:1], self.blocks.shape[1] * self.block_area)
+        return self.blocks.new_full(self.blocks.shape[:1], self.blocks.shape[1] * self.block_area)
 
 
+# A constant of the graph: torch.compile does not know the generator, and would unroll the loops.
 @cached_by_size
+@constant_in_graphs
 def block_tables(pattern: BlockPattern, height: int, width: int, stride: int,
                  device: torch.device) -> BlockTables:
-    """The index tables of a pattern on a map."""
+    """The index tables of a pattern on a map, all arguments being fixed numbers."""
     side = pattern.block_size
     rows, columns = pattern.grid(height, width)
     lists = pattern.blocks(rows, columns)
     places = pattern.tokens(height, width, stride)
     most = max(map(len, lists))
-    blocks = torch.tensor([each + each[-1:] * (most - len(each)) for each in lists])
+    blocks = torch.tensor([each + each[-1:] * (most - len(each)) for each in lists], device=CPU)
     mask = None
     if places or min(map(len, lists)) < most or height % side or width % side:
-        lengths = torch.tensor([len(each) for each in lists])
-        is_listed = torch.arange(most) < lengths[:, None]
-        down, across = (torch.arange(count * side).view(count, side) < extent
+        lengths = torch.tensor([len(each) for each in lists], device=CPU)
+        is_listed = torch.arange(most, device=CPU) < lengths[:, None]
+        down, across = (torch.arange(count * side, device=CPU).view(count, side) < extent
                         for count, extent in ((rows, height), (columns, width)))
         on_map = (down[:, None, :, None] & across[:, None, :]).flatten(2).flatten(0, 1)
         keys = (on_map[blocks] & is_listed[..., None]).flatten(1)
         # A global position in one of the blocks is a key already.
         homes = torch.tensor([row // side * columns + column // side for row, column in places],
-                             dtype=torch.int64)
+                             dtype=torch.int64, device=CPU)
         mask = torch.cat([keys, (blocks[..., None] != homes).all(1)], 1)
     out_width = -(-width // stride)
-    tokens, queries = (torch.tensor(index, dtype=torch.int64) for index in (
+    tokens, queries = (torch.tensor(index, dtype=torch.int64, device=CPU) for index in (
         [row * width + column for row, column in places],
         [row // stride * out_width + column // stride for row, column in places]))
     return BlockTables(blocks.to(device), None if mask is None else mask.to(device),

@@ -4,6 +4,8 @@
 attention, keys are k − p.
 """
 
+from operator import index
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,8 @@ def block_attention_sdpa(qkv: Tensor, positions: Tensor, pattern: BlockPattern, 
     """Like every backend, returns (batch, out height, out width, num_heads, head_dims)."""
     height, width, num_heads = qkv.shape[1], qkv.shape[2], qkv.shape[4]
     grid = pattern.grid(height, width)
-    tables = block_tables(pattern, height, width, stride, qkv.device)
+    # torch.compile makes a graph for each size of the map.
+    tables = block_tables(pattern, index(height), index(width), stride, qkv.device)
     q, k, v = qkv.unbind(3)
     q = q[:, ::stride, ::stride]
     k = (k - positions.unsqueeze(2)).to(k.dtype)
