@@ -1,7 +1,8 @@
 """ACmix (arXiv 2111.14556) for detection and segmentation with OpenMMLab.
 
 Importing this package registers the backbones and the convolution types ``ACmix``,
-``SlidingAttention``, ``ACmixConvolution`` and ``Involution`` in MMEngine's root registry
+``SlidingAttention``, ``ACmixConvolution``, ``GlobalAttention``, ``GlobalACmix``,
+``RandomAttention``, ``BigBirdAttention`` and ``Involution`` in MMEngine's root registry
 ``MODELS``, where MMDetection and MMSegmentation find them, ``RateHook`` in ``HOOKS``,
 ``ACmixFSDPStrategy`` in ``STRATEGIES`` with its wrap policy in ``FUNCTIONS``, and the checkpoint
 addresses ``timm://`` and ``hf-hub:`` with ``CheckpointLoader``. It also allows torch to
@@ -25,12 +26,19 @@ if find_spec('mmengine') and find_spec('mmcv'):
     from acmix_mm.analysis import rate_hook  # noqa: F401
     from acmix_mm.checkpoints.reading import allow_mmengine_checkpoints
     from acmix_mm.hub import SCHEMES, load_from_timm, register_configs
-    from acmix_mm.layers import acmix_or_pointwise, involution_or_pointwise
+    from acmix_mm.layers import (
+        acmix_or_pointwise,
+        involution_or_pointwise,
+        pattern_or_pointwise,
+    )
+    from acmix_mm.layers.attention_pattern import PATTERN_TYPES
 
     MODELS.register_module('ACmix', module=acmix_or_pointwise)
     MODELS.register_module('SlidingAttention', module=partial(acmix_or_pointwise, mix='attn'))
     MODELS.register_module('ACmixConvolution', module=partial(acmix_or_pointwise, mix='conv'))
     MODELS.register_module('Involution', module=involution_or_pointwise)
+    for each in PATTERN_TYPES:
+        MODELS.register_module(each, module=partial(pattern_or_pointwise, each))
     CheckpointLoader.register_scheme(SCHEMES, load_from_timm)
     if distributed.is_available():
         from acmix_mm.engine import fsdp  # noqa: F401

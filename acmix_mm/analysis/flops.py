@@ -2,11 +2,12 @@
 
 The ACmix layers and involution report multiply-adds from the papers' equations (see
 :meth:`acmix_mm.layers.base.OperatorLayer.multiply_adds`), not from the operations of a backend: a
-query has kernel_size² neighbours, or those of its window or of the reduced map, and pairs that a
-backend computes and then masks do not count. As in the authors' code for Swin, the convolution path
-counts in two steps, although some backends run both as one convolution: k² multiply-adds for each
-channel of queries, keys and values in the fc, and k⁴ for each output channel in the shifts.
-Involution counts kernel_size² for each output, and the two convolutions that generate its kernels.
+query has kernel_size² neighbours, or those of its window, of the reduced map or of a pattern of the
+whole map, and pairs that a backend computes and then masks do not count. As in the authors' code
+for Swin, the convolution path counts in two steps, although some backends run both as one
+convolution: k² multiply-adds for each channel of queries, keys and values in the fc, and k⁴ for
+each output channel in the shifts. Involution counts kernel_size² for each output, and the two
+convolutions that generate its kernels.
 Everything else is counted by torch's ``FlopCounterMode``. One multiplication and one addition count
 as one; norms, activations, pooling, interpolation, biases and softmax do not count.
 

@@ -38,6 +38,8 @@ from acmix_mm.backbones.token_mixers import (
     build_mixer,
     check_one_mixer,
     has_other_names,
+    mixers_of_blocks,
+    pattern_type,
 )
 from acmix_mm.checkpoints.convolution import RATES, replace_convolution
 from acmix_mm.checkpoints.host import HOSTS
@@ -231,7 +233,11 @@ class ACmixResNet(ACmixBackbone):
         mixer: config of an OpenMMLab convolution type that replaces ACmix and gets its stride and
             dilation: ``dict(type='Involution', kernel_size=7)``. ``kernel_size`` defaults to 3,
             and ``bias`` to False. From a checkpoint with another mixer, or of a plain ResNet,
-            everything but the mixers and the norms that follow them is loaded.
+            everything but the mixers and the norms that follow them is loaded. The types
+            ``GlobalAttention``, ``GlobalACmix``, ``RandomAttention`` and ``BigBirdAttention`` have
+            the ``num_heads`` of the backbone and a bias by default, as ACmix has.
+        last_mixer: the same for the last block of each stage alone, also that of a stage with one
+            block; the types above have the options of ``acmix_cfg``, too, by default.
         multi_grid: dilation of each block of the last stage, instead of its number in
             ``dilations``; as in MMSegmentation.
         contract_dilation: halve the dilation of the first block of each stage that has one; as in
@@ -291,6 +297,7 @@ class ACmixResNet(ACmixBackbone):
                  acmix_cfg: Optional[dict] = None,
                  acmix_stages: Sequence[int] = (0, 1, 2, 3),
                  mixer: Optional[dict] = None,
+                 last_mixer: Optional[dict] = None,
                  multi_grid: Optional[Sequence[int]] = None,
                  contract_dilation: bool = False,
                  conv_cfg: Optional[dict] = None,
@@ -324,6 +331,7 @@ class ACmixResNet(ACmixBackbone):
         self.norm_eval = norm_eval
         self.zero_init_residual = zero_init_residual
         self.mixer = mixer
+        self.last_mixer = last_mixer
         self.deep_stem = deep_stem
 
         channels = stem_channels or base_channels
@@ -340,9 +348,9 @@ class ACmixResNet(ACmixBackbone):
         has_others = not (conv_cfg is None and dcn is None and plugins is None)
         self.memory_format = torch.contiguous_format if has_others else torch.channels_last
 
+        attention = dict(bias=True, num_heads=num_heads, **(acmix_cfg or {}))
         if mixer is None:
-            mixer = dict(type='ACmix', bias=True, num_heads=num_heads,
-                         attn_kernel_size=attn_kernel_size, mix=mix, **(acmix_cfg or {}))
+            mixer = dict(type='ACmix', attn_kernel_size=attn_kernel_size, mix=mix, **attention)
         stage_blocks = self.stage_blocks_of(
             dict(depth=depth, num_stages=num_stages, stage_blocks=stage_blocks))
         check_per_stage(num_stages, stage_blocks=stage_blocks)
@@ -354,6 +362,7 @@ class ACmixResNet(ACmixBackbone):
         falls_back = dcn.pop('fallback_on_stride', False)
         drop_path_rates = stochastic_depth(drop_path_rate, stage_blocks)
         block_type = ACmixBasicBlock if depth in BASIC_DEPTHS else ACmixBottleneck
+        mixers = mixers_of_blocks(stage_blocks, mixer, last_mixer)
         reduction = 4
         self.layers = []
         for stage, blocks in enumerate(stage_blocks):
@@ -365,8 +374,6 @@ class ACmixResNet(ACmixBackbone):
             stage_plugins = [plugin for plugin in plugins or ()
                              if plugin.get('stages') is None or plugin['stages'][stage]]
             plain = conv_cfg or dict(type='Conv2d')
-            stage_mixer = (mixer if stage in acmix_stages else dcn if stage in dcn_stages
-                           else plain)
             stage_layers = []
             for block in range(blocks):
                 stride = strides[stage] if block == 0 else 1
@@ -374,12 +381,17 @@ class ACmixResNet(ACmixBackbone):
                 if stride != 1 or channels != out_channels:
                     shortcut = downsampling(channels, out_channels, stride, avg_down, conv_cfg,
                                             norm_cfg)
+                block_mixer = dcn if stage in dcn_stages else plain
+                if stage in acmix_stages:
+                    block_mixer = mixers[stage][block]
+                    if pattern_type(block_mixer):
+                        block_mixer = {**attention, **block_mixer}
                 # MMDetection falls back once: it removes this option from dcn when it reads it.
                 keeps_plain = falls_back and block == 0 and stage in dcn_stages[:1]
                 stage_layers.append(block_type(
                     channels, width, stride, block_dilations[block], style, shortcut, norm_cfg,
                     drop_path_rates[stage][block], with_cp,
-                    plain if keeps_plain else stage_mixer, conv_cfg, stage_plugins))
+                    plain if keeps_plain else block_mixer, conv_cfg, stage_plugins))
                 channels = out_channels
             name = f'layer{stage + 1}'
             self.add_module(name, Sequential(*stage_layers))
@@ -396,7 +408,9 @@ class ACmixResNet(ACmixBackbone):
 
     @classmethod
     def width_step(cls, arguments: Mapping[str, Any]) -> int:
-        has_heads = arguments['mixer'] is None and arguments['acmix_stages']
+        mixers = (arguments['mixer'], arguments['last_mixer'])
+        has_heads = arguments['acmix_stages'] and (
+            arguments['mixer'] is None or any(map(pattern_type, mixers)))
         return arguments['num_heads'] if has_heads else 1
 
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> tuple[Tensor, ...]:
@@ -438,11 +452,18 @@ class ACmixResNet(ACmixBackbone):
 
     def load_pretrained(self, found: Pretrained) -> None:
         state_dict = dict(found.state_dict)
-        replaced = {} if found.is_acmix and self.mixer is None else {
+        last = [getattr(self, name)[-1].conv2 for name in self.layers if self.last_mixer]
+
+        def may_be_replaced(layer: nn.Module) -> bool:
+            if hasattr(layer, 'conv_offset'):
+                return False
+            if self.mixer is None and isinstance(layer, ACmixConv2d):
+                return not found.is_acmix
+            return self.mixer is not None or any(layer is each for each in last)
+
+        replaced = {
             name: block for name, block in self.named_modules()
-            if isinstance(block, ResidualBlock)
-            and (isinstance(block.conv2, ACmixConv2d)
-                 or (self.mixer is not None and not hasattr(block.conv2, 'conv_offset')))
+            if isinstance(block, ResidualBlock) and may_be_replaced(block.conv2)
             and has_other_names(block.conv2, f'{name}.conv2.', state_dict)}
         for name, block in replaced.items():
             key = f'{name}.conv2.weight'
@@ -452,7 +473,8 @@ class ACmixResNet(ACmixBackbone):
             name: replace_convolution(state_dict, name, block.norm_names, block.conv2.num_heads,
                                       [rate for rate in RATES if hasattr(block.conv2, rate)])
             for name, block in replaced.items()
-            if self.mixer is None and block.conv2.can_stand_in}
+            if self.mixer is None and isinstance(block.conv2, ACmixConv2d)
+            and block.conv2.can_stand_in}
         # The weights of another mixer, and of the norm that follows it, are of no use.
         unlike = '|'.join(rf'^{name}\.(conv2|{block.norm_names[1]})\.'
                           for name, block in replaced.items() if name not in errors)

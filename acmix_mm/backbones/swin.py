@@ -38,24 +38,26 @@ from acmix_mm.backbones.token_mixers import (
     build_mixer,
     check_one_mixer,
     has_other_names,
+    mixers_of_blocks,
+    pattern_type,
 )
 from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.checkpoints.swin import SwinCheckpoints
-from acmix_mm.layers import WindowACmix
+from acmix_mm.layers import PatternACmix, WindowACmix
 from acmix_mm.ops.symbolic import statically_known_true
 
 
 class ShiftWindowACmix(nn.Module):
-    """:class:`WindowACmix` on a token sequence, then drop path.
+    """:class:`WindowACmix` or :class:`PatternACmix` on a token sequence, then drop path.
 
     MMDetection's Swin has its attention under the name ``w_msa``, too.
     """
 
-    def __init__(self, drop_path_rate: float, **window_acmix: Any) -> None:
+    def __init__(self, w_msa: nn.Module, drop_path_rate: float) -> None:
         super().__init__()
-        self.w_msa = WindowACmix(**window_acmix)
+        self.w_msa = w_msa
         self.drop = build_dropout(dict(type='DropPath', drop_prob=drop_path_rate))
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -96,18 +98,19 @@ class ACmixSwinBlock(Block):
                  mixer: Optional[dict] = None) -> None:
         super().__init__(with_cp)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        pattern = pattern_type(mixer)
+        attention = dict(embed_dims=embed_dims, num_heads=num_heads, qkv_bias=qkv_bias,
+                         qk_scale=qk_scale, attn_drop_rate=attn_drop_rate,
+                         proj_drop_rate=drop_rate, **acmix)
         if mixer is None:
             self.attn = ShiftWindowACmix(
-                drop_path_rate,
-                embed_dims=embed_dims,
-                num_heads=num_heads,
-                window_size=window_size,
-                shift_size=window_size // 2 if shift else 0,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                attn_drop_rate=attn_drop_rate,
-                proj_drop_rate=drop_rate,
-                **acmix)
+                WindowACmix(window_size=window_size, shift_size=window_size // 2 if shift else 0,
+                            **attention), drop_path_rate)
+        elif pattern is not None:
+            own = {name: value for name, value in mixer.items() if name != 'type'}
+            made, others = pattern.split(own)
+            self.attn = ShiftWindowACmix(
+                PatternACmix(pattern=made, **{**attention, **others}), drop_path_rate)
         else:
             self.attn = ConvolutionMixer(embed_dims, mixer, drop_rate, drop_path_rate)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
@@ -156,12 +159,12 @@ class ACmixSwinStage(nn.Module):
     stage.
     """
 
-    def __init__(self, drop_path_rates: Sequence[float], downsample: Optional[PatchMerging],
-                 **block: Any) -> None:
+    def __init__(self, drop_path_rates: Sequence[float], mixers: Sequence[Optional[dict]],
+                 downsample: Optional[PatchMerging], **block: Any) -> None:
         super().__init__()
         self.blocks = ModuleList(
-            ACmixSwinBlock(shift=index % 2 == 1, drop_path_rate=rate, **block)
-            for index, rate in enumerate(drop_path_rates))
+            ACmixSwinBlock(shift=index % 2 == 1, drop_path_rate=rate, mixer=mixer, **block)
+            for index, (rate, mixer) in enumerate(zip(drop_path_rates, mixers)))
         self.downsample = downsample
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -214,7 +217,11 @@ class ACmixSwinTransformer(ACmixBackbone):
             ``dict(type='Involution', kernel_size=7)``. Its input is channels first, and a linear
             layer follows it, as after attention. ``kernel_size`` defaults to 3, and ``bias`` to
             False. From a checkpoint with another mixer, or of a plain Swin, everything but the
-            mixers is loaded.
+            mixers is loaded. The types ``GlobalAttention``, ``GlobalACmix``, ``RandomAttention``
+            and ``BigBirdAttention`` replace the windows alone, and load the host's projections; see
+            :class:`acmix_mm.layers.PatternACmix` for their position term.
+        last_mixer: the same for the last block of each stage alone, also that of a stage with one
+            block; the types above have the options of ``acmix_cfg`` by default.
 
     Raises:
         ValueError: an argument is invalid.
@@ -267,7 +274,8 @@ class ACmixSwinTransformer(ACmixBackbone):
                  init_cfg: Optional[dict] = None,
                  mix: str = 'acmix',
                  acmix_cfg: Optional[dict] = None,
-                 mixer: Optional[dict] = None) -> None:
+                 mixer: Optional[dict] = None,
+                 last_mixer: Optional[dict] = None) -> None:
         check_positive(in_channels=in_channels, embed_dims=embed_dims, patch_size=patch_size,
                        window_size=window_size)
         num_stages = stage_count('depths', depths)
@@ -303,6 +311,7 @@ class ACmixSwinTransformer(ACmixBackbone):
             self.absolute_pos_embed = None
         self.drop_after_pos = nn.Dropout(drop_rate)
 
+        mixers = mixers_of_blocks(depths, mixer, last_mixer)
         self.stages = ModuleList()
         channels, reduction = embed_dims, 1
         for stage, drop_path_rates in enumerate(stochastic_depth(drop_path_rate, depths)):
@@ -310,6 +319,7 @@ class ACmixSwinTransformer(ACmixBackbone):
             reduction *= strides[stage]
             self.stages.append(ACmixSwinStage(
                 drop_path_rates=drop_path_rates,
+                mixers=mixers[stage],
                 downsample=None if is_last else SwinPatchMerging(
                     in_channels=channels,
                     out_channels=2 * channels,
@@ -326,8 +336,7 @@ class ACmixSwinTransformer(ACmixBackbone):
                 act_cfg=act_cfg,
                 norm_cfg=norm_cfg,
                 with_cp=with_cp,
-                acmix=dict(mix=mix, **(acmix_cfg or {})),
-                mixer=mixer))
+                acmix=dict(mix=mix, **(acmix_cfg or {}))))
             self.stage_info.append(Stage(channels, reduction, f'stages.{stage}'))
             channels *= 2
         for index in out_indices:
@@ -382,26 +391,38 @@ class ACmixSwinTransformer(ACmixBackbone):
                 trunc_normal_init(module, std=0.02, bias=0.)
             elif isinstance(module, nn.LayerNorm):
                 constant_init(module, 1.0)
-            elif isinstance(module, WindowACmix):
+            elif isinstance(module, (WindowACmix, PatternACmix)):
                 module.reset_parameters()
 
     def load_pretrained(self, found: Pretrained) -> None:
         is_acmix, state_dict = found.is_acmix, dict(found.state_dict)
-        if is_acmix and self.mix != 'acmix':
-            state_dict = fold_rate(state_dict, self.mix)
+        layers = {name: layer for name, layer in self.named_modules()
+                  if isinstance(layer, (WindowACmix, PatternACmix))}
+        if is_acmix:
+            state_dict = fold_rates(state_dict, {name: layer.mix for name, layer in layers.items()})
         self.fit_position_tables(state_dict)
 
-        convolution_path = r'\.w_msa\.(fc\.|dep_conv\.|rate[12]$)'
-        attention_path = r'\.w_msa\.(proj\.|relative_position_bias_table$|rate[12]$)'
-        replaced = [] if self.mixer is None else [
-            name for name, mixer in self.named_modules() if isinstance(mixer, ConvolutionMixer)
-            and has_other_names(mixer, f'{name}.', state_dict)]
-        optional = r'^norm\d\.|^absolute_pos_embed$'
+        convolution_path = r'(fc\.|dep_conv\.|rate[12]$)'
+        unused = {'attn': convolution_path,
+                  'conv': r'(proj\.|relative_position_bias_table$|rate[12]$)'}
+        paths = [rf'^{name}\.{unused[layer.mix]}' for name, layer in layers.items()
+                 if layer.mix in unused]
+        # The position terms of windows and of patterns of the whole map have nothing in common.
+        positions = [rf'^{name}\.(conv_p\.|relative_position_bias_table$)'
+                     for name, layer in layers.items() if isinstance(layer, PatternACmix)]
+        replaced = [
+            name for name, mixer in self.named_modules()
+            if (isinstance(mixer, ConvolutionMixer)
+                and has_other_names(mixer, f'{name}.', state_dict))
+            or (isinstance(mixer, PatternACmix) and f'{name}.qkv.weight' not in state_dict)]
+        optional = [r'^norm\d\.', '^absolute_pos_embed$', *positions]
+        if not is_acmix:
+            optional.append(rf'\.w_msa\.{convolution_path}')
         load_with_report(
             self, found.with_state_dict(state_dict),
-            may_lack=optional if is_acmix else f'{optional}|{convolution_path}',
-            may_drop=r'^head\.|^norm\d?\.|attn_mask$|relative_position_index$' +
-            {'acmix': '', 'attn': f'|{convolution_path}', 'conv': f'|{attention_path}'}[self.mix],
+            may_lack='|'.join(optional),
+            may_drop='|'.join([r'^head\.', r'^norm\d?\.', 'attn_mask$', 'relative_position_index$',
+                               *paths, *positions]),
             leave='|'.join(rf'^{name}\.' for name in replaced))
         if not is_acmix and self.mix == 'acmix' and self.mixer is None:
             start_as_plain(self, self.checkpoints.host)
@@ -434,21 +455,22 @@ class ACmixSwinTransformer(ACmixBackbone):
                 (r'^norm', WITH_PREVIOUS)])
 
 
-def fold_rate(state_dict: dict[str, Tensor], mix: str) -> dict[str, Tensor]:
+def fold_rates(state_dict: dict[str, Tensor], mixes: Mapping[str, str]) -> dict[str, Tensor]:
     """Multiply the weights of the last linear layer of a path by the path's rate.
 
     Args:
         state_dict: weights of a network with both paths.
-        mix: the path, ``'attn'`` or ``'conv'``.
+        mixes: the paths that each layer keeps, by its name; those with both are left as they are.
     """
-    ends = {'attn': ('proj.weight', 'proj.bias'), 'conv': ('dep_conv.weight',)}[mix]
     folded = dict(state_dict)
-    for key, value in state_dict.items():
-        prefix, _, name = key.rpartition('.w_msa.')
-        rate = state_dict.get(f'{prefix}.w_msa.rate1')
-        if rate is not None and mix == 'conv':
+    for layer, mix in mixes.items():
+        rate = state_dict.get(f'{layer}.rate1')
+        if rate is None or mix == 'acmix':
+            continue
+        if mix == 'conv':
             # With combine='convex' the rate of the convolution path is 1 - rate1.
-            rate = state_dict.get(f'{prefix}.w_msa.rate2', 1 - rate)
-        if prefix and name in ends and rate is not None:
-            folded[key] = value * rate
+            rate = state_dict.get(f'{layer}.rate2', 1 - rate)
+        for name in {'attn': ('proj.weight', 'proj.bias'), 'conv': ('dep_conv.weight',)}[mix]:
+            if f'{layer}.{name}' in state_dict:
+                folded[f'{layer}.{name}'] = state_dict[f'{layer}.{name}'] * rate
     return folded

@@ -5,9 +5,15 @@ typical window of local attention. ``attn`` is the attention of the host: over a
 ResNet, shifted windows in Swin, a reduced map in PVT, patches in SAN. ``acmix`` is attention and
 convolution on shared projections (arXiv 2111.14556), and ``acmix-conv`` the convolution path of
 ACmix alone. ``involution`` is 7×7 involution (arXiv 2103.06255).
+
+The others attend to other positions than the host's attention: in ``global`` to all, in ``random``
+to random blocks, and in ``bigbird`` to a window, random blocks and global tokens (arXiv
+2007.14062). In ``attn-global`` and ``acmix-global`` the last block of each stage is global, and all
+others are local (as in ViTDet, arXiv 2203.16527).
 """
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from typing import Any, Optional, Union
 
@@ -17,16 +23,22 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from acmix_mm.backbones.base import BACKBONES, ACmixBackbone
+from acmix_mm.layers.attention_pattern import PATTERN_TYPES, PatternType
 from acmix_mm.layers.padded_conv import one_side
 from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
-# Arguments that select a mixer: the paths of ACmix, which all hosts have, and other operators.
+# Arguments that select a mixer: the paths of ACmix, which all hosts have, and others.
 PATHS: dict[str, dict[str, Any]] = {
     'attn': dict(mix='attn'), 'acmix': dict(mix='acmix'), 'acmix-conv': dict(mix='conv')}
 OPERATORS: dict[str, dict[str, Any]] = {
     'conv7': dict(mixer=dict(type='Conv2d', kernel_size=7)),
     'involution': dict(mixer=dict(type='Involution', kernel_size=7)),
+    'global': dict(mixer=dict(type='GlobalAttention')),
+    'random': dict(mixer=dict(type='RandomAttention')),
+    'bigbird': dict(mixer=dict(type='BigBirdAttention')),
+    'attn-global': dict(mix='attn', last_mixer=dict(type='GlobalAttention')),
+    'acmix-global': dict(mix='acmix', last_mixer=dict(type='GlobalACmix')),
 }
 MIXERS: tuple[str, ...] = ('conv', *PATHS, *OPERATORS)
 
@@ -66,7 +78,7 @@ def with_mixer(backbone: ConfigDict, mixer: str) -> ConfigDict:
     """
     options = mixer_options(backbone.type, mixer)
     backbone = deepcopy(backbone)
-    for key in ('mix', 'mixer'):
+    for key in ('mix', 'mixer', 'last_mixer'):
         backbone.pop(key, None)
     if not backbone.get('acmix_stages', True):
         del backbone['acmix_stages']
@@ -74,6 +86,37 @@ def with_mixer(backbone: ConfigDict, mixer: str) -> ConfigDict:
         backbone.pop('acmix_cfg', None)
     backbone.update(options)
     return backbone
+
+
+def pattern_type(mixer: Optional[dict[str, Any]]) -> Optional[PatternType]:
+    """The type of a mixer whose attention reads a pattern of the whole map; None for others."""
+    # An object in place of a name is that of another mixer.
+    name = None if mixer is None else mixer['type']
+    return PATTERN_TYPES.get(name.rpartition('.')[2]) if isinstance(name, str) else None
+
+
+def mixers_of_blocks(stage_blocks: Sequence[int], mixer: Optional[dict[str, Any]],
+                     last_mixer: Optional[dict[str, Any]]) -> list[list[Optional[dict[str, Any]]]]:
+    """The config of the mixer of each block, by stage.
+
+    The seed of a random pattern increases by one from block to block, so that each draws its own.
+
+    Args:
+        stage_blocks: number of blocks of each stage.
+        mixer: config for all blocks; None for the host's own mixer.
+        last_mixer: config for the last block of each stage; None for that of the others.
+    """
+    mixers = [[mixer] * (blocks - 1) + [last_mixer or mixer] for blocks in stage_blocks]
+    number = itertools.count()
+    return [[with_seed(each, next(number)) for each in stage] for stage in mixers]
+
+
+def with_seed(mixer: Optional[dict[str, Any]], number: int) -> Optional[dict[str, Any]]:
+    """Add the number of a block to the seed of its mixer, if it has one."""
+    kind = pattern_type(mixer)
+    if mixer is None or kind is None or 'seed' not in kind.options:
+        return mixer
+    return {**mixer, 'seed': mixer.get('seed', 0) + number}
 
 
 def build_mixer(mixer: dict[str, Any], channels: int, stride: int = 1,

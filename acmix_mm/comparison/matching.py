@@ -130,21 +130,36 @@ class Family:
         """Count all sizes of one width with at most ``most`` blocks added or removed.
 
         The counts are linear in the number of blocks of each stage, so counting one more block in
-        each stage gives all others.
+        each stage gives all others. If the last block of each stage has another mixer, this holds
+        from two blocks on, because the first one has the stride.
         """
         blocks = self.own_size.blocks
         unchanged = self.count(quantity, BackboneSize(width, blocks))
         if most == 0:
             return {BackboneSize(width, blocks): unchanged}
-        backbone, *larger = (
-            self.count(quantity, BackboneSize(width, each), 'backbone')
-            for each in (blocks, *(one_more(blocks, stage) for stage in range(len(blocks)))))
-        of_block = [each - backbone for each in larger]
+        fewest = 2 if self.arguments.get('last_mixer') else 1
+
+        def count_stage(stage: int, number: int) -> int:
+            size = BackboneSize(width, (*blocks[:stage], number, *blocks[stage + 1:]))
+            return self.count(quantity, size, 'backbone')
+
+        def count_blocks(stage: int, number: int) -> int:
+            if number < fewest:
+                return count_stage(stage, number)
+            start = max(blocks[stage], fewest)
+            counted = count_stage(stage, start)
+            if number == start:
+                return counted
+            return counted + (number - start) * (count_stage(stage, start + 1) - counted)
+
+        backbone = self.count(quantity, BackboneSize(width, blocks), 'backbone')
         found = {}
         for change in changes(len(blocks), most):
             size = BackboneSize(width, tuple(map(sum, zip(blocks, change))))
             if min(size.blocks) >= 1:
-                found[size] = unchanged + sum(a * b for a, b in zip(change, of_block))
+                found[size] = unchanged + sum(
+                    count_blocks(stage, number) - backbone
+                    for stage, number in enumerate(size.blocks))
         return found
 
     def widths_near(self, quantity: str, target: float) -> list[int]:
@@ -283,11 +298,6 @@ def fit_channels(model: ConfigDict, before: list[int], after: list[int]) -> None
                              f'in_channels is {found}, but the backbone has {before}; pass '
                              '--match none.')
         reader.in_channels = channels(reader, after)
-
-
-def one_more(blocks: tuple[int, ...], stage: int) -> tuple[int, ...]:
-    """Blocks of each stage with one more in one stage."""
-    return (*blocks[:stage], blocks[stage] + 1, *blocks[stage + 1:])
 
 
 def changes(stages: int, most: int) -> list[tuple[int, ...]]:

@@ -20,6 +20,9 @@ from acmix_mm.gpu_check.inputs import (
 )
 from acmix_mm.layers import ACmixConv2d, WindowACmix
 from acmix_mm.ops import (
+    BlockPattern,
+    block_attention,
+    global_attention,
     involution,
     patch_aggregation,
     patch_features,
@@ -204,7 +207,12 @@ def projected_cases() -> list[Subject]:
 
 
 def other_cases() -> list[Subject]:
-    """The operators of other hosts, which have no kernels of their own."""
+    """The operators that have no kernels of their own."""
     return [operator(patch_features, features_tensors, (1, 8, 6, 7, 3), kernel_size=3),
             operator(patch_aggregation, aggregation_tensors, (1, 8, 6, 7, 3), kernel_size=3),
-            operator(involution, involution_tensors, (1, 2, 4, 9, 8, 3, 2), stride=2)]
+            operator(involution, involution_tensors, (1, 2, 4, 9, 8, 3, 2), stride=2),
+            operator(global_attention, sliding_tensors, (2, 2, 16, 9, 14)),
+            operator(block_attention, sliding_tensors, (2, 2, 16, 9, 14),
+                     pattern=BlockPattern(4, 3)),
+            operator(block_attention, sliding_tensors, (2, 2, 16, 9, 14),
+                     pattern=BlockPattern(4, 3, 4, has_window=True), stride=2)]

@@ -114,10 +114,13 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """Compute the attention path. Its rate is applied in :meth:`combine_paths`."""
-        out = sliding_window_attention(qkv, self.position_encoding(qkv.shape[1:3], qkv),
-                                       self.attn_kernel_size, stride=self.stride[0],
-                                       dilation=self.dilation[0])
+        out = self.attend_positions(qkv, self.position_encoding(qkv.shape[1:3], qkv))
         return out.permute(0, 3, 1, 2)
+
+    def attend_positions(self, qkv: Tensor, positions: Tensor) -> Tensor:
+        """Attend with a position encoding: (batch, out height, out width, out_channels)."""
+        return sliding_window_attention(qkv, positions, self.attn_kernel_size,
+                                        stride=self.stride[0], dilation=self.dilation[0])
 
     def convolve(self, qkv: Tensor) -> Tensor:
         # In this order, an export needs no copy.
@@ -142,29 +145,23 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         return out.contiguous() if x.is_contiguous() else out
 
     def position_encoding(self, size: Sequence[int], like: Tensor) -> Tensor:
-        """The encoding of each position of a map, (height, width, head_dims), at least float32.
-
-        In bfloat16, neighbours on a map of width 336 would be 0.65 to 1.31 steps apart.
-        """
-        precise = torch.promote_types(like.dtype, torch.float32)
-        grid = coordinates(size[0], size[1], precise, like.device)
-        # As a matrix product, autocast or TF32 would round the coordinates.
-        assert self.conv_p.bias is not None
-        by_x, by_y = self.conv_p.weight.flatten(1).to(precise).unbind(1)
-        columns = torch.addcmul(self.conv_p.bias.to(precise), grid[0, :, :1], by_x)
-        return torch.addcmul(columns, grid[:, :1, 1:], by_y)
+        """The encoding of each position of a map; see :func:`linear_encoding`."""
+        return linear_encoding(size, self.conv_p.weight.flatten(1), self.conv_p.bias, like)
 
     def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
-        """Each output position attends to attn_kernel_size² others."""
         positions, outputs = x[:, 0].numel(), out[:, 0].numel()
         channels = self.out_channels
         counts = {PROJECTIONS: 3 * positions * self.in_channels * channels}
         if self.attends:
             encoding = 2 * (channels // self.num_heads) * x[0, 0].numel()
-            counts[ATTENTION] = 2 * outputs * self.attn_kernel_size**2 * channels + encoding
+            counts[ATTENTION] = 2 * self.num_pairs(x, out) * channels + encoding
         if self.convolves:
             counts[CONVOLUTION] = self.shift_multiply_adds(3 * positions * channels, outputs)
         return counts
+
+    def num_pairs(self, x: Tensor, out: Tensor) -> int:
+        """Number of pairs of a query and a position that it attends to, from input and output."""
+        return out[:, 0].numel() * self.attn_kernel_size**2
 
     def elementwise_operations(self, x: Tensor, out: Tensor) -> int:
         """One for each channel of queries, keys and values, for the bias of the projections."""
@@ -199,6 +196,30 @@ def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *
                        **kwargs: Any) -> nn.Module:
     """Build :class:`ACmixConv2d`, or ``nn.Conv2d`` if the kernel is 1×1 or there are groups."""
     return layer_or_plain(ACmixConv2d, in_channels, out_channels, kernel_size, *args, **kwargs)
+
+
+def linear_encoding(size: Sequence[int], weight: Tensor, bias: Optional[Tensor],
+                    like: Tensor) -> Tensor:
+    """A linear function of the coordinates of each position of a map, at least float32.
+
+    In bfloat16, neighbours on a map of width 336 would be 0.65 to 1.31 steps apart.
+
+    Args:
+        size: (height, width) of the map.
+        weight: (channels, 2), for x and y.
+        bias: (channels,), or None.
+        like: a tensor of the device and dtype of the map.
+
+    Returns:
+        (height, width, channels).
+    """
+    precise = torch.promote_types(like.dtype, torch.float32)
+    grid = coordinates(size[0], size[1], precise, like.device)
+    # As a matrix product, autocast or TF32 would round the coordinates.
+    by_x, by_y = weight.to(precise).unbind(1)
+    columns = grid[0, :, :1] * by_x if bias is None else torch.addcmul(
+        bias.to(precise), grid[0, :, :1], by_x)
+    return torch.addcmul(columns, grid[:, :1, 1:], by_y)
 
 
 @cached_by_size

@@ -1,10 +1,12 @@
-"""The operators of ACmix, and involution as a baseline, as functions on tensors.
+"""The operators of ACmix, and of baselines, as functions on tensors.
 
 Every operator has a reference implementation of the paper's equations and faster backends, chosen
 automatically or by name; see :mod:`acmix_mm.ops.backend`. The package needs torch alone.
 """
 
 from acmix_mm.ops.backend import available_backends, read_environment, use_backend
+from acmix_mm.ops.block_attention import BlockPattern, block_attention
+from acmix_mm.ops.global_attention import global_attention
 from acmix_mm.ops.involution import involution
 from acmix_mm.ops.patchwise_attention import patch_aggregation, patch_features
 from acmix_mm.ops.projected_shift_conv import projected_shift_conv
@@ -13,8 +15,9 @@ from acmix_mm.ops.shift_conv import shift_conv, shift_sum
 from acmix_mm.ops.sliding_attention import sliding_window_attention
 from acmix_mm.ops.window_attention import window_attention
 
-__all__ = ['available_backends', 'involution', 'patch_aggregation', 'patch_features', 'project',
-           'project_images', 'projected_shift_conv', 'shift_conv', 'shift_sum',
-           'sliding_window_attention', 'use_backend', 'window_attention']
+__all__ = ['BlockPattern', 'available_backends', 'block_attention', 'global_attention',
+           'involution', 'patch_aggregation', 'patch_features', 'project', 'project_images',
+           'projected_shift_conv', 'shift_conv', 'shift_sum', 'sliding_window_attention',
+           'use_backend', 'window_attention']
 
 read_environment()

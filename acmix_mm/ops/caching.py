@@ -22,3 +22,13 @@ def cached_by_size(make: Callable) -> Callable:
         with torch.inference_mode(False):
             return cached(*sizes)
     return table
+
+
+def constant_in_graphs(make: Callable) -> Callable:
+    """Mark a function of constants whose result torch.compile takes as a constant of the graph.
+
+    The same as ``torch.compiler.assume_constant_result``, which would import ``torch._dynamo``, and
+    with it Triton, when this package is imported.
+    """
+    setattr(make, '_dynamo_marked_constant', True)  # noqa: B010
+    return make

@@ -10,7 +10,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from acmix_mm.analysis.flops import count, total
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers import (
+    ACmixConv2d,
+    PatchwiseACmix,
+    PatternACmix,
+    PatternACmixConv2d,
+    ReducedACmix,
+    WindowACmix,
+)
+from acmix_mm.layers.attention_pattern import GlobalPattern, bigbird_pattern, random_pattern
 from acmix_mm.layers.base import ATTENTION, CONVOLUTION, OPERATOR_CLASSES, PROJECTIONS, REST
 from acmix_mm.ops import use_backend
 from acmix_mm.ops.shift_conv.folding import convolved_bias
@@ -101,6 +109,53 @@ def test_patchwise_acmix(backend):
     }
 
 
+@pytest.mark.parametrize('backend', ['reference', 'sdpa'])
+def test_global_attention(backend):
+    """Two images of 5×7: each of 3×4 strided queries attends to all 35 positions."""
+    layer = PatternACmixConv2d(6, 8, stride=2, num_heads=2, mix='attn')
+    with use_backend(backend):
+        counts = count(layer, lambda: layer(torch.zeros(2, 6, 5, 7)))
+    assert numbers(counts) == {
+        PROJECTIONS: 2 * 35 * 3 * 6 * 8,
+        ATTENTION: 2 * 2 * 12 * 35 * 8 + 35 * 2 * 4,
+        CONVOLUTION: 0,
+        REST: 0,
+    }
+    assert counts[ATTENTION].parameters == 3 * 4
+
+
+@pytest.mark.parametrize('backend', ['reference', 'sdpa'])
+def test_random_attention(backend):
+    """On 8×6, each query attends to two of four blocks; those at the right are half as wide."""
+    pattern = random_pattern(block_size=4, random_blocks=2)
+    layer = PatternACmix(12, 3, pattern)
+    # Of blocks of 4×4: the left ones have 16 positions, the right ones 8.
+    keys = [sum((16, 8)[block % 2] for block in drawn) for drawn in pattern.blocks.blocks(2, 2)]
+    pairs = 16 * keys[0] + 8 * keys[1] + 16 * keys[2] + 8 * keys[3]
+    with use_backend(backend):
+        counts = count(layer, lambda: layer(torch.zeros(2, 8, 6, 12)))
+    assert numbers(counts) == {
+        PROJECTIONS: 2 * 48 * 4 * 12 * 12,
+        ATTENTION: 2 * 2 * pairs * 12 + 48 * 2 * 4,
+        CONVOLUTION: 2 * 48 * (3 * 12 * 9 + 12 * 81),
+        REST: 0,
+    }
+    assert counts[ATTENTION].parameters == 2 * 4
+
+
+@pytest.mark.parametrize('backend', ['reference', 'sdpa'])
+def test_bigbird_attention(backend):
+    """On 8×8 in blocks of 2, of which none are drawn, with one global position in the centre."""
+    layer = PatternACmix(12, 3, bigbird_pattern(2, 0, 1), mix='attn')
+    # The windows of corners, edges and inner blocks have 4, 6 and 9 blocks of 4 positions.
+    window_pairs = 4 * 4 * (4 * 4 + 8 * 6 + 4 * 9)
+    # It is in the window of the 9 blocks around it, and sees 64 positions instead of 36.
+    token_pairs = 64 - 9 * 4 + 64 - 36
+    with use_backend(backend):
+        counts = count(layer, lambda: layer(torch.zeros(1, 8, 8, 12)))
+    assert counts[ATTENTION].multiply_adds == 2 * (window_pairs + token_pairs) * 12 + 64 * 2 * 4
+
+
 @pytest.mark.parametrize(('layer', 'x'), [
     (WindowACmix(12, 3, 4, 2), torch.empty(2, 8, 12, 12)),
     (WindowACmix(12, 3, 7, 3), torch.empty(1, 5, 3, 12)),
@@ -122,6 +177,7 @@ def test_formula_equals_direct_computation(layer, x):
 @pytest.mark.parametrize(('kind', 'arguments', 'shape'), [
     (ACmixConv2d, (6, 8), (1, 6, 4, 5)), (WindowACmix, (12, 3, 4), (1, 4, 8, 12)),
     (ReducedACmix, (12, 3, 2), (1, 4, 6, 12)), (PatchwiseACmix, (32, 2, 8, 3), (1, 32, 4, 5)),
+    (PatternACmix, (12, 3, GlobalPattern()), (1, 4, 6, 12)),
 ], ids=lambda value: getattr(value, '__name__', ''))
 def test_single_path(mix, kind, arguments, shape):
     counts = {}

@@ -10,7 +10,14 @@ from helpers import relative_error
 from helpers.analysis import CASES
 from helpers.weights import randomised
 
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers import (
+    ACmixConv2d,
+    PatchwiseACmix,
+    PatternACmix,
+    PatternACmixConv2d,
+    ReducedACmix,
+    WindowACmix,
+)
 
 
 def attended(layer, x, attention):
@@ -19,6 +26,8 @@ def attended(layer, x, attention):
     if isinstance(layer, WindowACmix):
         bottom, right = (size - own for size, own in zip(weights.shape[1:], x.shape[1:3]))
         v = layer.qkv(F.pad(x, (0, 0, 0, right, 0, bottom)))[0].chunk(3, 2)[2].permute(2, 0, 1)
+    elif isinstance(layer, PatternACmix):
+        v = layer.qkv(x)[0].chunk(3, 2)[2].permute(2, 0, 1)
     elif isinstance(layer, ReducedACmix):
         weight, bias = layer.attn.in_proj_weight, layer.attn.in_proj_bias
         v = F.linear(layer.reduce(x)[0], weight.chunk(3)[2], bias.chunk(3)[2]).permute(2, 0, 1)
@@ -29,7 +38,7 @@ def attended(layer, x, attention):
     else:
         groups = torch.arange(len(v)) // (len(v) // len(weights))
     out = (weights[groups] * v).sum((1, 2))
-    if isinstance(layer, WindowACmix):
+    if isinstance(layer, (WindowACmix, PatternACmix)):
         return layer.proj(out)
     return layer.attn.out_proj(out) if isinstance(layer, ReducedACmix) else out
 
@@ -58,13 +67,13 @@ def test_attention_of_a_point_gives_the_output_of_the_layer(case):
             torch.testing.assert_close(weights.sum((1, 2)), torch.ones(len(weights)))
         seen_rows, seen_columns = np.nonzero(weights.abs().sum(0).numpy() > 1e-20)
         assert attention.num_positions >= len(seen_rows)
-        if isinstance(layer, (WindowACmix, ReducedACmix)):
+        if isinstance(layer, (WindowACmix, ReducedACmix, PatternACmix, PatternACmixConv2d)):
             assert attention.num_positions == len(seen_rows)
         if isinstance(layer, WindowACmix) and case != 'one window':
             # The windows of a shifted map are offset by the shift.
             for seen, own in ((seen_rows, row), (seen_columns, column)):
                 assert set((seen + layer.shift_size) // 4) == {(own + layer.shift_size) // 4}
-        if isinstance(layer, (ACmixConv2d, PatchwiseACmix)):
+        if type(layer) in (ACmixConv2d, PatchwiseACmix):
             side = layer.attn_kernel_size if isinstance(layer, ACmixConv2d) else layer.kernel_size
             reach = side // 2 * getattr(layer, 'dilation', (1, 1))[0]
             assert abs(seen_rows - row).max() <= reach

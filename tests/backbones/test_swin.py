@@ -141,7 +141,8 @@ def test_has_the_arguments_of_plain_swin(plain_swin):
     own = inspect.signature(ACmixSwinTransformer.__init__).parameters
     for name, parameter in theirs.items():
         assert own[name].default == parameter.default, name
-    assert set(own) - set(theirs) <= {'acmix_cfg', 'mix', 'mixer', 'convert_weights'}
+    assert set(own) - set(theirs) <= {'acmix_cfg', 'mix', 'mixer', 'last_mixer',
+                                      'convert_weights'}
 
 
 def test_parameter_counts_equal_published_code():

@@ -13,7 +13,15 @@ from acmix_mm.analysis.complexity import complexity_report
 from acmix_mm.backbones.swin import ACmixSwinBlock, ConvolutionMixer
 from acmix_mm.backbones.token_mixers import MIXERS, mixer_options, with_mixer
 from acmix_mm.engine.config import load_config
-from acmix_mm.layers import ACmixConv2d, Involution2d, WindowACmix
+from acmix_mm.layers import (
+    ACmixConv2d,
+    Involution2d,
+    PatternACmix,
+    PatternACmixConv2d,
+    WindowACmix,
+)
+from acmix_mm.layers.attention_pattern import BlockedPattern
+from acmix_mm.ops import BlockPattern
 from acmix_mm.utils.errors import CheckpointError, UsageError
 
 SMALL = {
@@ -52,7 +60,16 @@ EXPECTED = {
     ('ACmixSwinTransformer', 'conv7'): (nn.Conv2d, dict(kernel_size=(7, 7), padding=(3, 3))),
     ('ACmixSwinTransformer', 'acmix-conv'): (WindowACmix, dict(mix='conv')),
     ('ACmixSwinTransformer', 'involution'): (Involution2d, dict(kernel_size=(7, 7))),
+    **{(backbone, mixer): (kind, dict(mix='attn')) for mixer in ('global', 'random', 'bigbird')
+       for backbone, kind in (('ACmixResNet', PatternACmixConv2d),
+                              ('ACmixSwinTransformer', PatternACmix))},
 }
+# The mixers whose last block of a stage differs: (mix of all, local layer, global layer).
+LAST_GLOBAL = {
+    (backbone, mixer): (mix, *kinds)
+    for mixer, mix in (('attn-global', 'attn'), ('acmix-global', 'acmix'))
+    for backbone, kinds in (('ACmixResNet', (ACmixConv2d, PatternACmixConv2d)),
+                            ('ACmixSwinTransformer', (WindowACmix, PatternACmix)))}
 
 
 @pytest.mark.parametrize(('backbone', 'mixer'), EXPECTED)
@@ -70,9 +87,64 @@ def test_only_the_mixer_of_each_block_changes(backbone, mixer):
     assert rest == expected
 
 
+@pytest.mark.parametrize(('backbone', 'mixer'), LAST_GLOBAL)
+def test_the_last_block_of_each_stage_is_global(backbone, mixer):
+    mix, local, whole = LAST_GLOBAL[backbone, mixer]
+    mixers = mixers_of(build(backbone, mixer))
+    last = (1, 2, 3, 4) if backbone == 'ACmixResNet' else (1, 3)
+    assert [type(each) for each in mixers] == [
+        whole if index in last else local for index in range(len(mixers))]
+    assert {each.mix for each in mixers} == {mix}
+    assert {repr(mixers[index].pattern) for index in last} == {'GlobalPattern()'}
+
+
+@BOTH
+def test_patterns_have_the_options_of_the_attention_that_they_replace(backbone):
+    """Heads, biases, and the options of acmix_cfg; those of the mixer go first."""
+    options = dict(num_heads=8) if backbone == 'ACmixResNet' else dict(qkv_bias=False)
+    local, whole = mixers_of(build(backbone, 'acmix-global', acmix_cfg=dict(combine='convex'),
+                                   **options))[:2]
+    assert whole.num_heads == local.num_heads
+    same = {name: value.shape for name, value in local.state_dict().items()
+            if 'position' not in name}
+    assert same == {name: value.shape for name, value in whole.state_dict().items()
+                    if backbone == 'ACmixResNet' or name != 'conv_p.weight'}
+    assert 'rate1' in same
+    assert 'rate2' not in same
+    mixer = dict(type='RandomAttention', num_heads=1, block_size=8, random_blocks=2, seed=7)
+    patterns = [(each.num_heads, each.mix, *each.pattern.blocks)
+                for each in mixers_of(build(backbone, mixer))]
+    # Each block draws its own blocks.
+    assert patterns == [(1, 'attn', 8, 2, 0, 7 + number, False)
+                        for number in range(len(patterns))]
+
+
+def test_only_the_pattern_differs_from_local_attention():
+    """A window of 3×3 blocks of one position is a neighbourhood of 3×3."""
+    pattern = BlockedPattern(BlockPattern(1, 0, has_window=True))
+    for mix in ('attn', 'acmix'):
+        local = ACmixConv2d(6, 8, num_heads=2, attn_kernel_size=3, mix=mix).double()
+        layer = PatternACmixConv2d(6, 8, num_heads=2, mix=mix, pattern=pattern).double()
+        layer.load_state_dict(local.state_dict())
+        x = torch.randn(2, 6, 7, 6, dtype=torch.float64)
+        # Reflection padding repeats neighbours at the border.
+        torch.testing.assert_close(layer(x)[..., 1:-1, 1:-1], local(x)[..., 1:-1, 1:-1])
+
+
+def test_only_the_attention_differs_from_windows():
+    options = dict(num_heads=2, mix='conv')
+    local, layer = WindowACmix(8, window_size=4, **options), PatternACmix(
+        8, pattern=BlockedPattern(BlockPattern(4, 1)), **options)
+    layer.load_state_dict(local.state_dict())
+    x = torch.randn(2, 7, 6, 8)
+    torch.testing.assert_close(layer(x), local(x))
+
+
 def test_mixers():
-    assert MIXERS == ('conv', 'attn', 'acmix', 'acmix-conv', 'conv7', 'involution')
-    assert set(EXPECTED) == {(backbone, mixer) for backbone in SMALL for mixer in MIXERS}
+    assert MIXERS == ('conv', 'attn', 'acmix', 'acmix-conv', 'conv7', 'involution', 'global',
+                      'random', 'bigbird', 'attn-global', 'acmix-global')
+    assert {*EXPECTED, *LAST_GLOBAL} == {
+        (backbone, mixer) for backbone in SMALL for mixer in MIXERS}
 
 
 def test_options_are_copies():
@@ -143,6 +215,50 @@ def test_checkpoint_of_another_mixer_loads_all_but_the_mixers(backbone, source, 
         start = fresh if any(part in name for part in left) else theirs
         assert torch.equal(value, start[name]), name
     assert 'the model starts as the plain' not in log_text()
+
+
+@BOTH
+def test_patterns_load_the_projections_of_local_attention(backbone, tmp_path, log_text):
+    """From local attention, all but the position term of a Swin; from ACmix, in a Swin only."""
+    path = str(tmp_path / 'local.pth')
+    for source, wanted in (('attn', 'global'), ('attn', 'attn-global'), ('acmix', 'acmix-global'),
+                           ('acmix', 'random')):
+        local = build(backbone, source)
+        with torch.no_grad():
+            for value in local.state_dict().values():
+                if value.is_floating_point():
+                    value.normal_().abs_()
+        torch.save(local.state_dict(), path)
+        model = build(backbone, wanted, init_cfg=dict(type='Pretrained', checkpoint=path))
+        fresh = {name: value.clone() for name, value in model.state_dict().items()}
+        model.init_weights()
+        theirs = local.state_dict()
+        for name, value in model.state_dict().items():
+            is_left = name not in theirs or (
+                (backbone, source, wanted) == ('ACmixResNet', 'acmix', 'random')
+                and ('.conv2.' in name or '.bn2.' in name))
+            assert not is_left or name.endswith('conv_p.weight') or backbone == 'ACmixResNet'
+            expected = fresh[name] if is_left else theirs[name]
+            if '.proj.' in name and wanted == 'random':
+                expected = expected * theirs[name.rpartition('.proj.')[0] + '.rate1']
+            torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_plain_swin_starts_a_network_with_global_attention(tmp_path, log_text):
+    """The convolution paths of global layers contribute nothing either."""
+    path = str(tmp_path / 'plain.pth')
+    torch.save(build('ACmixSwinTransformer', 'attn').state_dict(), path)
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    outs = []
+    for mixer in ('attn-global', 'acmix-global'):
+        model = build('ACmixSwinTransformer', mixer, init_cfg=init_cfg)
+        model.init_weights()
+        for layer in mixers_of(model):
+            if isinstance(layer, PatternACmix):
+                nn.init.ones_(layer.conv_p.weight)
+        outs.append(model.eval()(torch.ones(1, 3, 40, 50)))
+    for expected, actual in zip(*outs):
+        torch.testing.assert_close(actual, expected)
 
 
 @BOTH
@@ -246,6 +362,9 @@ def test_convolution_in_a_swin_is_not_shifted_and_a_linear_layer_follows():
     (dict(mixer=dict(type='Conv2d', kernel_size=4)), 'kernel_size of a mixer must be odd.* got 4'),
     (dict(mixer=dict(type='Involution', group_channels=5)), 'group_channels must divide'),
     (dict(mixer=dict(type='ACmix', num_heads=5)), 'num_heads must divide'),
+    (dict(mixer=dict(type='GlobalAttention', num_heads=5)), 'num_heads must divide'),
+    (dict(mixer=dict(type='RandomAttention', random_blocks=0)), 'random_blocks must be an integer'),
+    (dict(last_mixer=dict(type='BigBirdAttention', block_size=0)), 'block_size must be an integer'),
 ])
 def test_invalid_arguments(backbone, options, message):
     with pytest.raises(ValueError, match=message):
@@ -277,7 +396,8 @@ def test_configs_are_counted_with_every_mixer(config):
 
 
 @pytest.mark.parametrize('present', [
-    dict(mixer=dict(type='Involution', kernel_size=5)), dict(mix='attn'), dict(acmix_stages=[]),
+    dict(mixer=dict(type='Involution', kernel_size=5)), dict(mix='attn'),
+    dict(last_mixer=dict(type='Conv2d')), dict(acmix_stages=[]),
     dict(acmix_cfg=dict(combine='sum')), dict()])
 @EACH
 def test_with_mixer_replaces_any_mixer(present, mixer):

@@ -4,7 +4,15 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.engine.config import load_config
-from acmix_mm.layers import ACmixConv2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers import (
+    ACmixConv2d,
+    PatchwiseACmix,
+    PatternACmix,
+    PatternACmixConv2d,
+    ReducedACmix,
+    WindowACmix,
+)
+from acmix_mm.layers.attention_pattern import GlobalPattern, bigbird_pattern, random_pattern
 
 # Eleven layers in a stage: sorted as text, the tenth would come before the second.
 BACKBONES = {
@@ -43,4 +51,8 @@ CASES = {
     'reduced': (ReducedACmix(8, 2, sr_ratio=4), (1, 9, 14, 8)),
     'full map': (ReducedACmix(8, 2, qkv_bias=True), (1, 5, 6, 8)),
     'patch-wise': (PatchwiseACmix(32, 2, 16, 7), (1, 32, 9, 14)),
+    'global': (PatternACmixConv2d(6, 8, num_heads=2, pattern=GlobalPattern()), (1, 6, 9, 14)),
+    'random, strided': (PatternACmixConv2d(6, 8, num_heads=2, stride=2, pattern=random_pattern()),
+                        (1, 6, 9, 14)),
+    'bigbird': (PatternACmix(8, 2, bigbird_pattern(2, 1, 4)), (1, 9, 14, 8)),
 }

@@ -5,6 +5,8 @@ import itertools
 
 import torch
 from helpers import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from acmix_mm.gpu_check import checks
 from acmix_mm.gpu_check.checks import TOLERANCE
@@ -56,6 +58,27 @@ def involution_loop(x, kernels, stride, dilation):
                 out[image, channel, row, column] += (
                     kernels[image, group, u, v, row, column] * x[image, channel, down, across])
     return out
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation allocates."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in tree_flatten(out)[0]:
+            if isinstance(each, torch.Tensor):
+                storage = each.untyped_storage()
+                self.elements = max(self.elements, storage.nbytes() // each.element_size())
+        return out
+
+
+def largest_tensor(run):
+    """Number of elements of the largest tensor that a computation stores."""
+    with LargestTensor() as mode:
+        run()
+    return mode.elements
 
 
 def results(run, module, x):

@@ -10,7 +10,16 @@ import torch
 from helpers.weights import randomised
 from torch import nn
 
-from acmix_mm.layers import ACmixConv2d, Involution2d, PatchwiseACmix, ReducedACmix, WindowACmix
+from acmix_mm.layers import (
+    ACmixConv2d,
+    Involution2d,
+    PatchwiseACmix,
+    PatternACmix,
+    PatternACmixConv2d,
+    ReducedACmix,
+    WindowACmix,
+)
+from acmix_mm.layers.attention_pattern import GlobalPattern, bigbird_pattern
 from acmix_mm.layers.base import (
     ATTENTION,
     COMBINATIONS,
@@ -33,10 +42,13 @@ TWO_PATHS = {
                 (1, 6, 9, 14)),
     'reduced': (lambda **options: ReducedACmix(8, 2, sr_ratio=4, **options), (1, 9, 14, 8)),
     'patch-wise': (lambda **options: PatchwiseACmix(32, 2, 16, 7, **options), (1, 32, 9, 14)),
+    'global': (lambda **options: PatternACmix(8, 2, GlobalPattern(), **options), (1, 9, 14, 8)),
+    'bigbird': (lambda **options: PatternACmixConv2d(
+        6, 8, num_heads=2, stride=2, pattern=bigbird_pattern(2), **options), (1, 6, 9, 14)),
 }
 LAYERS = {**TWO_PATHS, 'involution': (lambda: Involution2d(16, 16, stride=2), (1, 16, 9, 14))}
 MIN_DYNAMIC_SIZES = {'window': 5, 'one window': 8, 'sliding': 2, 'strided': 2, 'reduced': 8,
-                     'patch-wise': 2, 'involution': 2}
+                     'patch-wise': 2, 'global': 2, 'bigbird': 2, 'involution': 2}
 
 
 @pytest.mark.parametrize('name', TWO_PATHS)
@@ -113,7 +125,8 @@ def test_what_layers_report(name):
     build, shape = LAYERS[name]
     layer, x = build().eval(), torch.randn(shape)
     assert isinstance(layer, OperatorLayer)
-    assert layer.channels_last == isinstance(layer, (WindowACmix, ReducedACmix))
+    assert layer.channels_last == isinstance(
+        layer, (WindowACmix, ReducedACmix, PatternACmix))
     assert layer.map_size(x) == (shape[1:3] if layer.channels_last else shape[2:])
     assert layer.min_dynamic_size == MIN_DYNAMIC_SIZES[name]
 
@@ -166,7 +179,7 @@ def test_gradient_penalty(name):
     build, shape = LAYERS[name]
     layer, x = randomised(build()).double(), torch.randn(2, *shape[1:], dtype=torch.float64)
     context = nullcontext()
-    if name == 'reduced':
+    if name in ('reduced', 'global', 'bigbird'):
         # Torch's fused attention refuses second derivatives; its composite one computes them.
         with pytest.raises(RuntimeError, match=r'attention.* is not implemented'):
             penalty_gradients(layer, x)

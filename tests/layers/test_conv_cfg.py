@@ -14,7 +14,10 @@ from acmix_mm.layers.padded_conv import PaddedConvolution
 
 ACMIX = dict(type='ACmix', num_heads=2, attn_kernel_size=5)
 TYPES = [ACMIX, dict(ACMIX, type='SlidingAttention'), dict(ACMIX, type='ACmixConvolution'),
-         dict(type='Involution', group_channels=4)]
+         dict(type='Involution', group_channels=4), dict(type='GlobalAttention', num_heads=2),
+         dict(type='GlobalACmix', num_heads=2),
+         dict(type='RandomAttention', num_heads=2, random_blocks=1, seed=3),
+         dict(type='BigBirdAttention', num_heads=2, block_size=2, global_tokens=4)]
 
 
 def test_conv_cfg_builds_acmix_and_plain_pointwise_convolutions():

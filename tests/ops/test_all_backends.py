@@ -19,7 +19,10 @@ from helpers.stack import needs_custom_ops
 from torch.autograd import grad, gradgradcheck
 
 from acmix_mm.ops import (
+    BlockPattern,
     available_backends,
+    block_attention,
+    global_attention,
     involution,
     patch_aggregation,
     patch_features,
@@ -37,6 +40,12 @@ OPERATORS = {
     'sliding_window_attention': (
         functools.partial(sliding_window_attention, kernel_size=3),
         lambda batch: sliding_tensors(batch, 1, 2, 3, 9)),
+    'global_attention': (
+        functools.partial(global_attention, stride=2),
+        lambda batch: sliding_tensors(batch, 1, 2, 3, 4)),
+    'block_attention': (
+        functools.partial(block_attention, pattern=BlockPattern(2, 1, 1, has_window=True)),
+        lambda batch: sliding_tensors(batch, 1, 2, 3, 7)),
     'window_attention': (
         functools.partial(window_attention, window_size=(2, 3), shift_size=1),
         lambda batch: window_tensors(batch, (2, 2), (2, 3), 2, 2)),
@@ -63,8 +72,10 @@ def backends_of(name):
 
 
 CASES = [(operator, backend) for operator in OPERATORS for backend in backends_of(operator)]
-# The backend 'dense' runs torch's fused attention; see test_fused_attention.
-DIFFERENTIABLE_TWICE = [case for case in CASES if 'dense' not in case]
+# These backends run torch's fused attention; see test_fused_attention.
+FUSED = [('sliding_window_attention', 'dense'), ('global_attention', 'sdpa'),
+         ('block_attention', 'sdpa')]
+DIFFERENTIABLE_TWICE = [case for case in CASES if case not in FUSED]
 
 
 @pytest.fixture(autouse=True)
@@ -116,10 +127,11 @@ def test_second_derivatives_of_compiled_operators(operator, backend):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-def test_fused_attention():
+@pytest.mark.parametrize(('operator', 'backend'), FUSED)
+def test_fused_attention(operator, backend):
     """Torch's fused attention refuses second derivatives; its composite one computes them."""
     attention = pytest.importorskip('torch.nn.attention', reason='torch has it since 2.3')
-    run, tensors = prepare('sliding_window_attention', 'dense', 1, torch.float64)
+    run, tensors = prepare(operator, backend, 1, torch.float64)
     with pytest.raises(RuntimeError, match=r'attention.* is not implemented'):
         second_derivatives(run, tensors)
     with attention.sdpa_kernel(attention.SDPBackend.MATH):
@@ -151,7 +163,8 @@ def test_compiled_operators_refuse_second_derivatives(operator, backend):
         second_derivatives(torch.compile(run, backend='aot_eager'), tensors)
 
 
-@pytest.mark.parametrize('operator', OPERATORS)
+@pytest.mark.parametrize('operator', [
+    each for each in OPERATORS if each not in ('global_attention', 'block_attention')])
 def test_functional_transforms_are_refused(operator):
     run, tensors = prepare(operator, next(
         name for name in backends_of(operator) if name in ('tiled', 'chunked', 'folded')),

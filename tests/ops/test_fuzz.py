@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 
 from acmix_mm.environment import TORCH_VERSION
 from acmix_mm.ops import (
+    BlockPattern,
     available_backends,
+    block_attention,
+    global_attention,
     involution,
     patch_aggregation,
     patch_features,
@@ -48,6 +51,15 @@ def draw_case(operator, data):
         run = functools.partial(sliding_window_attention, kernel_size=kernel_size, stride=stride,
                                 dilation=dilation)
         return run, sliding_tensors(batch, heads, head_dims, *size, data.draw(st.booleans()))
+    if operator in ('global_attention', 'block_attention'):
+        run = functools.partial(global_attention, stride=stride)
+        if operator == 'block_attention':
+            has_window = data.draw(st.booleans())
+            pattern = BlockPattern(stride * data.draw(few), data.draw(st.integers(
+                0 if has_window else 1, 4)), data.draw(st.integers(0, 9)),
+                data.draw(few), has_window)
+            run = functools.partial(block_attention, pattern=pattern, stride=stride)
+        return run, sliding_tensors(batch, heads, head_dims, *size, data.draw(st.booleans()))
     if operator == 'window_attention':
         window, grid = (tuple(data.draw(st.integers(1, most)) for _ in range(2)) for most in (5, 4))
         shift = data.draw(st.integers(0, min(window) - 1))
@@ -74,8 +86,8 @@ def draw_case(operator, data):
 
 
 @pytest.mark.parametrize('operator', [
-    'sliding_window_attention', 'window_attention', 'shift_conv', 'involution', 'patch_features',
-    'patch_aggregation'])
+    'sliding_window_attention', 'global_attention', 'block_attention', 'window_attention',
+    'shift_conv', 'involution', 'patch_features', 'patch_aggregation'])
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_backends_agree(operator, data):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from acmix_mm.ops.backend import Backend, register_backends, select_backend, triton_unavailable
-from acmix_mm.ops.checks import check_odd_kernel
+from acmix_mm.ops.checks import check_odd_kernel, check_projections
 from acmix_mm.ops.sliding_attention.dense import sliding_attention_dense
 from acmix_mm.ops.sliding_attention.reference import sliding_attention_reference
 from acmix_mm.ops.sliding_attention.tiled import sliding_attention_tiled
@@ -44,13 +44,7 @@ def sliding_window_attention(qkv: Tensor, positions: Tensor, kernel_size: int, *
     Raises:
         ValueError: an argument is invalid, or the backend ``'triton'`` cannot run on them.
     """
-    if qkv.dim() != 6 or qkv.shape[3] != 3:
-        raise ValueError('sliding_window_attention takes qkv of shape (batch, height, width, 3, '
-                         f'num_heads, head_dims), got {tuple(qkv.shape)}.')
-    encoding_shape = (*qkv.shape[1:3], qkv.shape[5])
-    if positions.shape != encoding_shape:
-        raise ValueError(f'positions must be of shape {encoding_shape} for this map, got '
-                         f'{tuple(positions.shape)}.')
+    check_projections('sliding_window_attention', qkv, positions)
     check_odd_kernel('sliding_window_attention', kernel_size)
     if scale is None:
         scale = qkv.shape[5]**-0.5
