@@ -44,6 +44,7 @@ from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.checkpoints.swin import SwinCheckpoints
 from acmix_mm.layers import WindowACmix
+from acmix_mm.ops import linear
 from acmix_mm.ops.symbolic import statically_known_true
 
 
@@ -144,7 +145,7 @@ class SwinPatchMerging(PatchMerging):
         if self.norm is not None:
             x = F.layer_norm(x, self.norm.normalized_shape, self.channels_last(self.norm.weight),
                              self.channels_last(self.norm.bias), self.norm.eps)
-        return F.linear(x, self.channels_last(self.reduction.weight), self.reduction.bias), size
+        return linear(x, self.channels_last(self.reduction.weight), self.reduction.bias), size
 
     def channels_last(self, weight: Tensor) -> Tensor:
         """Reorder a weight's last axis from (channel, position in the patch) to the opposite."""

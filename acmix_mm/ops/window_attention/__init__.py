@@ -18,17 +18,17 @@ from acmix_mm.ops.backend import (
 )
 from acmix_mm.ops.window_attention.chunked import window_attention_chunked
 from acmix_mm.ops.window_attention.masks import MASKED_LOGIT
-from acmix_mm.ops.window_attention.padding import padding_first
+from acmix_mm.ops.window_attention.padding import padding_first, unrolling_first
 from acmix_mm.ops.window_attention.reference import window_attention_reference
 from acmix_mm.ops.window_attention.sdpa import window_attention_sdpa
 from acmix_mm.ops.window_attention.triton import has_kernel, window_attention_triton
 
-__all__ = ['MASKED_LOGIT', 'pads_in_place', 'window_attention']
+__all__ = ['MASKED_LOGIT', 'pads_in_place', 'rolls_in_place', 'window_attention']
 
 
 def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
                      shift_size: int = 0, padding: Optional[Tensor] = None,
-                     scale: Optional[float] = None, dropout_p: float = 0.0,
+                     is_rolled: bool = False, scale: Optional[float] = None, dropout_p: float = 0.0,
                      backend: Optional[str] = None) -> Tensor:
     """Attend within each window of a map: softmax(q · kᵀ · scale + bias) · v.
 
@@ -45,12 +45,15 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
             map is padded at the bottom and right to whole windows and rolled by ``-shift_size``
             along both axes; the output is rolled back, without the padding. If None, windows divide
             the map, which has already been rolled; so is the output.
+        is_rolled: with ``padding``, whether the map has already been rolled, too, before padding;
+            so is the output.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
         backend: ``'reference'``, ``'sdpa'``, ``'chunked'`` or ``'triton'``. By default and without
             dropout, ``'triton'`` on a GPU that can run it and ``'chunked'`` on a CPU; otherwise and
-            in an export ``'sdpa'``. Only ``'triton'`` pads and rolls without copying the map; see
-            :func:`pads_in_place`.
+            in an export ``'sdpa'``. Only ``'triton'`` and ``'chunked'`` pad without copying the
+            map, and only ``'triton'`` rolls without copying it; see :func:`pads_in_place` and
+            :func:`rolls_in_place`.
 
     Returns:
         (batch, height, width, num_heads · head_dims), in the dtype of ``qkv``.
@@ -79,12 +82,13 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         scale = head_dims**-0.5
     run = select_backend('window_attention', backend, qkv.device, exporting='sdpa',
                          automatic=_automatic(qkv, window_size, head_dims, dropout_p))
-    return run(qkv, bias, padding, window_size, shift_size, scale, dropout_p)
+    return run(qkv, bias, padding, is_rolled or padding is None, window_size, shift_size, scale,
+               dropout_p)
 
 
 def pads_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,
                   dropout_p: float = 0.0) -> bool:
-    """Whether :func:`window_attention` pads and rolls without copying the map.
+    """Whether :func:`window_attention` pads without copying the map.
 
     If not, a layer should pad and roll the smaller input of its projections.
 
@@ -94,10 +98,21 @@ def pads_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,
         head_dims: channels of a head.
         dropout_p: probability of dropping an attention weight.
     """
+    return _chosen(x, window_size, head_dims, dropout_p) in ('triton', 'chunked')
+
+
+def rolls_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,
+                   dropout_p: float = 0.0) -> bool:
+    """Whether :func:`window_attention` rolls without copying the map; see :func:`pads_in_place`."""
+    return _chosen(x, window_size, head_dims, dropout_p) == 'triton'
+
+
+def _chosen(x: Tensor, window_size: tuple[int, int], head_dims: int,
+            dropout_p: float) -> Optional[str]:
     chosen = preferred_backend('window_attention')
     if chosen is None and not is_exporting():
         chosen = _automatic(x, window_size, head_dims, dropout_p)
-    return chosen == 'triton'
+    return chosen
 
 
 def _automatic(x: Tensor, window_size: tuple[int, int], head_dims: int, dropout_p: float) -> str:
@@ -109,7 +124,7 @@ def _automatic(x: Tensor, window_size: tuple[int, int], head_dims: int, dropout_
 
 
 register_backends('window_attention',
-                  Backend('reference', padding_first(window_attention_reference)),
-                  Backend('sdpa', padding_first(window_attention_sdpa)),
-                  Backend('chunked', padding_first(window_attention_chunked)),
-                  Backend('triton', window_attention_triton, triton_unavailable))
+                  Backend('reference', unrolling_first(padding_first(window_attention_reference))),
+                  Backend('sdpa', unrolling_first(padding_first(window_attention_sdpa))),
+                  Backend('chunked', window_attention_chunked),
+                  Backend('triton', unrolling_first(window_attention_triton), triton_unavailable))

@@ -30,6 +30,21 @@ def padding_first(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return padded
 
 
+def unrolling_first(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give a backend that pads before it rolls the argument ``is_rolled``.
+
+    See :func:`acmix_mm.ops.window_attention`.
+    """
+    @functools.wraps(run)
+    def unrolled(qkv: Tensor, bias: Tensor, padding: Optional[Tensor], is_rolled: bool,
+                 window_size: Sequence[int], shift_size: int, *others: Any) -> Tensor:
+        shift = 0 if padding is None or not is_rolled else shift_size
+        out = run(roll(qkv, shift) if shift else qkv, bias, padding, window_size, shift_size,
+                  *others)
+        return roll(out, -shift) if shift else out
+    return unrolled
+
+
 def fill_to_windows(maps: Tensor, values: Tensor, window_size: Sequence[int]) -> Tensor:
     """Pad (batch, height, width, …) at the bottom and right to whole windows.
 
