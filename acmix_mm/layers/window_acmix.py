@@ -1,7 +1,7 @@
 """ACmix in a Swin host: windowed attention and convolution on the same projections."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,13 @@ from acmix_mm.layers.base import (
 )
 from acmix_mm.layers.point_attention import PointAttention, scatter, softmax
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import project, window_attention
-from acmix_mm.ops.window_attention import MASKED_LOGIT, pads_in_place, rolls_in_place
+from acmix_mm.ops import project
+from acmix_mm.ops.window_attention import (
+    MASKED_LOGIT,
+    pads_in_place,
+    rolls_in_place,
+    window_attention_and_map,
+)
 from acmix_mm.ops.window_attention.padding import drop_padding, pad_to_windows, roll
 
 
@@ -116,16 +121,20 @@ class WindowACmix(TwoPathLayer):
                       for_convolution=self.convolves)
         return qkv, size, is_padded, is_rolled
 
-    def attend(self, qkv: Tensor, size: Sequence[int], is_padded: bool,
-               is_rolled: bool) -> Tensor:
+    def attend(self, *projected: Any) -> Tensor:
+        return self.attend_and_pass_on(*projected)[0]
+
+    def attend_and_pass_on(self, qkv: Tensor, size: Sequence[int], is_padded: bool,
+                           is_rolled: bool) -> tuple[Tensor, tuple]:
         window_size, shift_size = self.window_and_shift(size)
-        out = window_attention(qkv, self.position_bias(window_size), window_size,
-                               shift_size=shift_size,
-                               padding=None if is_padded else self.padding(qkv),
-                               is_rolled=is_rolled, scale=self.scale,
-                               dropout_p=self.attention_dropout)
+        out, qkv = window_attention_and_map(
+            qkv, self.position_bias(window_size), window_size, shift_size=shift_size,
+            padding=None if is_padded else self.padding(qkv), is_rolled=is_rolled,
+            scale=self.scale, dropout_p=self.attention_dropout)
         out = scaled_linear(self.attention_rate, out, self.proj)
-        return drop_padding(out, size, shift_size) if is_padded else out
+        if is_padded:
+            out = drop_padding(out, size, shift_size)
+        return out, (qkv, size, is_padded, is_rolled)
 
     def convolve(self, qkv: Tensor, size: Sequence[int], is_padded: bool,
                  is_rolled: bool) -> Tensor:

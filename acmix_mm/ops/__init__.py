@@ -6,8 +6,8 @@ automatically or by name; see :mod:`acmix_mm.ops.backend`. The package needs tor
 
 from acmix_mm.ops.backend import available_backends, read_environment, use_backend
 from acmix_mm.ops.involution import involution
-from acmix_mm.ops.patchwise_attention import patch_aggregation, patch_features
 from acmix_mm.ops.linear import linear
+from acmix_mm.ops.patchwise_attention import patch_aggregation, patch_features
 from acmix_mm.ops.projected_shift_conv import projected_shift_conv
 from acmix_mm.ops.projection import project, project_images
 from acmix_mm.ops.shift_conv import shift_conv, shift_sum

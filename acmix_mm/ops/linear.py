@@ -16,9 +16,9 @@ MIN_MULTIPLY_ADDS = 2**23
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """The same as ``torch.nn.functional.linear``, by oneDNN on a CPU with AVX-512.
 
-    Torch multiplies float32 matrices by MKL, which keeps to AVX2 on processors that are not Intel's.
-    It convolves by oneDNN, which does not: a pointwise convolution in channels last is the same
-    product, and forward and backward take less than half the time on an AMD processor.
+    Torch multiplies float32 matrices by MKL, which keeps to AVX2 on AMD's processors. It convolves
+    by oneDNN, which does not: a pointwise convolution in channels last is the same product, in half
+    the time.
 
     Args:
         x: (…, in_channels), any floating dtype.

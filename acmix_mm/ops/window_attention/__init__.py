@@ -23,7 +23,8 @@ from acmix_mm.ops.window_attention.reference import window_attention_reference
 from acmix_mm.ops.window_attention.sdpa import window_attention_sdpa
 from acmix_mm.ops.window_attention.triton import has_kernel, window_attention_triton
 
-__all__ = ['MASKED_LOGIT', 'pads_in_place', 'rolls_in_place', 'window_attention']
+__all__ = ['MASKED_LOGIT', 'pads_in_place', 'rolls_in_place', 'window_attention',
+           'window_attention_and_map']
 
 
 def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
@@ -61,6 +62,24 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
     Raises:
         ValueError: an argument is invalid, the backend ``'chunked'`` or ``'triton'`` is given
             dropout, or the backend ``'triton'`` cannot run on the arguments.
+    """
+    return window_attention_and_map(qkv, bias, window_size, shift_size=shift_size, padding=padding,
+                                    is_rolled=is_rolled, scale=scale, dropout_p=dropout_p,
+                                    backend=backend)[0]
+
+
+def window_attention_and_map(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
+                             shift_size: int = 0, padding: Optional[Tensor] = None,
+                             is_rolled: bool = False, scale: Optional[float] = None,
+                             dropout_p: float = 0.0,
+                             backend: Optional[str] = None) -> tuple[Tensor, Tensor]:
+    """:func:`window_attention`, for a map that another operator reads, too.
+
+    In the backward pass, ``'chunked'`` adds to the other's gradient in place. Otherwise autograd
+    would add both gradients, each as large as the map, into a third.
+
+    Returns:
+        The output, and ``qkv``, which the other operator should read.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError('window_attention takes qkv of shape (batch, height, width, 3, num_heads, '

@@ -7,12 +7,12 @@ that no copy of the map has it.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from acmix_mm.ops.autograd import recomputing
+from acmix_mm.ops.autograd import passing_on
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.softmax import logits_gradient
 from acmix_mm.ops.window_attention.masks import edge_masks, is_last
@@ -24,17 +24,19 @@ STRIP_LOGITS = 2**19
 
 def window_attention_chunked(qkv: Tensor, bias: Tensor, padding: Optional[Tensor], is_rolled: bool,
                              window_size: tuple[int, int], shift_size: int, scale: float,
-                             dropout_p: float) -> Tensor:
+                             dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Return the output, and ``qkv`` for other readers; see window_attention_and_map."""
     if dropout_p:
         raise ValueError("window_attention's backend 'chunked' has no dropout, got "
                          f"dropout_p={dropout_p}; use 'sdpa'.")
-    if not is_rolled:
-        qkv = roll(qkv, -shift_size)
     if padding is None:
         padding = qkv.new_zeros(qkv.shape[3:])
-    out = _attend(qkv, bias.to(qkv.dtype), padding.to(qkv.dtype), list(window_size), shift_size,
-                  scale)
-    return out if is_rolled else roll(out, shift_size)
+    geometry = list(window_size), shift_size, scale
+    bias, padding = bias.to(qkv.dtype), padding.to(qkv.dtype)
+    if is_rolled:
+        return _attend(qkv, bias, padding, *geometry)
+    out, _ = _attend(roll(qkv, -shift_size), bias, padding, *geometry)
+    return roll(out, shift_size), qkv
 
 
 @custom_op(lambda qkv, *others: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]))
@@ -56,8 +58,19 @@ def attend_windows_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding
                             window_size: list[int], shift_size: int,
                             scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``qkv``, ``bias`` and ``padding``."""
-    windows = _Windows(qkv, bias, window_size, shift_size)
     grad_qkv = torch.empty_like(qkv)
+    return _gradients(grad_qkv, False, grad_out, qkv, bias, padding, window_size, shift_size, scale)
+
+
+def _add_gradients(grad_qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(grad_qkv, True, *arguments)
+
+
+def _gradients(grad_qkv: Tensor, adds: bool, grad_out: Tensor, qkv: Tensor, bias: Tensor,
+               padding: Tensor, window_size: list[int], shift_size: int,
+               scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Write or add the gradient of ``qkv`` to ``grad_qkv``."""
+    windows = _Windows(qkv, bias, window_size, shift_size)
     precise = torch.promote_types(bias.dtype, torch.float32)
     grad_bias, grad_padding = (torch.zeros(each.shape, dtype=precise, device=each.device)
                                for each in (bias, padding))
@@ -73,13 +86,13 @@ def attend_windows_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding
         grad_bias += grad.view(-1, *bias.shape).sum(0, dtype=precise)
         grad_q, grad_k = torch.bmm(grad, k), torch.bmm(grad.transpose(1, 2), q)
         grads = torch.stack([grad_q.mul_(scale), grad_k.mul_(scale), grad_v])
-        of_padding = windows.write(strip, grads, grad_qkv)
+        of_padding = windows.write(strip, grads, grad_qkv, adds)
         if of_padding is not None:
             grad_padding += of_padding
     return grad_qkv, grad_bias.to(bias.dtype), grad_padding.to(padding.dtype)
 
 
-_attend = recomputing(attend_windows, attend_windows_backward)
+_attend = passing_on(attend_windows, attend_windows_backward, _add_gradients)
 
 
 class _Strip(NamedTuple):
@@ -94,7 +107,7 @@ class _Strip(NamedTuple):
 
     rows: range
     shape: tuple[int, int, int]
-    parts: list[tuple[tuple[slice, ...], tuple[slice, ...]]]
+    parts: list[tuple[tuple[slice, slice, slice], tuple[slice, slice, slice]]]
     is_padded: bool
 
 
@@ -126,8 +139,9 @@ class _Windows:
         for first in range(0, self.down.windows, at_once):
             rows = range(first, min(first + at_once, self.down.windows))
             shape = self.batch, len(rows) * self.down.side, len(columns) * self.across.side
-            parts = [tuple(zip((slice(None), slice(None)), down, across)) for down, across in
-                     itertools.product(self.down.parts(rows), self.across.parts(columns))]
+            parts = [((slice(None), down, across), (slice(None), down_map, across_map))
+                     for (down, down_map), (across, across_map) in itertools.product(
+                         self.down.parts(rows), self.across.parts(columns))]
             yield _Strip(rows, shape, parts,
                          self.down.is_padded(rows) or self.across.is_padded(columns))
 
@@ -159,17 +173,25 @@ class _Windows:
         windows = self._divide(filled)
         return windows.reshape(len(windows), -1, self.area, windows.shape[-1])
 
-    def write(self, strip: _Strip, stacks: Tensor, maps: Tensor) -> Optional[Tensor]:
-        """Write windows, and return the sum over padded positions, or None if there are none."""
-        if not strip.is_padded:
-            windows = self._divide(maps[strip.parts[0][1]])
-            windows.copy_(stacks.view(windows.shape))
-            return None
+    def write(self, strip: _Strip, stacks: Tensor, maps: Tensor,
+              adds: bool = False) -> Optional[Tensor]:
+        """Write or add windows to maps.
+
+        Returns:
+            The sum over padded positions, or None if there are none.
+        """
+        # Two copies are faster than one if head_dims is not the last axis in memory.
         filled = stacks.new_empty(*strip.shape, *maps.shape[3:])
         windows = self._divide(filled)
         windows.copy_(stacks.view(windows.shape))
         for inside, place in strip.parts:
-            maps[place] = filled[inside]
+            if adds:
+                maps[place].add_(filled[inside])
+            else:
+                maps[place] = filled[inside]
+        if not strip.is_padded:
+            return None
+        for inside, _ in strip.parts:
             filled[inside] = 0
         return filled.sum((0, 1, 2))
 

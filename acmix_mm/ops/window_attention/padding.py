@@ -30,18 +30,19 @@ def padding_first(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return padded
 
 
-def unrolling_first(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Give a backend that pads before it rolls the argument ``is_rolled``.
+def unrolling_first(run: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Give a backend that pads before it rolls the argument ``is_rolled``, and return ``qkv``, too.
 
     See :func:`acmix_mm.ops.window_attention`.
     """
     @functools.wraps(run)
     def unrolled(qkv: Tensor, bias: Tensor, padding: Optional[Tensor], is_rolled: bool,
-                 window_size: Sequence[int], shift_size: int, *others: Any) -> Tensor:
+                 window_size: Sequence[int], shift_size: int,
+                 *others: Any) -> tuple[Tensor, Tensor]:
         shift = 0 if padding is None or not is_rolled else shift_size
         out = run(roll(qkv, shift) if shift else qkv, bias, padding, window_size, shift_size,
                   *others)
-        return roll(out, -shift) if shift else out
+        return (roll(out, -shift) if shift else out), qkv
     return unrolled
 
 
