@@ -79,7 +79,8 @@ def window_attention_and_map(qkv: Tensor, bias: Tensor, window_size: tuple[int, 
     would add both gradients, each as large as the map, into a third.
 
     Returns:
-        The output, and ``qkv``, which the other operator should read.
+        The output, and ``qkv``, which the other operator should read. Its gradient must be a new
+        tensor, as that of a convolution or a product is, and that of a sum is not.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError('window_attention takes qkv of shape (batch, height, width, 3, num_heads, '
