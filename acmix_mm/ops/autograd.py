@@ -143,11 +143,12 @@ def differentiable_gradients(run: Callable[..., Tensor], grad_out: Tensor,
         arguments: tensors and others.
 
     Returns:
-        The gradient of each argument; None if it does not require one.
+        The gradient of each argument; None if it does not require one, or has no effect.
     """
     # One tensor may have been computed from another; as views, each has a gradient of its own.
     views = [each.view_as(each) if isinstance(each, Tensor) else each for each in arguments]
     needed = [isinstance(each, Tensor) and each.requires_grad for each in views]
     leaves = itertools.compress(views, needed)
-    grads = iter(torch.autograd.grad(run(*views), tuple(leaves), grad_out, create_graph=True))
+    grads = iter(torch.autograd.grad(run(*views), tuple(leaves), grad_out, create_graph=True,
+                                     allow_unused=True))
     return tuple(next(grads) if each else None for each in needed)
