@@ -102,8 +102,8 @@ class TwoPathLayer(OperatorLayer):
         elif not self.attends:
             out = self.convolution(x)
         else:
-            attention, projected = self.attend_and_pass_on(*self.project(x))
-            out = self.combine_paths(attention, self.convolution(x, projected))
+            projected = self.project(x)
+            out = self.combine_paths(self.attend(*projected), self.convolution(x, projected))
         return self.finish(out, x)
 
     def convolution(self, x: Tensor, projected: Optional[tuple] = None) -> Tensor:
@@ -137,10 +137,6 @@ class TwoPathLayer(OperatorLayer):
     def attend(self, *projected: Tensor) -> Tensor:
         """Compute the attention path, scaled by its rate."""
         raise NotImplementedError
-
-    def attend_and_pass_on(self, *projected: Tensor) -> tuple[Tensor, tuple]:
-        """Compute the attention path, and return what the convolution path should read."""
-        return self.attend(*projected), projected
 
     def convolve(self, *projected: Tensor) -> Tensor:
         """Compute the convolution path, scaled by its rate; see :meth:`shift_and_sum`."""

@@ -1,7 +1,8 @@
 """ACmix in a Swin host: windowed attention and convolution on the same projections."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Optional
+from dataclasses import dataclass
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +107,7 @@ class WindowACmix(TwoPathLayer):
             self.dep_conv.reset_parameters()
         self.reset_rates()
 
-    def project(self, x: Tensor) -> tuple[Tensor, Sequence[int], bool, bool]:
-        """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims), the
-        (height, width) of ``x``, and whether the map has been padded, and rolled.
-        """
+    def project(self, x: Tensor) -> tuple['Projections']:
         size = x.shape[1:3]
         window_size, shift_size = self.window_and_shift(size)
         is_padded, is_rolled = self.pads_input(x), self.rolls_input(x)
@@ -119,32 +117,27 @@ class WindowACmix(TwoPathLayer):
             x = roll(x, -shift_size)
         qkv = project(x, self.qkv.weight, self.qkv.bias, self.num_heads,
                       for_convolution=self.convolves)
-        return qkv, size, is_padded, is_rolled
+        return Projections(qkv, size, is_padded, is_rolled),
 
-    def attend(self, *projected: Any) -> Tensor:
-        return self.attend_and_pass_on(*projected)[0]
-
-    def attend_and_pass_on(self, qkv: Tensor, size: Sequence[int], is_padded: bool,
-                           is_rolled: bool) -> tuple[Tensor, tuple]:
-        window_size, shift_size = self.window_and_shift(size)
-        out, qkv = window_attention_and_map(
-            qkv, self.position_bias(window_size), window_size, shift_size=shift_size,
-            padding=None if is_padded else self.padding(qkv), is_rolled=is_rolled,
-            scale=self.scale, dropout_p=self.attention_dropout)
+    def attend(self, projected: 'Projections') -> Tensor:
+        window_size, shift_size = self.window_and_shift(projected.size)
+        padding = None if projected.is_padded else self.padding(projected.qkv)
+        out, projected.qkv = window_attention_and_map(
+            projected.qkv, self.position_bias(window_size), window_size, shift_size=shift_size,
+            padding=padding, is_rolled=projected.is_rolled, scale=self.scale,
+            dropout_p=self.attention_dropout)
         out = scaled_linear(self.attention_rate, out, self.proj)
-        if is_padded:
-            out = drop_padding(out, size, shift_size)
-        return out, (qkv, size, is_padded, is_rolled)
+        return drop_padding(out, projected.size, shift_size) if projected.is_padded else out
 
-    def convolve(self, qkv: Tensor, size: Sequence[int], is_padded: bool,
-                 is_rolled: bool) -> Tensor:
-        _, shift_size = self.window_and_shift(size)
-        if is_padded:
-            qkv = drop_padding(qkv, size, shift_size)
-        elif shift_size and not is_rolled:
+    def convolve(self, projected: 'Projections') -> Tensor:
+        qkv = projected.qkv
+        _, shift_size = self.window_and_shift(projected.size)
+        if projected.is_padded:
+            qkv = drop_padding(qkv, projected.size, shift_size)
+        elif shift_size and not projected.is_rolled:
             qkv = roll(qkv, -shift_size)
         out = self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)).permute(0, 2, 3, 1)
-        return out if is_rolled or not shift_size else roll(out, shift_size)
+        return out if projected.is_rolled or not shift_size else roll(out, shift_size)
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
         if not self.reads_input(x, x.shape[3]):
@@ -245,6 +238,25 @@ class WindowACmix(TwoPathLayer):
         weights = softmax(logits + bias + MASKED_LOGIT * masked)
         weights = scatter(weights, axes[0], axes[1], padded.shape[1:3])
         return PointAttention(weights, 1, int((~masked).sum()), True)
+
+
+@dataclass
+class Projections:
+    """What both paths read.
+
+    Args:
+        qkv: queries, keys and values, (batch, height, width, 3, num_heads, head_dims). Attention
+            replaces it by what the convolution path should read, so that both gradients are added
+            in place.
+        size: (height, width) of the input of the layer.
+        is_padded: whether the map has been padded to whole windows.
+        is_rolled: whether it has been rolled.
+    """
+
+    qkv: Tensor
+    size: Sequence[int]
+    is_padded: bool
+    is_rolled: bool
 
 
 def relative_position_index(window_size: int) -> Tensor:

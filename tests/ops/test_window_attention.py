@@ -78,7 +78,7 @@ def test_gradient_of_a_map_that_others_read(backend):
     """Whether the others, attention, or both need the gradient."""
     qkv, bias, padding = (each.double().requires_grad_()
                           for each in padded_window_tensors(1, (5, 6), (4, 4), 2, 4))
-    options = dict(shift_size=1, padding=padding, is_rolled=True, backend=backend)
+    options = dict(shift_size=1, padding=padding, is_rolled=True, scale=0.5, backend=backend)
     expected_out = window_attention(qkv, bias, (4, 4), **options).sin().sum()
     for expected, losses in [
         (expected_out, lambda out, maps: out.sin().sum()),

@@ -22,10 +22,13 @@ from acmix_mm.ops.window_attention.padding import roll
 STRIP_LOGITS = 2**19
 
 
-def window_attention_chunked(qkv: Tensor, bias: Tensor, padding: Optional[Tensor], is_rolled: bool,
-                             window_size: tuple[int, int], shift_size: int, scale: float,
-                             dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Return the output, and ``qkv`` for other readers; see window_attention_and_map."""
+def window_attention_chunked(*arguments: Any) -> Tensor:
+    return window_attention_and_map_chunked(*arguments)[0]
+
+
+def window_attention_and_map_chunked(
+        qkv: Tensor, bias: Tensor, padding: Optional[Tensor], window_size: tuple[int, int],
+        shift_size: int, is_rolled: bool, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
     if dropout_p:
         raise ValueError("window_attention's backend 'chunked' has no dropout, got "
                          f"dropout_p={dropout_p}; use 'sdpa'.")

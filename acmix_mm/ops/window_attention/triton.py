@@ -14,9 +14,13 @@ from acmix_mm.ops.window_attention.padding import roll
 
 
 def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor],
-                            window_size: tuple[int, int], shift_size: int, scale: float,
-                            dropout_p: float) -> Tensor:
+                            window_size: tuple[int, int], shift_size: int, is_rolled: bool,
+                            scale: float, dropout_p: float) -> Tensor:
     require_triton('window_attention', qkv)
+    if is_rolled and padding is not None:
+        out = window_attention_triton(roll(qkv, shift_size), bias, padding, window_size, shift_size,
+                                      False, scale, dropout_p)
+        return roll(out, -shift_size)
     if dropout_p:
         raise ValueError("window_attention's backend 'triton' has no dropout, got "
                          f"dropout_p={dropout_p}; use 'sdpa'.")
@@ -25,7 +29,6 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor]
             f"window_attention's backend 'triton' does not take windows of {window_size[0]}×"
             f'{window_size[1]} with {qkv.shape[5]} channels of {qkv.dtype} per head. Leave out '
             'backend to have one chosen.')
-    is_rolled = padding is None
     if padding is None:
         padding = qkv.new_zeros(qkv.shape[3:])
     return _attend(qkv, bias, padding, list(window_size), shift_size, is_rolled, scale)
