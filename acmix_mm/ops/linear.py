@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     if not _is_faster_by_onednn(x, weight):
         return F.linear(x, weight, bias)
     # oneDNN is fastest if all positions lie in one row.
-    row = x.reshape(1, 1, -1, x.shape[-1]).contiguous().permute(0, 3, 1, 2)
+    row = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     out = F.conv2d(row, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
@@ -40,7 +40,8 @@ def _is_faster_by_onednn(x: Tensor, weight: Tensor) -> bool:
     # A compiler or another runtime chooses itself.
     if is_compiling() or is_exporting():
         return False
-    return (x.device.type == 'cpu' and x.dtype == torch.float32
+    # MKL reads a transposed map as it is; oneDNN's output would be transposed, too.
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and x.is_contiguous()
             and torch.backends.mkldnn.is_available()
             and torch.backends.cpu.get_cpu_capability() == 'AVX512'
             and x.numel() * len(weight) >= MIN_MULTIPLY_ADDS)
