@@ -45,7 +45,8 @@ from acmix_mm.checkpoints.host import HOSTS
 from acmix_mm.checkpoints.loading import load_with_report, start_as_plain
 from acmix_mm.checkpoints.recognition import Pretrained
 from acmix_mm.checkpoints.swin import SwinCheckpoints
-from acmix_mm.layers import PatternACmix, WindowACmix
+from acmix_mm.layers import Linear, PatternACmix, WindowACmix
+from acmix_mm.ops import linear
 from acmix_mm.ops.symbolic import statically_known_true
 
 
@@ -85,6 +86,17 @@ class ConvolutionMixer(nn.Module):
         return self.drop(out.flatten(1, 2))
 
 
+class SwinFFN(FFN):
+    """mmcv's feed-forward layers, with :class:`acmix_mm.layers.Linear`."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                # They differ in the forward pass alone.
+                layer.__class__ = Linear
+
+
 class ACmixSwinBlock(Block):
     """x + ACmix(norm(x)), then x + FFN(norm(x)), on (batch, height · width, embed_dims).
 
@@ -114,7 +126,7 @@ class ACmixSwinBlock(Block):
         else:
             self.attn = ConvolutionMixer(embed_dims, mixer, drop_rate, drop_path_rate)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(
+        self.ffn = SwinFFN(
             embed_dims=embed_dims,
             feedforward_channels=feedforward_channels,
             ffn_drop=drop_rate,
@@ -147,7 +159,7 @@ class SwinPatchMerging(PatchMerging):
         if self.norm is not None:
             x = F.layer_norm(x, self.norm.normalized_shape, self.channels_last(self.norm.weight),
                              self.channels_last(self.norm.bias), self.norm.eps)
-        return F.linear(x, self.channels_last(self.reduction.weight), self.reduction.bias), size
+        return linear(x, self.channels_last(self.reduction.weight), self.reduction.bias), size
 
     def channels_last(self, weight: Tensor) -> Tensor:
         """Reorder a weight's last axis from (channel, position in the patch) to the opposite."""
@@ -245,7 +257,7 @@ class ACmixSwinTransformer(ACmixBackbone):
     timm_cfg: ClassVar = dict(
         first_conv='patch_embed.projection', crop_pct=0.9, interpolation='bicubic')
     position_tables = ('relative_position_bias_table', 'absolute_pos_embed')
-    fx_leaves = (PatchEmbed, SwinPatchMerging)
+    fx_leaves = (PatchEmbed, SwinPatchMerging, Linear)
 
     def __init__(self,
                  pretrain_img_size: Union[int, Sequence[int]] = 224,

@@ -5,12 +5,11 @@
 from typing import ClassVar, Optional, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers.point_attention import PointAttention
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import projected_shift_conv, shift_conv, shift_sum
+from acmix_mm.ops import linear, projected_shift_conv, shift_conv, shift_sum
 from acmix_mm.ops.projected_shift_conv import reads_input
 
 # Torch has the first since 2.4.
@@ -317,9 +316,9 @@ def scaled(rate: Optional[Tensor], weight: Optional[Tensor]) -> Optional[Tensor]
     return weight if rate is None or weight is None else rate * weight
 
 
-def scaled_linear(rate: Optional[Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
-    """Compute rate · linear(x) by scaling the small weight instead of the map."""
-    return F.linear(x, scaled(rate, linear.weight), scaled(rate, linear.bias))
+def scaled_linear(rate: Optional[Tensor], x: Tensor, layer: nn.Linear) -> Tensor:
+    """Compute rate · layer(x) by scaling the small weight instead of the map."""
+    return linear(x, scaled(rate, layer.weight), scaled(rate, layer.bias))
 
 
 def split_heads(name: str, channels: int, num_heads: int) -> int:

@@ -18,6 +18,7 @@ from acmix_mm.layers.base import (
 )
 from acmix_mm.layers.point_attention import PointAttention, softmax
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
+from acmix_mm.ops import linear
 
 
 class ReducedACmix(TwoPathLayer):
@@ -90,8 +91,8 @@ class ReducedACmix(TwoPathLayer):
         weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
         channels = x.shape[3]
         bias_q, bias_kv = (None, None) if bias is None else bias.split((channels, 2 * channels))
-        q = F.linear(x, weight[:channels], bias_q)
-        return q, F.linear(self.reduce(x), weight[channels:], bias_kv)
+        q = linear(x, weight[:channels], bias_q)
+        return q, linear(self.reduce(x), weight[channels:], bias_kv)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Reduce (batch, height, width, channels) by ``sr_ratio`` along both axes, rounding down.

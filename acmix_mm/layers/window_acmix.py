@@ -1,6 +1,7 @@
 """ACmix in a Swin host: windowed attention and convolution on the same projections."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 import torch
@@ -17,8 +18,13 @@ from acmix_mm.layers.base import (
 )
 from acmix_mm.layers.point_attention import PointAttention, scatter, softmax
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import project, window_attention
-from acmix_mm.ops.window_attention import MASKED_LOGIT, pads_in_place
+from acmix_mm.ops import project
+from acmix_mm.ops.window_attention import (
+    MASKED_LOGIT,
+    pads_in_place,
+    rolls_in_place,
+    window_attention_and_map,
+)
 from acmix_mm.ops.window_attention.padding import drop_padding, pad_to_windows, roll
 
 
@@ -101,38 +107,37 @@ class WindowACmix(TwoPathLayer):
             self.dep_conv.reset_parameters()
         self.reset_rates()
 
-    def project(self, x: Tensor) -> tuple[Tensor, Sequence[int], bool]:
-        """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims), the
-        (height, width) of ``x``, and whether the map has been padded and rolled.
-        """
+    def project(self, x: Tensor) -> tuple['Projections']:
         size = x.shape[1:3]
-        is_rolled = self.rolls_input(x)
-        if is_rolled:
-            window_size, shift_size = self.window_and_shift(size)
+        window_size, shift_size = self.window_and_shift(size)
+        is_padded, is_rolled = self.pads_input(x), self.rolls_input(x)
+        if is_padded:
             x = pad_to_windows(x, window_size)
-            if shift_size:
-                x = roll(x, -shift_size)
+        if is_rolled and shift_size:
+            x = roll(x, -shift_size)
         qkv = project(x, self.qkv.weight, self.qkv.bias, self.num_heads,
                       for_convolution=self.convolves)
-        return qkv, size, is_rolled
+        return Projections(qkv, size, is_padded, is_rolled),
 
-    def attend(self, qkv: Tensor, size: Sequence[int], is_rolled: bool) -> Tensor:
-        window_size, shift_size = self.window_and_shift(size)
-        out = window_attention(qkv, self.position_bias(window_size), window_size,
-                               shift_size=shift_size,
-                               padding=None if is_rolled else self.padding(qkv), scale=self.scale,
-                               dropout_p=self.attention_dropout)
+    def attend(self, projected: 'Projections') -> Tensor:
+        window_size, shift_size = self.window_and_shift(projected.size)
+        padding = None if projected.is_padded else self.padding(projected.qkv)
+        out, projected.qkv = window_attention_and_map(
+            projected.qkv, self.position_bias(window_size), window_size, shift_size=shift_size,
+            padding=padding, is_rolled=projected.is_rolled, scale=self.scale,
+            dropout_p=self.attention_dropout)
         out = scaled_linear(self.attention_rate, out, self.proj)
-        return drop_padding(out, size, shift_size) if is_rolled else out
+        return drop_padding(out, projected.size, shift_size) if projected.is_padded else out
 
-    def convolve(self, qkv: Tensor, size: Sequence[int], is_rolled: bool) -> Tensor:
-        _, shift_size = self.window_and_shift(size)
-        if is_rolled:
-            qkv = drop_padding(qkv, size, shift_size)
-        elif shift_size:
+    def convolve(self, projected: 'Projections') -> Tensor:
+        qkv = projected.qkv
+        _, shift_size = self.window_and_shift(projected.size)
+        if projected.is_padded:
+            qkv = drop_padding(qkv, projected.size, shift_size)
+        elif shift_size and not projected.is_rolled:
             qkv = roll(qkv, -shift_size)
         out = self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)).permute(0, 2, 3, 1)
-        return out if is_rolled or not shift_size else roll(out, shift_size)
+        return out if projected.is_rolled or not shift_size else roll(out, shift_size)
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
         if not self.reads_input(x, x.shape[3]):
@@ -149,14 +154,20 @@ class WindowACmix(TwoPathLayer):
             out = roll(out, shift_size)
         return self.proj_drop(out)
 
-    def rolls_input(self, x: Tensor) -> bool:
-        """Whether both paths read the padded and rolled map, and their sum is rolled back.
+    def pads_input(self, x: Tensor) -> bool:
+        """Whether the map is padded before it is projected. If not, attention pads in place."""
+        window_size, _ = self.window_and_shift(x.shape[1:3])
+        return self.attends and not pads_in_place(x, window_size, self.head_dims,
+                                                  self.attention_dropout)
 
-        If not, attention pads and rolls in place, and the convolution path rolls a map of its own.
+    def rolls_input(self, x: Tensor) -> bool:
+        """Whether both paths read the rolled map, and their sum is rolled back.
+
+        If not, attention rolls in place, and the convolution path rolls a map of its own.
         """
         window_size, _ = self.window_and_shift(x.shape[1:3])
-        return not self.attends or not pads_in_place(x, window_size, self.head_dims,
-                                                     self.attention_dropout)
+        return not self.attends or not rolls_in_place(x, window_size, self.head_dims,
+                                                      self.attention_dropout)
 
     @property
     def attention_dropout(self) -> float:
@@ -227,6 +238,25 @@ class WindowACmix(TwoPathLayer):
         weights = softmax(logits + bias + MASKED_LOGIT * masked)
         weights = scatter(weights, axes[0], axes[1], padded.shape[1:3])
         return PointAttention(weights, 1, int((~masked).sum()), True)
+
+
+@dataclass
+class Projections:
+    """What both paths read.
+
+    Args:
+        qkv: queries, keys and values, (batch, height, width, 3, num_heads, head_dims). Attention
+            replaces it by what the convolution path should read, so that both gradients are added
+            in place.
+        size: (height, width) of the input of the layer.
+        is_padded: whether the map has been padded to whole windows.
+        is_rolled: whether it has been rolled.
+    """
+
+    qkv: Tensor
+    size: Sequence[int]
+    is_padded: bool
+    is_rolled: bool
 
 
 def relative_position_index(window_size: int) -> Tensor:

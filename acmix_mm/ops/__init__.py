@@ -8,6 +8,7 @@ from acmix_mm.ops.backend import available_backends, read_environment, use_backe
 from acmix_mm.ops.block_attention import BlockPattern, block_attention
 from acmix_mm.ops.global_attention import global_attention
 from acmix_mm.ops.involution import involution
+from acmix_mm.ops.linear import linear
 from acmix_mm.ops.patchwise_attention import patch_aggregation, patch_features
 from acmix_mm.ops.projected_shift_conv import projected_shift_conv
 from acmix_mm.ops.projection import project, project_images
@@ -16,8 +17,8 @@ from acmix_mm.ops.sliding_attention import sliding_window_attention
 from acmix_mm.ops.window_attention import window_attention
 
 __all__ = ['BlockPattern', 'available_backends', 'block_attention', 'global_attention',
-           'involution', 'patch_aggregation', 'patch_features', 'project', 'project_images',
-           'projected_shift_conv', 'shift_conv', 'shift_sum', 'sliding_window_attention',
-           'use_backend', 'window_attention']
+           'involution', 'linear', 'patch_aggregation', 'patch_features', 'project',
+           'project_images', 'projected_shift_conv', 'shift_conv', 'shift_sum',
+           'sliding_window_attention', 'use_backend', 'window_attention']
 
 read_environment()

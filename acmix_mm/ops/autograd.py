@@ -39,6 +39,59 @@ def recomputing(run: Callable[..., Tensor],
     return differentiable(run, setup_context, gradients)
 
 
+def passing_on(run: Callable[..., Tensor], run_backward: Callable[..., tuple[Tensor, ...]],
+               add_backward: Callable[..., tuple[Tensor, ...]],
+               ) -> Callable[..., tuple[Tensor, Tensor]]:
+    """:func:`recomputing` for a function of a large tensor that others read, too.
+
+    Others should read what the function returns of it. Their gradient is then known in the backward
+    pass, which adds to it in place. Autograd would sum both gradients into a third tensor.
+
+    Args:
+        run: see :func:`recomputing`; the first argument is the large tensor.
+        run_backward: see :func:`recomputing`.
+        add_backward: takes the gradient of the large tensor from others, to which it adds, and the
+            arguments of ``run_backward``; returns the same.
+
+    Returns:
+        Takes the arguments of ``run``; returns its result and the large tensor.
+    """
+    class PassingOn(torch.autograd.Function):
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+            tensors = [each for each in arguments if isinstance(each, Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.others = arguments[len(tensors):]
+            ctx.set_materialize_grads(False)
+            return run(*arguments), arguments[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Optional[Tensor], grad_passed: Optional[Tensor],
+                     ) -> tuple[Optional[Tensor], ...]:
+            arguments = *ctx.saved_tensors, *ctx.others
+            if grad_out is None:
+                return grad_passed, *[None] * (len(arguments) - 1)
+            if creates_graph():
+                grad, *others = differentiable_gradients(inspect.unwrap(run), grad_out, *arguments)
+                if grad is not None and grad_passed is not None:
+                    grad = grad + grad_passed
+                return grad, *others
+            if grad_passed is None:
+                grads = run_backward(grad_out, *arguments)
+            else:
+                grads = add_backward(grad_passed, grad_out, *arguments)
+            return *grads, *[None] * len(ctx.others)
+
+    compiled = recomputing(run, run_backward)
+
+    def apply(*arguments: Any) -> tuple[Tensor, Tensor]:
+        if is_compiling():
+            return compiled(*arguments), arguments[0]
+        return PassingOn.apply(*arguments)
+    return apply
+
+
 def differentiable(run: Callable, setup_context: Callable, run_backward: Callable) -> Callable:
     """Give a function a backward pass of its own.
 
@@ -90,11 +143,12 @@ def differentiable_gradients(run: Callable[..., Tensor], grad_out: Tensor,
         arguments: tensors and others.
 
     Returns:
-        The gradient of each argument; None if it does not require one.
+        The gradient of each argument; None if it does not require one, or has no effect.
     """
     # One tensor may have been computed from another; as views, each has a gradient of its own.
     views = [each.view_as(each) if isinstance(each, Tensor) else each for each in arguments]
     needed = [isinstance(each, Tensor) and each.requires_grad for each in views]
     leaves = itertools.compress(views, needed)
-    grads = iter(torch.autograd.grad(run(*views), tuple(leaves), grad_out, create_graph=True))
+    grads = iter(torch.autograd.grad(run(*views), tuple(leaves), grad_out, create_graph=True,
+                                     allow_unused=True))
     return tuple(next(grads) if each else None for each in needed)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acmix_mm.ops.backend import is_exporting
+from acmix_mm.ops.linear import linear
 
 
 def project(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
@@ -32,9 +33,9 @@ def project(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
     """
     shape = (3, num_heads, weight.shape[0] // (3 * num_heads))
     if not for_convolution or x.device.type != 'cpu':
-        return F.linear(x, weight, bias).unflatten(-1, shape)
+        return linear(x, weight, bias).unflatten(-1, shape)
     weight, bias = _heads_last(weight, bias, shape)
-    return F.linear(x, weight, bias).unflatten(-1, (-1, 3, num_heads)).movedim(-3, -1)
+    return linear(x, weight, bias).unflatten(-1, (-1, 3, num_heads)).movedim(-3, -1)
 
 
 def project_images(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,

@@ -22,6 +22,5 @@ def attention_weights(queries: Tensor, keys: Tensor, bias: Tensor, scale: float 
 
 
 def logits_gradient(grad_weights: Tensor, weights: Tensor) -> Tensor:
-    """Turn the gradient of the weights into that of the logits, in place."""
-    mean = (grad_weights * weights).sum(2, keepdim=True)
-    return grad_weights.sub_(mean).mul_(weights)
+    """Turn the gradient of the weights into that of the logits."""
+    return torch.ops.aten._softmax_backward_data(grad_weights, weights, 2, weights.dtype)

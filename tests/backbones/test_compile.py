@@ -8,7 +8,6 @@ from helpers.operators import (
     conv_tensors,
     padded_window_tensors,
     sliding_tensors,
-    window_tensors,
 )
 from helpers.stack import needs_custom_ops
 
@@ -65,12 +64,12 @@ def test_operators_are_custom_ops():
 def test_custom_ops_are_registered_correctly():
     """Shapes, strides and schema are those promised to the compiler."""
     operators, opcheck = torch.ops.acmix_mm, torch.library.opcheck
-    qkv, bias = window_tensors(2, (2, 3), (7, 7), 2, 4)
+    qkv, bias, padding = padded_window_tensors(2, (12, 21), (7, 7), 2, 4)
     geometry = [7, 7], 3, 0.5
     for each in (qkv, heads_last(qkv)):
-        opcheck(operators.attend_windows.default, (each, bias, *geometry))
+        opcheck(operators.attend_windows.default, (each, bias, padding, *geometry))
         opcheck(operators.attend_windows_backward.default,
-                (torch.randn(2, 14, 21, 8), each, bias.transpose(1, 2), *geometry))
+                (torch.randn(2, 12, 21, 8), each, bias.transpose(1, 2), padding, *geometry))
 
     qkv, bias, padding = (
         tensor.to(DEVICE) for tensor in padded_window_tensors(1, (2, 4), (2, 3), 1, 4))

@@ -80,7 +80,10 @@ def test_dropout_pads_before_the_projections():
     """The kernels have none."""
     layer = WindowACmix(8, 2, 4, attn_drop_rate=0.5)
     x = torch.randn(1, 5, 5, 8)
-    assert layer.train().rolls_input(x)
+    assert layer.train().pads_input(x)
+    assert layer.rolls_input(x)
+    assert not layer.eval().pads_input(x)
+    layer.train()
     assert torch.isfinite(layer(x)).all()
 
 

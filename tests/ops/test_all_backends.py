@@ -33,6 +33,7 @@ from acmix_mm.ops import (
 from acmix_mm.ops.involution import chunked as involution_chunked
 from acmix_mm.ops.patchwise_attention import chunked as patchwise_chunked
 from acmix_mm.ops.sliding_attention import tiles
+from acmix_mm.ops.window_attention import chunked as window_chunked
 
 # Functions of tensors, and functions of the batch size that return small tensors. A name ends in
 # that of the operator.
@@ -82,7 +83,7 @@ DIFFERENTIABLE_TWICE = [case for case in CASES if case not in FUSED]
 def _small_chunks(monkeypatch):
     """Several chunks, even of the smallest maps."""
     for module, name in ((involution_chunked, 'CPU_CHUNK'), (patchwise_chunked, 'CHUNK'),
-                         (tiles, 'BLOCK_LOGITS')):
+                         (tiles, 'BLOCK_LOGITS'), (window_chunked, 'STRIP_LOGITS')):
         monkeypatch.setattr(module, name, 1)
 
 

@@ -4,9 +4,16 @@ import functools
 
 import pytest
 import torch
-from helpers.operators import TOLERANCE, compare, window_tensors
+from helpers.operators import (
+    TOLERANCE,
+    attend_padded,
+    compare,
+    padded_window_tensors,
+    window_tensors,
+)
 
 from acmix_mm.ops import window_attention
+from acmix_mm.ops.window_attention import chunked, window_attention_and_map
 
 BACKENDS = ('sdpa', 'chunked')
 WINDOWS = [
@@ -32,6 +39,61 @@ def attend(window_size, shift_size):
 def test_equals_reference(dtype, backend, batch, grid, window_size, shift_size, heads, head_dims):
     tensors = window_tensors(batch, grid, window_size, heads, head_dims)
     compare(attend(window_size, shift_size), tensors, backend, dtype)
+
+
+PADDED = [
+    # size, window, shift; the padding lies in one or two rows of windows, or shifts are wider than
+    # the map
+    ((10, 9), (7, 7), 3),
+    ((15, 16), (7, 7), 5),
+    ((9, 8), (4, 4), 0),
+    ((2, 9), (4, 4), 3),
+]
+
+
+@pytest.mark.parametrize('strip_logits', [1, 2**19])
+@pytest.mark.parametrize('is_rolled', [False, True])
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize(('size', 'window_size', 'shift_size'), PADDED)
+def test_padding_equals_reference(monkeypatch, size, window_size, shift_size, backend, is_rolled,
+                                  strip_logits):
+    """The reference pads, rolls, attends, rolls back and crops."""
+    monkeypatch.setattr(chunked, 'STRIP_LOGITS', strip_logits)
+    whole = attend_padded(window_size, shift_size)
+
+    def run(qkv, bias, padding, backend):
+        if backend == 'reference' or not is_rolled:
+            return whole(qkv, bias, padding, backend)
+        out = window_attention(qkv.roll((-shift_size, -shift_size), (1, 2)), bias, window_size,
+                               shift_size=shift_size, padding=padding, is_rolled=True,
+                               backend=backend)
+        return out.roll((shift_size, shift_size), (1, 2))
+
+    tensors = padded_window_tensors(2, size, window_size, 2, 4)
+    compare(run, tensors, backend, torch.float32)
+
+
+@pytest.mark.parametrize('backend', [*BACKENDS, 'reference'])
+def test_gradient_of_a_map_that_others_read(backend):
+    """Whether the others, attention, or both need the gradient."""
+    qkv, bias, padding = (each.double().requires_grad_()
+                          for each in padded_window_tensors(1, (5, 6), (4, 4), 2, 4))
+    options = dict(shift_size=1, padding=padding, is_rolled=True, scale=0.5, backend=backend)
+    expected_out = window_attention(qkv, bias, (4, 4), **options).sin().sum()
+    for expected, losses in [
+        (expected_out, lambda out, maps: out.sin().sum()),
+        (qkv.cos().sum(), lambda out, maps: maps.cos().sum()),
+        (expected_out + qkv.cos().sum(), lambda out, maps: out.sin().sum() + maps.cos().sum()),
+    ]:
+        actual = losses(*window_attention_and_map(qkv, bias, (4, 4), **options))
+        grads = [torch.autograd.grad(loss, (qkv, bias), allow_unused=True, retain_graph=True)
+                 for loss in (actual, expected)]
+        torch.testing.assert_close(*grads)
+    maps = window_attention_and_map(qkv, bias, (4, 4), **options)
+    assert torch.autograd.gradgradcheck(
+        lambda *tensors: window_attention_and_map(*tensors, (4, 4), **options), (qkv, bias),
+        fast_mode=True)
+    assert torch.equal(maps[1], qkv)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)

@@ -4,7 +4,7 @@ Paper: arXiv 2111.14556, section 4.1 (stage II of the attention path); the windo
 shift are those of Swin, arXiv 2103.14030, section 3.2.
 """
 
-from typing import Optional
+from typing import Callable, Optional
 
 from torch import Tensor
 
@@ -16,19 +16,23 @@ from acmix_mm.ops.backend import (
     select_backend,
     triton_unavailable,
 )
-from acmix_mm.ops.window_attention.chunked import window_attention_chunked
+from acmix_mm.ops.window_attention.chunked import (
+    window_attention_and_map_chunked,
+    window_attention_chunked,
+)
 from acmix_mm.ops.window_attention.masks import MASKED_LOGIT
 from acmix_mm.ops.window_attention.padding import padding_first
 from acmix_mm.ops.window_attention.reference import window_attention_reference
 from acmix_mm.ops.window_attention.sdpa import window_attention_sdpa
 from acmix_mm.ops.window_attention.triton import has_kernel, window_attention_triton
 
-__all__ = ['MASKED_LOGIT', 'pads_in_place', 'window_attention']
+__all__ = ['MASKED_LOGIT', 'pads_in_place', 'rolls_in_place', 'window_attention',
+           'window_attention_and_map']
 
 
 def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
                      shift_size: int = 0, padding: Optional[Tensor] = None,
-                     scale: Optional[float] = None, dropout_p: float = 0.0,
+                     is_rolled: bool = False, scale: Optional[float] = None, dropout_p: float = 0.0,
                      backend: Optional[str] = None) -> Tensor:
     """Attend within each window of a map: softmax(q · kᵀ · scale + bias) · v.
 
@@ -45,12 +49,15 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
             map is padded at the bottom and right to whole windows and rolled by ``-shift_size``
             along both axes; the output is rolled back, without the padding. If None, windows divide
             the map, which has already been rolled; so is the output.
+        is_rolled: whether a map to be padded has been rolled by ``-shift_size``, without padding;
+            so is the output.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
         backend: ``'reference'``, ``'sdpa'``, ``'chunked'`` or ``'triton'``. By default and without
             dropout, ``'triton'`` on a GPU that can run it and ``'chunked'`` on a CPU; otherwise and
-            in an export ``'sdpa'``. Only ``'triton'`` pads and rolls without copying the map; see
-            :func:`pads_in_place`.
+            in an export ``'sdpa'``. Only ``'triton'`` and ``'chunked'`` pad without copying the
+            map, and only ``'triton'`` rolls without copying it; see :func:`pads_in_place` and
+            :func:`rolls_in_place`.
 
     Returns:
         (batch, height, width, num_heads · head_dims), in the dtype of ``qkv``.
@@ -59,6 +66,35 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         ValueError: an argument is invalid, the backend ``'chunked'`` or ``'triton'`` is given
             dropout, or the backend ``'triton'`` cannot run on the arguments.
     """
+    run, arguments = _prepare(qkv, bias, window_size, shift_size, padding, is_rolled, scale,
+                              dropout_p, backend)
+    return run(*arguments)
+
+
+def window_attention_and_map(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
+                             shift_size: int, padding: Optional[Tensor], is_rolled: bool,
+                             scale: float, dropout_p: float = 0.0,
+                             backend: Optional[str] = None) -> tuple[Tensor, Tensor]:
+    """:func:`window_attention`, for a map that another operator reads, too.
+
+    In the backward pass, ``'chunked'`` adds to the other's gradient in place. Otherwise autograd
+    would add both gradients, each as large as the map, into a third.
+
+    Returns:
+        The output, and ``qkv``, which the other operator should read. Its gradient must be a new
+        tensor, as that of a convolution or a product is, and that of a sum is not.
+    """
+    run, arguments = _prepare(qkv, bias, window_size, shift_size, padding, is_rolled, scale,
+                              dropout_p, backend)
+    if run is window_attention_chunked:
+        return window_attention_and_map_chunked(*arguments)
+    return run(*arguments), qkv
+
+
+def _prepare(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], shift_size: int,
+             padding: Optional[Tensor], is_rolled: bool, scale: Optional[float], dropout_p: float,
+             backend: Optional[str]) -> tuple[Callable[..., Tensor], tuple]:
+    """Check the arguments; return the backend and its arguments."""
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError('window_attention takes qkv of shape (batch, height, width, 3, num_heads, '
                          f'head_dims), got {tuple(qkv.shape)}.')
@@ -79,12 +115,13 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         scale = head_dims**-0.5
     run = select_backend('window_attention', backend, qkv.device, exporting='sdpa',
                          automatic=_automatic(qkv, window_size, head_dims, dropout_p))
-    return run(qkv, bias, padding, window_size, shift_size, scale, dropout_p)
+    return run, (qkv, bias, padding, window_size, shift_size, is_rolled or padding is None, scale,
+                 dropout_p)
 
 
 def pads_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,
                   dropout_p: float = 0.0) -> bool:
-    """Whether :func:`window_attention` pads and rolls without copying the map.
+    """Whether :func:`window_attention` pads without copying the map.
 
     If not, a layer should pad and roll the smaller input of its projections.
 
@@ -94,10 +131,21 @@ def pads_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,
         head_dims: channels of a head.
         dropout_p: probability of dropping an attention weight.
     """
+    return _chosen(x, window_size, head_dims, dropout_p) in ('triton', 'chunked')
+
+
+def rolls_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,
+                   dropout_p: float = 0.0) -> bool:
+    """Whether :func:`window_attention` rolls without copying the map; see :func:`pads_in_place`."""
+    return _chosen(x, window_size, head_dims, dropout_p) == 'triton'
+
+
+def _chosen(x: Tensor, window_size: tuple[int, int], head_dims: int,
+            dropout_p: float) -> Optional[str]:
     chosen = preferred_backend('window_attention')
     if chosen is None and not is_exporting():
         chosen = _automatic(x, window_size, head_dims, dropout_p)
-    return chosen == 'triton'
+    return chosen
 
 
 def _automatic(x: Tensor, window_size: tuple[int, int], head_dims: int, dropout_p: float) -> str:
@@ -111,5 +159,5 @@ def _automatic(x: Tensor, window_size: tuple[int, int], head_dims: int, dropout_
 register_backends('window_attention',
                   Backend('reference', padding_first(window_attention_reference)),
                   Backend('sdpa', padding_first(window_attention_sdpa)),
-                  Backend('chunked', padding_first(window_attention_chunked)),
+                  Backend('chunked', window_attention_chunked),
                   Backend('triton', window_attention_triton, triton_unavailable))

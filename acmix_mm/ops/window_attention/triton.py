@@ -10,13 +10,17 @@ from acmix_mm.ops.autograd import creates_graph, differentiable, differentiable_
 from acmix_mm.ops.backend import require_triton, run_kernels, runs_triton
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.window_attention.chunked import attend_windows, attend_windows_backward
-from acmix_mm.ops.window_attention.padding import fill_to_windows, padding_first, roll
+from acmix_mm.ops.window_attention.padding import roll
 
 
 def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor],
-                            window_size: tuple[int, int], shift_size: int, scale: float,
-                            dropout_p: float) -> Tensor:
+                            window_size: tuple[int, int], shift_size: int, is_rolled: bool,
+                            scale: float, dropout_p: float) -> Tensor:
     require_triton('window_attention', qkv)
+    if is_rolled and padding is not None:
+        out = window_attention_triton(roll(qkv, shift_size), bias, padding, window_size, shift_size,
+                                      False, scale, dropout_p)
+        return roll(out, -shift_size)
     if dropout_p:
         raise ValueError("window_attention's backend 'triton' has no dropout, got "
                          f"dropout_p={dropout_p}; use 'sdpa'.")
@@ -25,7 +29,6 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor]
             f"window_attention's backend 'triton' does not take windows of {window_size[0]}×"
             f'{window_size[1]} with {qkv.shape[5]} channels of {qkv.dtype} per head. Leave out '
             'backend to have one chosen.')
-    is_rolled = padding is None
     if padding is None:
         padding = qkv.new_zeros(qkv.shape[3:])
     return _attend(qkv, bias, padding, list(window_size), shift_size, is_rolled, scale)
@@ -79,24 +82,22 @@ def attend_windows_triton_backward(
 def _attend_in_torch(qkv: Tensor, bias: Tensor, padding: Tensor, window_size: list[int],
                      shift_size: int, is_rolled: bool, scale: float) -> Tensor:
     """The same attention, in operations whose gradients can be differentiated."""
-    run = padding_first(inspect.unwrap(attend_windows))
-    return run(qkv, bias, None if is_rolled else padding, window_size, shift_size, scale)
+    shift = 0 if is_rolled else shift_size
+    out = inspect.unwrap(attend_windows)(
+        roll(qkv, -shift), bias.to(qkv.dtype), padding.to(qkv.dtype), window_size, shift_size,
+        scale)
+    return roll(out, shift)
 
 
 def _gradients_in_torch(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor,
                         window_size: list[int], shift_size: int, is_rolled: bool,
                         scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    height, width = qkv.shape[1:3]
     shift = 0 if is_rolled else shift_size
-    maps, grad_out = (
-        roll(fill_to_windows(each, values, window_size), -shift) for each, values in (
-            (qkv, padding.to(qkv.dtype)), (grad_out, grad_out.new_zeros(grad_out.shape[3:]))))
-    grad_maps, grad_bias = inspect.unwrap(attend_windows_backward)(
-        grad_out, maps, bias.to(qkv.dtype), window_size, shift_size, scale)
-    grad_maps = roll(grad_maps, shift)
-    grad_qkv = grad_maps[:, :height, :width].clone(memory_format=torch.contiguous_format)
-    grad_maps[:, :height, :width] = 0
-    return grad_qkv, grad_bias.to(bias.dtype), grad_maps.sum((0, 1, 2)).to(padding.dtype)
+    grad_qkv, grad_bias, grad_padding = inspect.unwrap(attend_windows_backward)(
+        roll(grad_out, -shift), roll(qkv, -shift), bias.to(qkv.dtype), padding.to(qkv.dtype),
+        window_size, shift_size, scale)
+    return (roll(grad_qkv, shift).contiguous(), grad_bias.to(bias.dtype),
+            grad_padding.to(padding.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
