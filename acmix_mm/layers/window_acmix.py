@@ -135,7 +135,7 @@ class WindowACmix(TwoPathLayer):
         return out if is_rolled or not shift_size else roll(out, shift_size)
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
-        if not self.reads_input(x, x.shape[3]):
+        if not self.composition(x, x.shape[3]):
             return None
         _, shift_size = self.window_and_shift(x.shape[1:3])
         maps = roll(x, -shift_size) if shift_size else x

@@ -15,6 +15,7 @@ from acmix_mm.gpu_check.inputs import (  # noqa: F401
     involution_tensors,
     padded_window_tensors,
     sliding_tensors,
+    weights_tensors,
     window_tensors,
 )
 from acmix_mm.ops import sliding_window_attention, window_attention

@@ -19,14 +19,19 @@ from helpers.operators import (
     padded_window_tensors,
     slide,
     sliding_tensors,
+    weights_tensors,
     window_tensors,
 )
 
+from acmix_mm.gpu_check import subjects
 from acmix_mm.ops import backend, shift_conv, sliding_window_attention, window_attention
 from acmix_mm.ops.backend import has_triton
 
 if not has_triton():
     pytest.skip('needs triton 3', allow_module_level=True)
+from acmix_mm.ops.path_sum import triton_kernels as sum_kernels
+from acmix_mm.ops.path_weights import triton_kernels as weights_kernels
+from acmix_mm.ops.position_encoding import triton_kernels as encoding_kernels
 from acmix_mm.ops.shift_conv import triton_kernels as conv_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding_kernels
 from acmix_mm.ops.window_attention import triton_kernels as window_kernels
@@ -126,6 +131,30 @@ def test_window_attention_takes_bias_and_padding_in_float32():
         assert (actual - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('is_grouped', [False, True])
+@pytest.mark.parametrize('arguments', [
+    # in_channels, heads, head_dims, kernel_size, bias, fc_bias, rates, attention_bias
+    (20, 6, 1, 3, True, True, True, True),
+    (4, 1, 3, 5, True, False, True, False),
+    (5, 2, 2, 3, False, True, False, True),
+    (3, 1, 2, 3, False, False, False, False),
+])
+def test_composed_weights(arguments, is_grouped, dtype, monkeypatch):
+    # The first case has several blocks of input channels and of maps.
+    monkeypatch.setattr(weights_kernels, 'MAX_BLOCK', 16)
+    run = functools.partial(subjects.composed_weights, is_grouped=is_grouped)
+    compare_on_device(run, weights_tensors(*arguments), dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('subject', [
+    *subjects.sum_cases(subjects.SUMS),
+    *subjects.encoding_cases(subjects.ENCODINGS)], ids=lambda each: each.case)
+def test_sums_and_encodings(subject, dtype):
+    compare_on_device(subject.run, subject.tensors(), dtype)
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(stride=2, dilation=2), 'takes stride or dilation, not both.*got stride=2, dilation=2'),
     (dict(dtype=torch.float64), 'takes float32, bfloat16 or float16 on an NVIDIA GPU.*float64'),
@@ -181,6 +210,12 @@ def test_kernels_compile_for_gpus():
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
 
 
+FUNCTIONS = {
+    conv_kernels: ('convolve', 'convolve_kernels_backward'),
+    weights_kernels: ('compose', 'compose_backward'), sum_kernels: ('add', 'add_backward'),
+    encoding_kernels: ('encode', 'encode_backward')}
+
+
 @pytest.mark.parametrize(('operator', 'module', 'failing', 'run', 'tensors_of'), [
     (*kernels[:2], failing, *kernels[2:]) for kernels in [
         ('sliding_window_attention', sliding_kernels, slide(3),
@@ -192,8 +227,13 @@ def test_kernels_compile_for_gpus():
          functools.partial(window_tensors, 1, (2, 2), (2, 3), 2, 4)),
         ('shift_conv', conv_kernels, functools.partial(shift_conv, stride=2),
          functools.partial(conv_tensors, 2, 5, 2, 4, 5, 3, True, True)),
-    ] for failing in (('convolve', 'convolve_kernels_backward') if kernels[1] is conv_kernels
-                      else ('attend', 'attend_backward'))])
+        *[(name, module, each.run, each.tensors) for name, module, cases in [
+            ('compose_paths', weights_kernels, subjects.weights_cases(subjects.INTERPRETED_WEIGHTS)),
+            ('add_paths', sum_kernels, subjects.sum_cases(
+                [*subjects.INTERPRETED_SUMS, *subjects.SUMS[3:]])),
+            ('position_encoding', encoding_kernels, subjects.encoding_cases([(4, 2, 3)])),
+        ] for each in cases],
+    ] for failing in FUNCTIONS.get(kernels[1], ('attend', 'attend_backward'))])
 def test_failing_kernels_fall_back_to_torch(operator, module, failing, run, tensors_of,
                                             monkeypatch):
     def fail(*arguments):

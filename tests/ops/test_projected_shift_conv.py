@@ -10,7 +10,7 @@ from helpers.weights import randomised
 
 from acmix_mm.layers import ACmixConv2d, WindowACmix
 from acmix_mm.ops import projected_shift_conv, use_backend
-from acmix_mm.ops.projected_shift_conv import operations, reads_input
+from acmix_mm.ops.projected_shift_conv import operations, composition
 
 BACKENDS = ('separate', 'composed', 'grouped')
 
@@ -72,9 +72,9 @@ def test_operation_counts(channels, heads, cheapest):
 
 
 def test_projections_are_shared_on_a_cpu():
-    assert not reads_input(torch.zeros(1), 64, 16, 4, 12, 3)
+    assert not composition(torch.zeros(1), 64, 16, 4, 12, 3)
     with use_backend('grouped'):
-        assert reads_input(torch.zeros(1), 64, 16, 4, 12, 3)
+        assert composition(torch.zeros(1), 64, 16, 4, 12, 3)
 
 
 LAYERS = {
