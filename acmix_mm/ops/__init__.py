@@ -16,8 +16,9 @@ from acmix_mm.ops.shift_conv import shift_conv, shift_sum
 from acmix_mm.ops.sliding_attention import sliding_window_attention
 from acmix_mm.ops.window_attention import window_attention
 
-__all__ = ['add_paths', 'available_backends', 'compose_paths', 'convolve_composed', 'involution', 'patch_aggregation', 'patch_features', 'position_encoding', 'project',
-           'project_images', 'projected_shift_conv', 'shift_conv', 'shift_sum',
-           'sliding_window_attention', 'use_backend', 'window_attention']
+__all__ = ['add_paths', 'available_backends', 'compose_paths', 'convolve_composed', 'involution',
+           'patch_aggregation', 'patch_features', 'position_encoding', 'project', 'project_images',
+           'projected_shift_conv', 'shift_conv', 'shift_sum', 'sliding_window_attention',
+           'use_backend', 'window_attention']
 
 read_environment()

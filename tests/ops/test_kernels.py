@@ -228,7 +228,8 @@ FUNCTIONS = {
         ('shift_conv', conv_kernels, functools.partial(shift_conv, stride=2),
          functools.partial(conv_tensors, 2, 5, 2, 4, 5, 3, True, True)),
         *[(name, module, each.run, each.tensors) for name, module, cases in [
-            ('compose_paths', weights_kernels, subjects.weights_cases(subjects.INTERPRETED_WEIGHTS)),
+            ('compose_paths', weights_kernels,
+             subjects.weights_cases(subjects.INTERPRETED_WEIGHTS)),
             ('add_paths', sum_kernels, subjects.sum_cases(
                 [*subjects.INTERPRETED_SUMS, *subjects.SUMS[3:]])),
             ('position_encoding', encoding_kernels, subjects.encoding_cases([(4, 2, 3)])),

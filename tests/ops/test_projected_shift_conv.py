@@ -10,7 +10,7 @@ from helpers.weights import randomised
 
 from acmix_mm.layers import ACmixConv2d, WindowACmix
 from acmix_mm.ops import projected_shift_conv, use_backend
-from acmix_mm.ops.projected_shift_conv import operations, composition
+from acmix_mm.ops.projected_shift_conv import composition, operations
 
 BACKENDS = ('separate', 'composed', 'grouped')
 

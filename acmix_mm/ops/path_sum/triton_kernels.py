@@ -192,8 +192,8 @@ def taps_gradient_kernel(sums, grad_taps, rows, height, in_height, CHANNELS: tl.
         row = first + tl.arange(0, ROWS)
         is_inside = lies_inside(row % height, down, in_height, KERNEL_SIZE, STRIDE, DILATION)
         place = (row.to(tl.int64) * KERNEL_SIZE + across)[:, None] * CHANNELS + channels[None, :]
-        total += tl.load(sums + place, mask=((row < rows) & is_inside)[:, None] & is_channel[None, :],
-                         other=0.0)
+        mask = ((row < rows) & is_inside)[:, None] & is_channel[None, :]
+        total += tl.load(sums + place, mask=mask, other=0.0)
         first += ROWS
     place = channels * KERNEL_SIZE * KERNEL_SIZE + tl.program_id(1)
     tl.store(grad_taps + place, tl.sum(total, 0), mask=is_channel)

@@ -6,7 +6,6 @@ a map of the fc, i for an input channel.
 
 from typing import Optional
 
-import torch
 from torch import Tensor, einsum
 
 from acmix_mm.ops.path_weights.reference import scale_values
@@ -17,9 +16,10 @@ from acmix_mm.ops.projected_shift_conv.precision import at_least_float32
 def compose_paths_gradients(
         grad_weight: Tensor, grad_bias: Optional[Tensor], grad_mixing: Optional[Tensor],
         grad_mixing_bias: Optional[Tensor], grad_kernels: Tensor, grad_taps: Optional[Tensor],
-        weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor, fc_bias: Optional[Tensor],
-        attention_rate: Optional[Tensor], convolution_rate: Optional[Tensor],
-        attention_bias: Optional[Tensor], is_grouped: bool) -> tuple[Optional[Tensor], ...]:
+        weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor,
+        fc_bias: Optional[Tensor], attention_rate: Optional[Tensor],
+        convolution_rate: Optional[Tensor], attention_bias: Optional[Tensor],
+        is_grouped: bool) -> tuple[Optional[Tensor], ...]:
     """Return the gradients of ``weight`` and the tensors that follow it.
 
     Args:

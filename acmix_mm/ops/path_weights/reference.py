@@ -28,7 +28,9 @@ def compose_paths_reference(weight: Tensor, bias: Optional[Tensor], fc_weight: T
             mixing, mixing_bias = grouped.compose(weight, bias, fc_weight, fc_bias)
             head_dims = len(weight) // fc_weight.shape[1]
             kernels = grouped.block_diagonal(shift_weight, head_dims, group_size(head_dims))
-            taps = None if attention_bias is None else scaled(attention_rate, attention_bias)[:, None]
+            taps = None
+            if attention_bias is not None:
+                taps = scaled(attention_rate, attention_bias)[:, None]
         else:
             kernels, taps = composed.compose(weight, bias, fc_weight, shift_weight, fc_bias)
             if attention_bias is not None:

@@ -58,7 +58,8 @@ def compose_paths_kernels(weight: Tensor, bias: Optional[Tensor], fc_weight: Ten
         from acmix_mm.ops.path_weights.triton_kernels import compose
         outs = _empty_weights(*inputs, dtype, is_grouped)
         with torch.cuda.device_of(weight):
-            compose(*contiguous(inputs), [present(each) for each in outs], group(inputs, is_grouped))
+            compose(*contiguous(inputs), [present(each) for each in outs],
+                    group(inputs, is_grouped))
         return outs
 
     def torch_backend() -> Six:
@@ -80,9 +81,10 @@ def _empty_gradients(*arguments: Any) -> Eight:
 def compose_paths_kernels_backward(
         grad_weight: Tensor, grad_bias: Optional[Tensor], grad_mixing: Optional[Tensor],
         grad_mixing_bias: Optional[Tensor], grad_kernels: Tensor, grad_taps: Optional[Tensor],
-        weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor, fc_bias: Optional[Tensor],
-        attention_rate: Optional[Tensor], convolution_rate: Optional[Tensor],
-        attention_bias: Optional[Tensor], is_grouped: bool) -> Eight:
+        weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor,
+        fc_bias: Optional[Tensor], attention_rate: Optional[Tensor],
+        convolution_rate: Optional[Tensor], attention_bias: Optional[Tensor],
+        is_grouped: bool) -> Eight:
     grads = (grad_weight, grad_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps)
     inputs = (weight, bias, fc_weight, shift_weight, fc_bias, attention_rate, convolution_rate,
               attention_bias)
@@ -90,10 +92,10 @@ def compose_paths_kernels_backward(
     def kernels() -> Eight:
         from acmix_mm.ops.path_weights.triton_kernels import compose_backward
         results = _empty_gradients(*grads, *inputs)
-        by_row = contiguous(grads[:4]), contiguous(grads[5:])
-        of_kernels = grad_kernels.contiguous(memory_format=torch.channels_last)
+        dense = [*contiguous(grads[:4]),
+                 grad_kernels.contiguous(memory_format=torch.channels_last), *contiguous(grads[5:])]
         with torch.cuda.device_of(weight):
-            compose_backward([*by_row[0], of_kernels, *by_row[1]], *contiguous(inputs), [present(each) for each in results],
+            compose_backward(dense, *contiguous(inputs), [present(each) for each in results],
                              group(inputs, is_grouped))
         return results
 

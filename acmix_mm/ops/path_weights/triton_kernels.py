@@ -149,17 +149,20 @@ def load_mixing(fc_weight, first, SHIFTS: tl.constexpr, BLOCK_SHIFTS: tl.constex
 
 
 @triton.jit
-def load_projections(weight, bias, first, depth, ins, HEAD_DIMS: tl.constexpr,
-                     NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr):
-    """Weight, (map from ``first`` on, input), and bias, (map,), that project to a depth."""
+def load_projections(weight, first, depth, ins, HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr,
+                     BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr):
+    """The weight that projects to a depth: (map from ``first`` on, input)."""
     maps = first + tl.arange(0, BLOCK_MAPS)
-    rows = maps * HEAD_DIMS + depth
-    values = load(weight + rows[:, None] * IN_CHANNELS + ins[None, :],
-                  (maps < NUM_MAPS)[:, None] & (ins < IN_CHANNELS)[None, :])
-    values_of_bias = tl.zeros((BLOCK_MAPS,), tl.float32)
-    if bias is not None:
-        values_of_bias += load(bias + rows, maps < NUM_MAPS)
-    return values, values_of_bias
+    return load(weight + (maps * HEAD_DIMS + depth)[:, None] * IN_CHANNELS + ins[None, :],
+                (maps < NUM_MAPS)[:, None] & (ins < IN_CHANNELS)[None, :])
+
+
+@triton.jit
+def load_bias(bias, first, depth, HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr,
+              BLOCK_MAPS: tl.constexpr):
+    """The bias that belongs to :func:`load_projections`: (map,)."""
+    maps = first + tl.arange(0, BLOCK_MAPS)
+    return load(bias + maps * HEAD_DIMS + depth, maps < NUM_MAPS)
 
 
 @triton.jit
@@ -187,8 +190,8 @@ def project(weight, bias, out_weight, out_bias, attention_rate, channel, ins,
 @triton.jit
 def compose_dense_kernel(weight, bias, fc_weight, fc_bias, shift_weight, attention_rate,
                          convolution_rate, attention_bias, out_weight, out_bias, kernels, taps,
-                         NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr,
-                         IN_CHANNELS: tl.constexpr, SHIFTS: tl.constexpr,
+                         NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr,
+                         BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr, SHIFTS: tl.constexpr,
                          BLOCK_SHIFTS: tl.constexpr, BLOCK_IN: tl.constexpr):
     channel = tl.program_id(0)
     ins = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -201,11 +204,13 @@ def compose_dense_kernel(weight, bias, fc_weight, fc_bias, shift_weight, attenti
     sum_taps = tl.zeros((BLOCK_SHIFTS,), tl.float32)
     for first in range(0, NUM_MAPS, BLOCK_MAPS):
         mix = load_mixing(fc_weight, first, SHIFTS, BLOCK_SHIFTS, NUM_MAPS, BLOCK_MAPS)
-        values, values_of_bias = load_projections(weight, bias, first, channel // NUM_HEADS, ins,
-                                                  HEAD_DIMS, NUM_MAPS, BLOCK_MAPS, IN_CHANNELS)
+        values = load_projections(weight, first, channel // NUM_HEADS, ins, HEAD_DIMS, NUM_MAPS,
+                                  BLOCK_MAPS, IN_CHANNELS)
         folded = multiply(tl.trans(shifts), mix)
         sum_kernels += multiply(folded, values)
-        sum_taps += tl.sum(folded * values_of_bias[None, :], 1)
+        if bias is not None:
+            values = load_bias(bias, first, channel // NUM_HEADS, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS)
+            sum_taps += tl.sum(folded * values[None, :], 1)
     place = (channel * SHIFTS + index)[:, None] * IN_CHANNELS + ins[None, :]
     store(kernels + place, sum_kernels, (index < SHIFTS)[:, None] & (ins < IN_CHANNELS)[None, :])
     if taps is not None:
@@ -223,8 +228,9 @@ def compose_dense_backward_kernel(
         grad_out_weight, grad_out_bias, grad_kernels, grad_taps, weight, bias, fc_weight, fc_bias,
         shift_weight, attention_rate, convolution_rate, attention_bias, grad_weight, grad_bias,
         grad_shift_weight, grad_attention_bias, shares, rate_shares, NUM_HEADS: tl.constexpr,
-        HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr,
-        SHIFTS: tl.constexpr, BLOCK_SHIFTS: tl.constexpr, BLOCK_IN: tl.constexpr):
+        HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr,
+        IN_CHANNELS: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_SHIFTS: tl.constexpr,
+        BLOCK_IN: tl.constexpr):
     """Of four programs, three compute a row of the projections, and the last a shift kernel."""
     channel, part = tl.program_id(0), tl.program_id(1)
     depth, head = channel // NUM_HEADS, channel % NUM_HEADS
@@ -288,14 +294,13 @@ def compose_dense_backward_kernel(
                 place = (channel * SHIFTS + index)[:, None] * IN_CHANNELS + ins[None, :]
                 grads = load(grad_kernels + place,
                              is_shift[:, None] & (ins < IN_CHANNELS)[None, :])
-                values, values_of_bias = load_projections(weight, bias, first_map, depth, ins,
-                                                          HEAD_DIMS, NUM_MAPS, BLOCK_MAPS,
-                                                          IN_CHANNELS)
+                values = load_projections(weight, first_map, depth, ins, HEAD_DIMS, NUM_MAPS,
+                                          BLOCK_MAPS, IN_CHANNELS)
                 grad_folded += multiply(grads, tl.trans(values))
-                if bias is not None:
-                    if first == 0:
-                        grads_of_taps = load(grad_taps + channel * SHIFTS + index, is_shift)
-                        grad_folded += grads_of_taps[:, None] * values_of_bias[None, :]
+            if bias is not None:
+                values = load_bias(bias, first_map, depth, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS)
+                grad_folded += (load(grad_taps + channel * SHIFTS + index, is_shift)[:, None] *
+                                values[None, :])
             mix = load_mixing(fc_weight, first_map, SHIFTS, BLOCK_SHIFTS, NUM_MAPS, BLOCK_MAPS)
             sum_shifts += multiply(mix, tl.trans(grad_folded))
             store(shares + index[:, None] * (NUM_MAPS + 1) + maps[None, :],
@@ -311,7 +316,8 @@ def compose_grouped_kernel(weight, bias, fc_weight, fc_bias, shift_weight, atten
                            convolution_rate, attention_bias, out_weight, out_bias, mixing,
                            mixing_bias, kernels, taps, GROUP: tl.constexpr,
                            NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr,
-                           NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr, SHIFTS: tl.constexpr,
+                           NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr,
+                           IN_CHANNELS: tl.constexpr, SHIFTS: tl.constexpr,
                            BLOCK_SHIFTS: tl.constexpr, BLOCK_IN: tl.constexpr):
     """The first program of a depth also computes its rows of the linear layer."""
     channel = tl.program_id(0)
@@ -338,10 +344,12 @@ def compose_grouped_kernel(weight, bias, fc_weight, fc_bias, shift_weight, atten
             sum_bias += load(fc_bias + index, is_shift)
         for first in range(0, NUM_MAPS, BLOCK_MAPS):
             mix = load_mixing(fc_weight, first, SHIFTS, BLOCK_SHIFTS, NUM_MAPS, BLOCK_MAPS)
-            values, values_of_bias = load_projections(weight, bias, first, depth, ins, HEAD_DIMS,
-                                                      NUM_MAPS, BLOCK_MAPS, IN_CHANNELS)
+            values = load_projections(weight, first, depth, ins, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS,
+                                      IN_CHANNELS)
             sums += multiply(mix, values)
-            sum_bias += tl.sum(mix * values_of_bias[None, :], 1)
+            if bias is not None:
+                values = load_bias(bias, first, depth, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS)
+                sum_bias += tl.sum(mix * values[None, :], 1)
         rows = depth * SHIFTS + index
         store(mixing + rows[:, None] * IN_CHANNELS + ins[None, :], sums,
               is_shift[:, None] & (ins < IN_CHANNELS)[None, :])
@@ -355,8 +363,8 @@ def compose_grouped_backward_kernel(
         weight, bias, fc_weight, fc_bias, shift_weight, attention_rate, convolution_rate,
         attention_bias, grad_weight, grad_bias, grad_shift_weight, grad_attention_bias, shares,
         rate_shares, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr,
-        NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr, SHIFTS: tl.constexpr,
-        BLOCK_SHIFTS: tl.constexpr, BLOCK_IN: tl.constexpr):
+        NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr,
+        SHIFTS: tl.constexpr, BLOCK_SHIFTS: tl.constexpr, BLOCK_IN: tl.constexpr):
     channel = tl.program_id(0)
     depth, head = channel // NUM_HEADS, channel % NUM_HEADS
     index = tl.arange(0, BLOCK_SHIFTS)
@@ -393,9 +401,8 @@ def compose_grouped_backward_kernel(
             tl.store(grad_bias + row, grad_value.to(grad_bias.dtype.element_ty))
         store(shares + index * (NUM_MAPS + 1) + part * NUM_HEADS + head, grad_mix, is_shift)
     if fc_bias is not None:
-        if head == 0:
-            store(shares + index * (NUM_MAPS + 1) + NUM_MAPS,
-                  load(grad_mixing_bias + rows, is_shift), is_shift)
+        store(shares + index * (NUM_MAPS + 1) + NUM_MAPS, load(grad_mixing_bias + rows, is_shift),
+              is_shift & (head == 0))
 
     place = ((channel * SHIFTS + index[None, :]) * GROUP + depth % GROUP) * SHIFTS + index[:, None]
     mask = is_shift[:, None] & is_shift[None, :]

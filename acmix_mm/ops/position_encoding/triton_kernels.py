@@ -3,7 +3,6 @@
 The gradient of the weight follows from sums over each row, which the second kernel sums.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
