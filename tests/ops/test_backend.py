@@ -31,6 +31,8 @@ BACKENDS = {
     'add_paths': {'reference', 'triton'},
     'compose_paths': {'reference', 'triton'},
     'position_encoding': {'reference', 'triton'},
+    'position_bias': {'reference', 'triton'},
+    'roll_map': {'reference', 'triton'},
     'projected_shift_conv': {'reference', 'separate', 'composed', 'grouped'},
     'shift_conv': {'reference', 'two_step', 'folded', 'conv2d', 'triton'},
     'patch_features': {'reference', 'chunked'},

@@ -280,11 +280,10 @@ def compose_dense_backward_kernel(
         sum_shifts = tl.zeros((BLOCK_SHIFTS, BLOCK_SHIFTS), tl.float32)
         shares += channel * SHIFTS * (NUM_MAPS + 1)
         if fc_bias is not None:
-            grad_folded = load(grad_taps + channel * SHIFTS + index, is_shift)
-            mix = load(fc_bias + index, is_shift)
-            sum_shifts += mix[:, None] * grad_folded[None, :]
+            of_taps = load(grad_taps + channel * SHIFTS + index, is_shift)
+            sum_shifts += load(fc_bias + index, is_shift)[:, None] * of_taps[None, :]
             store(shares + index * (NUM_MAPS + 1) + NUM_MAPS,
-                  rate * tl.sum(shifts * grad_folded[None, :], 1), is_shift)
+                  rate * tl.sum(shifts * of_taps[None, :], 1), is_shift)
         for first_map in range(0, NUM_MAPS, BLOCK_MAPS):
             maps = first_map + tl.arange(0, BLOCK_MAPS)
             # The gradient of what the forward pass calls folded.

@@ -27,7 +27,7 @@ __all__ = ['MASKED_LOGIT', 'pads_in_place', 'window_attention']
 
 
 def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
-                     shift_size: int = 0, padding: Optional[Tensor] = None,
+                     shift_size: int = 0, padding: Optional[Tensor] = None, is_rolled: bool = False,
                      scale: Optional[float] = None, dropout_p: float = 0.0,
                      backend: Optional[str] = None) -> Tensor:
     """Attend within each window of a map: softmax(q · kᵀ · scale + bias) · v.
@@ -45,6 +45,8 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
             map is padded at the bottom and right to whole windows and rolled by ``-shift_size``
             along both axes; the output is rolled back, without the padding. If None, windows divide
             the map, which has already been rolled; so is the output.
+        is_rolled: whether a map to be padded has been rolled by ``-shift_size``, without padding;
+            so is the output.
         scale: factor of the logits; ``head_dims ** -0.5`` if None.
         dropout_p: probability of dropping an attention weight.
         backend: ``'reference'``, ``'sdpa'``, ``'chunked'`` or ``'triton'``. By default and without
@@ -79,7 +81,8 @@ def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
         scale = head_dims**-0.5
     run = select_backend('window_attention', backend, qkv.device, exporting='sdpa',
                          automatic=_automatic(qkv, window_size, head_dims, dropout_p))
-    return run(qkv, bias, padding, window_size, shift_size, scale, dropout_p)
+    return run(qkv, bias, padding, window_size, shift_size, is_rolled or padding is None, scale,
+               dropout_p)
 
 
 def pads_in_place(x: Tensor, window_size: tuple[int, int], head_dims: int,

@@ -19,14 +19,15 @@ def padding_first(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     @functools.wraps(run)
     def padded(qkv: Tensor, bias: Tensor, padding: Optional[Tensor], window_size: Sequence[int],
-               shift_size: int, *others: Any) -> Tensor:
+               shift_size: int, is_rolled: bool, *others: Any) -> Tensor:
         bias = bias.to(qkv.dtype)
         if padding is None:
             return run(qkv, bias, window_size, shift_size, *others)
         height, width = qkv.shape[1:3]
-        maps = roll(fill_to_windows(qkv, padding.to(qkv.dtype), window_size), -shift_size)
-        out = run(maps, bias, window_size, shift_size, *others)
-        return roll(out, shift_size)[:, :height, :width]
+        back = shift_size if is_rolled else 0
+        maps = fill_to_windows(roll(qkv, back), padding.to(qkv.dtype), window_size)
+        out = run(roll(maps, -shift_size), bias, window_size, shift_size, *others)
+        return roll(roll(out, shift_size)[:, :height, :width], -back)
     return padded
 
 
@@ -61,7 +62,9 @@ def pad_to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
 
 
 def roll(x: Tensor, shift: int) -> Tensor:
-    """Roll (batch, height, width, …) along both axes, by less than their sizes."""
+    """Roll (batch, height, width, …) along both axes; in an export, by less than their sizes."""
+    if shift == 0:
+        return x
     if not is_exporting():
         return x.roll((shift, shift), (1, 2))
     for axis in (1, 2):

@@ -14,8 +14,8 @@ from acmix_mm.ops.window_attention.padding import fill_to_windows, padding_first
 
 
 def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor],
-                            window_size: tuple[int, int], shift_size: int, scale: float,
-                            dropout_p: float) -> Tensor:
+                            window_size: tuple[int, int], shift_size: int, is_rolled: bool,
+                            scale: float, dropout_p: float) -> Tensor:
     require_triton('window_attention', qkv)
     if dropout_p:
         raise ValueError("window_attention's backend 'triton' has no dropout, got "
@@ -25,10 +25,10 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor]
             f"window_attention's backend 'triton' does not take windows of {window_size[0]}×"
             f'{window_size[1]} with {qkv.shape[5]} channels of {qkv.dtype} per head. Leave out '
             'backend to have one chosen.')
-    is_rolled = padding is None
+    is_padded = padding is None
     if padding is None:
         padding = qkv.new_zeros(qkv.shape[3:])
-    return _attend(qkv, bias, padding, list(window_size), shift_size, is_rolled, scale)
+    return _attend(qkv, bias, padding, list(window_size), shift_size, is_rolled, is_padded, scale)
 
 
 def has_kernel(x: Tensor, window_size: tuple[int, int], head_dims: int) -> bool:
@@ -43,8 +43,9 @@ def has_kernel(x: Tensor, window_size: tuple[int, int], head_dims: int) -> bool:
 
 @custom_op(lambda qkv, *others: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]))
 def attend_windows_triton(qkv: Tensor, bias: Tensor, padding: Tensor, window_size: list[int],
-                          shift_size: int, is_rolled: bool, scale: float) -> Tensor:
-    geometry = window_size, shift_size, is_rolled, scale
+                          shift_size: int, is_rolled: bool, is_padded: bool,
+                          scale: float) -> Tensor:
+    geometry = window_size, shift_size, is_rolled, is_padded, scale
 
     def kernels() -> Tensor:
         from acmix_mm.ops.window_attention.triton_kernels import attend
@@ -61,9 +62,10 @@ def attend_windows_triton(qkv: Tensor, bias: Tensor, padding: Tensor, window_siz
     qkv.new_empty(qkv.shape), bias.new_empty(bias.shape), padding.new_empty(padding.shape)))
 def attend_windows_triton_backward(
         grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor, window_size: list[int],
-        shift_size: int, is_rolled: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        shift_size: int, is_rolled: bool, is_padded: bool,
+        scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``qkv``, ``bias`` and ``padding``."""
-    geometry = window_size, shift_size, is_rolled, scale
+    geometry = window_size, shift_size, is_rolled, is_padded, scale
 
     def kernels() -> tuple[Tensor, Tensor, Tensor]:
         from acmix_mm.ops.window_attention.triton_kernels import attend_backward
@@ -77,24 +79,26 @@ def attend_windows_triton_backward(
 
 
 def _attend_in_torch(qkv: Tensor, bias: Tensor, padding: Tensor, window_size: list[int],
-                     shift_size: int, is_rolled: bool, scale: float) -> Tensor:
+                     shift_size: int, is_rolled: bool, is_padded: bool, scale: float) -> Tensor:
     """The same attention, in operations whose gradients can be differentiated."""
     run = padding_first(inspect.unwrap(attend_windows))
-    return run(qkv, bias, None if is_rolled else padding, window_size, shift_size, scale)
+    return run(qkv, bias, None if is_padded else padding, window_size, shift_size, is_rolled, scale)
 
 
 def _gradients_in_torch(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor,
                         window_size: list[int], shift_size: int, is_rolled: bool,
-                        scale: float) -> tuple[Tensor, Tensor, Tensor]:
+                        is_padded: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     height, width = qkv.shape[1:3]
-    shift = 0 if is_rolled else shift_size
+    shift = 0 if is_padded else shift_size
+    back = shift if is_rolled else 0
     maps, grad_out = (
-        roll(fill_to_windows(each, values, window_size), -shift) for each, values in (
+        roll(fill_to_windows(roll(each, back), values, window_size), -shift) for each, values in (
             (qkv, padding.to(qkv.dtype)), (grad_out, grad_out.new_zeros(grad_out.shape[3:]))))
     grad_maps, grad_bias = inspect.unwrap(attend_windows_backward)(
         grad_out, maps, bias.to(qkv.dtype), window_size, shift_size, scale)
     grad_maps = roll(grad_maps, shift)
-    grad_qkv = grad_maps[:, :height, :width].clone(memory_format=torch.contiguous_format)
+    grad_qkv = roll(grad_maps[:, :height, :width], -back).clone(
+        memory_format=torch.contiguous_format)
     grad_maps[:, :height, :width] = 0
     return grad_qkv, grad_bias.to(bias.dtype), grad_maps.sum((0, 1, 2)).to(padding.dtype)
 
