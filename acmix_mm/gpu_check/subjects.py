@@ -22,14 +22,17 @@ from acmix_mm.gpu_check.inputs import (
     window_tensors,
 )
 from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.layers.window_acmix import relative_position_index
 from acmix_mm.ops import (
     add_paths,
     compose_paths,
     involution,
     patch_aggregation,
     patch_features,
+    position_bias,
     position_encoding,
     projected_shift_conv,
+    roll_map,
     shift_conv,
     sliding_window_attention,
     window_attention,
@@ -110,6 +113,19 @@ ENCODINGS = (
 )
 
 
+# Tables of larger windows, and windows larger than a warp.
+BIASES = (
+    # heads, side, window_size
+    (3, 7, (7, 7)), (2, 4, (2, 3)), (1, 12, (12, 12)),
+)
+INTERPRETED_BIASES = ((2, 3, (2, 3)),)
+ROLLS = (
+    # shape, shift_size
+    ((2, 9, 33, 32), -3), ((1, 3, 5, 200), 2), ((1, 1, 9, 4), -7),
+)
+INTERPRETED_ROLLS = (((1, 3, 33, 2), -2), ((1, 1, 3, 130), 7))
+
+
 class Subject(NamedTuple):
     """An operator or a layer, with its arguments.
 
@@ -139,10 +155,11 @@ def operators(interpreted: bool) -> list[Subject]:
         return [*sliding_cases(INTERPRETED_SLIDING), *window_cases(INTERPRETED_WINDOWS),
                 *padded_window_cases(INTERPRETED_PADDED_WINDOWS), *shift_cases(INTERPRETED_SHIFTS),
                 *weights_cases(INTERPRETED_WEIGHTS), *sum_cases(INTERPRETED_SUMS),
-                *encoding_cases(ENCODINGS)]
+                *encoding_cases(ENCODINGS), *bias_cases(INTERPRETED_BIASES),
+                *roll_cases(INTERPRETED_ROLLS)]
     return [*sliding_cases(SLIDING), *window_cases(WINDOWS), *padded_window_cases(PADDED_WINDOWS),
             *shift_cases(SHIFTS), *projected_cases(), *weights_cases(WEIGHTS), *sum_cases(SUMS),
-            *encoding_cases(ENCODINGS), *other_cases()]
+            *encoding_cases(ENCODINGS), *bias_cases(BIASES), *roll_cases(ROLLS), *other_cases()]
 
 
 def layers(interpreted: bool) -> list[Subject]:
@@ -212,13 +229,15 @@ def window_cases(cases: Sequence[tuple]) -> list[Subject]:
 
 
 def padded_window_cases(cases: Sequence[tuple]) -> list[Subject]:
+    """Maps that are rolled by the operator, and maps that have been rolled."""
     def window_attention_in_place(qkv: Tensor, bias: Tensor, padding: Tensor,
                                   **options: Any) -> Tensor:
         return window_attention(qkv, bias, padding=padding, **options)
 
     return [operator(window_attention_in_place, padded_window_tensors, arguments,
-                     window_size=arguments[2], shift_size=shift_size)._replace(
-                         name='window_attention') for arguments, shift_size in cases]
+                     window_size=arguments[2], shift_size=shift_size, is_rolled=is_rolled)._replace(
+                         name='window_attention')
+            for arguments, shift_size in cases for is_rolled in (False, True)]
 
 
 def shift_cases(cases: Sequence[tuple]) -> list[Subject]:
@@ -250,6 +269,30 @@ def encoding_cases(cases: Sequence[tuple]) -> list[Subject]:
 def encoding(weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
     """:func:`acmix_mm.ops.position_encoding`, rounded to the dtype of its weight."""
     return position_encoding(weight, bias, dtype=weight.dtype, **options).to(weight.dtype)
+
+
+def bias_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(biases, torch.randn, ((2 * side - 1)**2, heads), side=side,
+                     window_size=window_size)._replace(
+                         name='position_bias',
+                         tensors=lambda shape=((2 * side - 1)**2, heads): [torch.randn(shape)])
+            for heads, side, window_size in cases]
+
+
+def biases(table: Tensor, side: int, **options: Any) -> Tensor:
+    """:func:`acmix_mm.ops.position_bias` for windows of ``side``."""
+    return position_bias(table, relative_position_index(side).to(table.device), **options)
+
+
+def roll_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(rolled, torch.randn, shape, shift_size=shift_size)._replace(
+        name='roll_map', tensors=lambda shape=shape: [torch.randn(shape)])
+        for shape, shift_size in cases]
+
+
+def rolled(x: Tensor, **options: Any) -> Tensor:
+    """:func:`acmix_mm.ops.roll_map` without a change of dtype."""
+    return roll_map(x, dtype=x.dtype, **options)
 
 
 def projected_cases() -> list[Subject]:

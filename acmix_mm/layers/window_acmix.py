@@ -112,7 +112,7 @@ class WindowACmix(TwoPathLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         composition = self.composition(x, x.shape[3])
-        if composition and not self.rolls_input(x):
+        if self.attends and composition and not self.rolls_input(x):
             return self.forward_composed(x, composition)
         return super().forward(x)
 

@@ -6,6 +6,7 @@ A backward pass written by hand is not recorded by autograd. For gradients of gr
 
 import inspect
 import itertools
+from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
 
 import torch
@@ -80,7 +81,7 @@ def creates_graph() -> bool:
     return not is_compiling() and torch.is_grad_enabled()
 
 
-def differentiable_gradients(run: Callable, grad_out: Union[Tensor, tuple[Tensor, ...]],
+def differentiable_gradients(run: Callable, grad_out: Union[Tensor, Sequence[Any]],
                              *arguments: Any) -> tuple[Optional[Tensor], ...]:
     """Compute gradients by autograd, so that they can be differentiated in turn.
 

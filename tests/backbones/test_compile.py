@@ -74,7 +74,7 @@ def test_custom_ops_are_registered_correctly():
 
     qkv, bias, padding = (
         tensor.to(DEVICE) for tensor in padded_window_tensors(1, (2, 4), (2, 3), 1, 4))
-    grad, geometry = torch.randn(1, 2, 4, 4, device=DEVICE), ([2, 3], 1, False, 0.5)
+    grad, geometry = torch.randn(1, 2, 4, 4, device=DEVICE), ([2, 3], 1, True, False, 0.5)
     for each in (qkv, heads_last(qkv)):
         inputs = each, bias.transpose(1, 2), padding
         opcheck(operators.attend_windows_triton.default, (*inputs, *geometry))

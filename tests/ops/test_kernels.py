@@ -31,7 +31,9 @@ if not has_triton():
     pytest.skip('needs triton 3', allow_module_level=True)
 from acmix_mm.ops.path_sum import triton_kernels as sum_kernels
 from acmix_mm.ops.path_weights import triton_kernels as weights_kernels
+from acmix_mm.ops.position_bias import triton_kernels as bias_kernels
 from acmix_mm.ops.position_encoding import triton_kernels as encoding_kernels
+from acmix_mm.ops.rolling import triton_kernels as rolling_kernels
 from acmix_mm.ops.shift_conv import triton_kernels as conv_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding_kernels
 from acmix_mm.ops.window_attention import triton_kernels as window_kernels
@@ -107,7 +109,9 @@ def test_window_attention(dtype, batch, size, window_size, shift_size, heads, he
     # Programs take several windows; the last of them fewer.
     monkeypatch.setattr(window_kernels, 'PROGRAMS', 2 * heads)
     tensors = padded_window_tensors(batch, size, window_size, heads, head_dims)
-    compare_on_device(attend_padded(window_size, shift_size), tensors, dtype)
+    # Rolled by the kernels or before.
+    for is_rolled in {False, bool(shift_size)}:
+        compare_on_device(attend_padded(window_size, shift_size, is_rolled), tensors, dtype)
 
 
 def test_window_attention_on_rolled_maps():
@@ -150,8 +154,9 @@ def test_composed_weights(arguments, is_grouped, dtype, monkeypatch):
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('subject', [
     *subjects.sum_cases(subjects.SUMS),
-    *subjects.encoding_cases(subjects.ENCODINGS)], ids=lambda each: each.case)
-def test_sums_and_encodings(subject, dtype):
+    *subjects.encoding_cases(subjects.ENCODINGS), *subjects.bias_cases(subjects.BIASES),
+    *subjects.roll_cases(subjects.INTERPRETED_ROLLS)], ids=lambda each: each.case)
+def test_small_operators(subject, dtype):
     compare_on_device(subject.run, subject.tensors(), dtype)
 
 
@@ -206,14 +211,16 @@ def rows_of(script):
 def test_kernels_compile_for_gpus():
     """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
     compiled = rows_of('compile_kernels.py')
-    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3)
+    small = 2 * 2 * 3 + 2 + 2 + (2 * 3 - 1) + (2 * 3 - 2) + 3 + 2 + 1
+    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3 + 2 * small)
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
 
 
 FUNCTIONS = {
     conv_kernels: ('convolve', 'convolve_kernels_backward'),
     weights_kernels: ('compose', 'compose_backward'), sum_kernels: ('add', 'add_backward'),
-    encoding_kernels: ('encode', 'encode_backward')}
+    encoding_kernels: ('encode', 'encode_backward'), bias_kernels: ('sum_offsets',),
+    rolling_kernels: ('roll',)}
 
 
 @pytest.mark.parametrize(('operator', 'module', 'failing', 'run', 'tensors_of'), [
@@ -233,6 +240,8 @@ FUNCTIONS = {
             ('add_paths', sum_kernels, subjects.sum_cases(
                 [*subjects.INTERPRETED_SUMS, *subjects.SUMS[3:]])),
             ('position_encoding', encoding_kernels, subjects.encoding_cases([(4, 2, 3)])),
+            ('position_bias', bias_kernels, subjects.bias_cases([(2, 3, (2, 3))])),
+            ('roll_map', rolling_kernels, subjects.roll_cases([((1, 2, 3, 2), 1)])),
         ] for each in cases],
     ] for failing in FUNCTIONS.get(kernels[1], ('attend', 'attend_backward'))])
 def test_failing_kernels_fall_back_to_torch(operator, module, failing, run, tensors_of,
@@ -253,7 +262,7 @@ def test_image_sizes_share_compiled_kernels():
     """Sliding attention in strips and, where these do not apply, in tiles; window attention."""
     counts = rows_of('specialize_kernels.py')
     # One column is too narrow for strips at dilation 1. Windows of 7 and of 12.
-    assert len(counts) == 6 + 3 + 2 + 2 + 3
+    assert len(counts) == 6 + 3 + 2 + 3 + 4 + 3 + 3 + 1 + 1
     for kernel, *_, count in counts:
-        # Forward and transposed convolution are two constants.
-        assert int(count) == 1 + kernel.endswith('.convolve_kernel'), counts
+        # Forward and transposed convolution, and two memory orders of the sum, are constants.
+        assert int(count) == 1 + kernel.endswith(('.convolve_kernel', '.add_kernel')), counts

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from helpers.operators import TOLERANCE, compare, window_tensors
+from helpers.operators import TOLERANCE, compare, padded_window_tensors, window_tensors
 
 from acmix_mm.ops import window_attention
 
@@ -50,6 +50,19 @@ def test_gradcheck():
     for shift_size in (0, 1):
         run = functools.partial(attend((2, 3), shift_size), backend='chunked')
         assert torch.autograd.gradcheck(run, tensors)
+
+
+@pytest.mark.parametrize('backend', ['reference', *BACKENDS])
+def test_maps_rolled_without_padding(backend):
+    """Also along an axis shorter than the shift."""
+    for size, shift_size in (((5, 4), 1), ((1, 9), 3)):
+        qkv, bias, padding = (each.double() for each in
+                              padded_window_tensors(2, size, (4, 4), 2, 2))
+        run = functools.partial(window_attention, bias=bias, window_size=(4, 4), padding=padding,
+                                shift_size=shift_size, backend=backend)
+        expected = run(qkv).roll((-shift_size, -shift_size), (1, 2))
+        actual = run(qkv.roll((-shift_size, -shift_size), (1, 2)), is_rolled=True)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_dropout_rate():

@@ -5,7 +5,7 @@ Paper: arXiv 2111.14556, section 4.1. The convolution path is linear in the laye
 their projection.
 """
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +89,8 @@ def compose_paths(weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shi
     parts = run(weight, bias, fc_weight, shift_weight, fc_bias, attention_rate, convolution_rate,
                 attention_bias, dtype, is_grouped)
     # Custom ops return tensors only; those that do not exist are empty.
-    given = [each if each.numel() else None for each in parts]
-    return PathWeights(parts[0], *given[1:4], parts[4], given[5])
+    given: list[Any] = [each if each.numel() else None for each in parts]
+    return PathWeights(*given)
 
 
 def convolve_composed(x: Tensor, weights: PathWeights, stride: int = 1,

@@ -4,7 +4,8 @@ Indices of the sums: d, h for the depth and the head of a channel, s for a shift
 a map of the fc, i for an input channel.
 """
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 from torch import Tensor, einsum
 
@@ -13,34 +14,18 @@ from acmix_mm.ops.projected_shift_conv.operations import group_size
 from acmix_mm.ops.projected_shift_conv.precision import at_least_float32
 
 
-def compose_paths_gradients(
-        grad_weight: Tensor, grad_bias: Optional[Tensor], grad_mixing: Optional[Tensor],
-        grad_mixing_bias: Optional[Tensor], grad_kernels: Tensor, grad_taps: Optional[Tensor],
-        weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor,
-        fc_bias: Optional[Tensor], attention_rate: Optional[Tensor],
-        convolution_rate: Optional[Tensor], attention_bias: Optional[Tensor],
-        is_grouped: bool) -> tuple[Optional[Tensor], ...]:
-    """Return the gradients of ``weight`` and the tensors that follow it.
+def compose_paths_gradients(grads: Sequence[Any], tensors: Sequence[Any],
+                            is_grouped: bool) -> list[Optional[Tensor]]:
+    """Return the gradients of ``tensors``; None for None.
 
     Args:
-        grad_weight: of what :func:`acmix_mm.ops.compose_paths` returns; None for None.
-        grad_bias: see there.
-        grad_mixing: see there.
-        grad_mixing_bias: see there.
-        grad_kernels: see there.
-        grad_taps: see there.
-        weight: see :func:`acmix_mm.ops.compose_paths`.
-        bias: see there.
-        fc_weight: see there.
-        shift_weight: see there.
-        fc_bias: see there.
-        attention_rate: see there.
-        convolution_rate: see there.
-        attention_bias: see there.
+        grads: of the fields of :class:`acmix_mm.ops.path_weights.PathWeights`.
+        tensors: the tensors that :func:`acmix_mm.ops.compose_paths` takes, in that order.
         is_grouped: see there.
     """
-    inputs = (weight, bias, fc_weight, shift_weight, fc_bias, attention_rate, convolution_rate,
-              attention_bias)
+    (weight, bias, fc_weight, shift_weight, fc_bias, attention_rate, convolution_rate,
+     attention_bias) = tensors
+    grad_weight, grad_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps = grads
     weight, fc_weight, shift_weight, grad_weight, grad_kernels = (
         at_least_float32(each)
         for each in (weight, fc_weight, shift_weight, grad_weight, grad_kernels))
@@ -63,8 +48,9 @@ def compose_paths_gradients(
 
     grad_rate = (grad_weight * weight).view(3, -1)[2].sum()
     grad_rate = grad_rate + (grad_bias * bias_by_map).view(3, -1)[2].sum()
-    grad_weight = scale_values(grad_weight, attention_rate).view(by_map.shape)
-    grad_bias = scale_values(grad_bias, attention_rate)
+    grad_weight, grad_bias = (scale_values(each, attention_rate)
+                              for each in (grad_weight, grad_bias))
+    grad_weight = grad_weight.view(by_map.shape)
     if is_grouped:
         mixed = of_shape(grad_mixing, head_dims, num_shifts, in_channels)
         mixed_bias = of_shape(grad_mixing_bias, head_dims, num_shifts)
@@ -95,7 +81,7 @@ def compose_paths_gradients(
         grad_rate = grad_rate + (grad_added * attention_bias).sum()
         if attention_rate is not None:
             grad_added = attention_rate * grad_added
-    grads = (grad_weight, grad_bias, grad_fc, rate * grad_shifts, grad_of_fc, grad_rate,
+    found = (grad_weight, grad_bias, grad_fc, rate * grad_shifts, grad_of_fc, grad_rate,
              (shifts * grad_shifts).sum(), grad_added)
-    return tuple(None if each is None else grad.reshape(each.shape).to(each.dtype, copy=True)
-                 for grad, each in zip(grads, inputs))
+    return [None if each is None else grad.reshape(each.shape).to(each.dtype)
+            for grad, each in zip(found, tensors)]

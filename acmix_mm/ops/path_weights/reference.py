@@ -39,7 +39,8 @@ def compose_paths_reference(weight: Tensor, bias: Optional[Tensor], fc_weight: T
                 centre = torch.arange(num_taps, device=weight.device) == num_taps // 2
                 added = scaled(attention_rate, attention_bias)[:, None] * centre
                 taps = added if taps is None else taps + added
-        weight, bias = scale_values(weight, attention_rate), scale_values(bias, attention_rate)
+        weight = scale_values(weight, attention_rate)
+        bias = None if bias is None else scale_values(bias, attention_rate)
         kernels = kernels.to(dtype, memory_format=torch.channels_last)
     # Slices, so that autograd knows where the empty ones come from.
     weight = weight.to(dtype)
@@ -52,9 +53,9 @@ def scaled(rate: Optional[Tensor], values: Tensor) -> Tensor:
     return values if rate is None else rate * values
 
 
-def scale_values(rows: Optional[Tensor], rate: Optional[Tensor]) -> Optional[Tensor]:
+def scale_values(rows: Tensor, rate: Optional[Tensor]) -> Tensor:
     """Multiply the last third of the rows, which project to values, by a rate."""
-    if rows is None or rate is None:
+    if rate is None:
         return rows
     others, values = rows.split([len(rows) // 3 * 2, len(rows) // 3])
     return torch.cat([others, rate * values])

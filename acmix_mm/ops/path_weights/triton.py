@@ -1,6 +1,7 @@
 """compose_paths by Triton kernels for NVIDIA GPUs."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -58,23 +59,26 @@ def compose_paths_kernels(weight: Tensor, bias: Optional[Tensor], fc_weight: Ten
         from acmix_mm.ops.path_weights.triton_kernels import compose
         outs = _empty_weights(*inputs, dtype, is_grouped)
         with torch.cuda.device_of(weight):
-            compose(*contiguous(inputs), [present(each) for each in outs],
+            compose(contiguous(inputs), [present(each) for each in outs],
                     group(inputs, is_grouped))
         return outs
 
     def torch_backend() -> Six:
         # They may be views of each other.
-        outs = compose_paths_reference(*inputs, dtype, is_grouped)
-        return tuple(empty.copy_(each) for empty, each in zip(
-            _empty_weights(*inputs, dtype, is_grouped), outs))
+        results = _empty_weights(*inputs, dtype, is_grouped)
+        for empty, each in zip(results, compose_paths_reference(*inputs, dtype, is_grouped)):
+            empty.copy_(each)
+        return results
 
     return run_kernels('compose_paths', kernels, torch_backend)
 
 
 def _empty_gradients(*arguments: Any) -> Eight:
-    inputs = arguments[6:14]
-    return tuple(inputs[0].new_empty(0) if each is None else each.new_empty(each.shape)
-                 for each in inputs)
+    def empty(like: Optional[Tensor]) -> Tensor:
+        return arguments[6].new_empty(0) if like is None else like.new_empty(like.shape)
+
+    first, second, third, fourth, fifth, sixth, seventh, eighth = map(empty, arguments[6:14])
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @custom_op(_empty_gradients)
@@ -95,18 +99,21 @@ def compose_paths_kernels_backward(
         dense = [*contiguous(grads[:4]),
                  grad_kernels.contiguous(memory_format=torch.channels_last), *contiguous(grads[5:])]
         with torch.cuda.device_of(weight):
-            compose_backward(dense, *contiguous(inputs), [present(each) for each in results],
+            compose_backward(dense, contiguous(inputs), [present(each) for each in results],
                              group(inputs, is_grouped))
         return results
 
     def torch_backend() -> Eight:
-        computed = compose_paths_gradients(*grads, *inputs, is_grouped)
-        return tuple(weight.new_empty(0) if each is None else each for each in computed)
+        results = _empty_gradients(*grads, *inputs)
+        for empty, each in zip(results, compose_paths_gradients(grads, inputs, is_grouped)):
+            if each is not None:
+                empty.copy_(each)
+        return results
 
     return run_kernels('compose_paths', kernels, torch_backend)
 
 
-def contiguous(tensors: tuple) -> list[Optional[Tensor]]:
+def contiguous(tensors: Sequence[Optional[Tensor]]) -> list[Optional[Tensor]]:
     return [None if each is None else each.contiguous() for each in tensors]
 
 
@@ -135,7 +142,7 @@ def _gradients(ctx: Any, *grads: Optional[Tensor]) -> tuple[Optional[Tensor], ..
               if grad is None and (is_recorded or shape.numel()) else grad
               for grad, (shape, dtype) in zip(grads, ctx.results)]
     if is_recorded:
-        return differentiable_gradients(compose_paths_reference, tuple(filled), *inputs, ctx.dtype,
+        return differentiable_gradients(compose_paths_reference, filled, *inputs, ctx.dtype,
                                         ctx.is_grouped)
     found = compose_paths_kernels_backward(*filled, *inputs, ctx.is_grouped)
     return *(None if each is None else grad for each, grad in zip(inputs, found)), None, None

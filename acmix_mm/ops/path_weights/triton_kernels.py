@@ -6,7 +6,7 @@ the convolution. Sums are in float32.
 """
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import triton
@@ -19,28 +19,19 @@ MAX_BLOCK = 128
 PRECISION = tl.constexpr('tf32x3')
 
 
-def compose(weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor,
-            fc_bias: Optional[Tensor], attention_rate: Optional[Tensor],
-            convolution_rate: Optional[Tensor], attention_bias: Optional[Tensor],
-            outs: Sequence[Optional[Tensor]], group: int) -> None:
+def compose(tensors: Sequence[Any], outs: Sequence[Optional[Tensor]], group: int) -> None:
     """Write ``outs``.
 
     Args:
-        weight: see :func:`acmix_mm.ops.compose_paths`; all of these are contiguous.
-        bias: see there.
-        fc_weight: see there.
-        shift_weight: see there.
-        fc_bias: see there.
-        attention_rate: see there.
-        convolution_rate: see there.
-        attention_bias: see there.
+        tensors: the tensors that :func:`acmix_mm.ops.compose_paths` takes, in that order,
+            contiguous.
         outs: the fields of :class:`acmix_mm.ops.path_weights.PathWeights`, contiguous but for the
             kernels.
         group: channels of a head in a group of the convolution; 0 for a dense one.
     """
+    weight, bias, fc_weight, shift_weight, fc_bias, *rates_and_bias = tensors
     out_weight, out_bias, mixing, mixing_bias, kernels, taps = outs
-    inputs = (weight, bias, fc_weight, fc_bias, shift_weight, attention_rate, convolution_rate,
-              attention_bias)
+    inputs = weight, bias, fc_weight, fc_bias, shift_weight, *rates_and_bias
     sizes = constants(weight, fc_weight, shift_weight)
     grid = (len(shift_weight), triton.cdiv(weight.shape[1], sizes['BLOCK_IN']))
     if group == 0:
@@ -50,28 +41,18 @@ def compose(weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_wei
                                      taps, GROUP=group, **sizes)
 
 
-def compose_backward(grads: Sequence[Optional[Tensor]], weight: Tensor, bias: Optional[Tensor],
-                     fc_weight: Tensor, shift_weight: Tensor, fc_bias: Optional[Tensor],
-                     attention_rate: Optional[Tensor], convolution_rate: Optional[Tensor],
-                     attention_bias: Optional[Tensor], results: Sequence[Optional[Tensor]],
-                     group: int) -> None:
+def compose_backward(grads: Sequence[Optional[Tensor]], tensors: Sequence[Any],
+                     results: Sequence[Optional[Tensor]], group: int) -> None:
     """Write ``results``.
 
     Args:
         grads: of all outputs of :func:`compose`, in the same memory formats.
-        weight: see :func:`compose`.
-        bias: see there.
-        fc_weight: see there.
-        shift_weight: see there.
-        fc_bias: see there.
-        attention_rate: see there.
-        convolution_rate: see there.
-        attention_bias: see there.
-        results: the gradients of ``weight`` and all that follow it, contiguous.
+        tensors: see :func:`compose`.
+        results: the gradients of ``tensors``, contiguous.
         group: see :func:`compose`.
     """
-    inputs = (weight, bias, fc_weight, fc_bias, shift_weight, attention_rate, convolution_rate,
-              attention_bias)
+    weight, bias, fc_weight, shift_weight, fc_bias, *rates_and_bias = tensors
+    inputs = weight, bias, fc_weight, fc_bias, shift_weight, *rates_and_bias
     (grad_weight, grad_bias, grad_fc_weight, grad_shift_weight, grad_fc_bias, grad_attention_rate,
      grad_convolution_rate, grad_attention_bias) = results
     grad_out_weight, grad_out_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps = grads

@@ -49,8 +49,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+    table, index = ctx.saved_tensors
     run = position_bias_gradient if creates_graph() else read_position_bias_backward
-    return run(grad, *ctx.saved_tensors, ctx.window_size), None, None
+    return run(grad, table, index, ctx.window_size), None, None
 
 
 _read = differentiable(read_position_bias, _setup_context, _gradients)

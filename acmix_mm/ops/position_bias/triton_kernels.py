@@ -17,10 +17,10 @@ def sum_offsets(grad: Tensor, grad_table: Tensor, window_size: Sequence[int]) ->
         window_size: (height, width) of the window, at most ``side`` each.
     """
     rows, num_heads = grad_table.shape
-    area = window_size[0] * window_size[1]
+    across = math.isqrt(rows)
     sum_offsets_kernel[(rows, num_heads)](
-        grad, grad_table, *grad.stride(), *window_size, math.isqrt(rows), num_heads,
-        BLOCK=triton.next_power_of_2(area))
+        grad, grad_table, *grad.stride(), *window_size, across, num_heads,
+        BLOCK=triton.next_power_of_2((across // 2 + 1)**2))
 
 
 @triton.jit(do_not_specialize=('stride_q', 'stride_k', 'height', 'width'))
