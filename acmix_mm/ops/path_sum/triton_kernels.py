@@ -68,12 +68,14 @@ def add_backward(grad_out: Tensor, grad: Optional[Tensor], grad_taps: Optional[T
     options = constants(grad_out, grad_taps, stride, dilation)
     rows, blocks = batch * height, triton.cdiv(channels, block_channels(channels))
     kernel_size = options['KERNEL_SIZE']
+    # Columns at an end of a row from which a tap may lie outside.
+    edge = triton.cdiv(dilation * (kernel_size // 2), stride)
     sums = None if grad_taps is None else grad_out.new_empty(rows, kernel_size, channels,
                                                              dtype=torch.float32)
     add_backward_kernel[(rows, blocks)](
         grad_out, grad, sums, height, width, in_width, shift_size % height, shift_size % width,
         triton.cdiv(width, COLUMNS), COLUMNS=COLUMNS,
-        BLOCK_TAPS=triton.next_power_of_2(kernel_size), CHANNELS_FIRST=channels_first, **options)
+        EDGE=triton.next_power_of_2(max(edge, 1)), CHANNELS_FIRST=channels_first, **options)
     if grad_taps is not None:
         taps_gradient_kernel[(blocks, kernel_size**2)](sums, grad_taps, rows, height, in_height,
                                                        ROWS=32, **options)
@@ -143,7 +145,7 @@ def add_kernel(convolution, attention, taps, out, height, width, in_height, in_w
 def add_backward_kernel(grad_out, grad, sums, height, width, in_width, shift_y, shift_x, steps,
                         CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
                         COLUMNS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
-                        DILATION: tl.constexpr, BLOCK_TAPS: tl.constexpr,
+                        DILATION: tl.constexpr, EDGE: tl.constexpr,
                         CHANNELS_FIRST: tl.constexpr):
     """A program computes a row of the map that is not rolled."""
     image, row = (tl.program_id(0) // height).to(tl.int64), tl.program_id(0) % height
@@ -151,8 +153,7 @@ def add_backward_kernel(grad_out, grad, sums, height, width, in_width, shift_y, 
     is_channel = channels < CHANNELS
     rolled_row = row + shift_y
     rolled_row = tl.where(rolled_row < height, rolled_row, rolled_row - height)
-    tap = tl.arange(0, BLOCK_TAPS)
-    total = tl.zeros((BLOCK_TAPS, BLOCK_CHANNELS), tl.float32)
+    total = tl.zeros((COLUMNS, BLOCK_CHANNELS), tl.float32)
     step = 0
     while step < steps:
         column = step * COLUMNS + tl.arange(0, COLUMNS)
@@ -166,16 +167,25 @@ def add_backward_kernel(grad_out, grad, sums, height, width, in_width, shift_y, 
             place = place_of(image, row, column, channels, height, width, CHANNELS, False)
             tl.store(grad + place, values, mask=mask)
         if sums is not None:
-            values = values.to(tl.float32)
-            for across in tl.static_range(KERNEL_SIZE):
-                is_inside = lies_inside(column, across, in_width, KERNEL_SIZE, STRIDE, DILATION)
-                of_tap = tl.sum(tl.where(is_inside[:, None], values, 0.0), 0)
-                total += tl.where(tap[:, None] == across, of_tap[None, :], 0.0)
+            total += values.to(tl.float32)
         step += 1
     if sums is not None:
-        place = (tl.program_id(0).to(tl.int64) * KERNEL_SIZE + tap)[:, None] * CHANNELS
-        tl.store(sums + place + channels[None, :], total,
-                 mask=(tap < KERNEL_SIZE)[:, None] & is_channel[None, :])
+        of_row = tl.sum(total, 0)
+        # The columns at both ends of the row, each once, are subtracted where a tap is outside.
+        edge = tl.arange(0, 2 * EDGE)
+        column = tl.where(edge < EDGE, edge, width - 2 * EDGE + edge)
+        mask = (column < width) & ((edge < EDGE) | (column >= EDGE))
+        rolled = column + shift_x
+        rolled = tl.where(rolled < width, rolled, rolled - width)
+        place = place_of(image, rolled_row, rolled, channels, height, width, CHANNELS,
+                         CHANNELS_FIRST)
+        values = tl.load(grad_out + place, mask=mask[:, None] & is_channel[None, :], other=0.0)
+        values = values.to(tl.float32)
+        sums += tl.program_id(0).to(tl.int64) * KERNEL_SIZE * CHANNELS + channels
+        for across in tl.static_range(KERNEL_SIZE):
+            is_inside = lies_inside(column, across, in_width, KERNEL_SIZE, STRIDE, DILATION)
+            outside = tl.sum(tl.where(is_inside[:, None], 0.0, values), 0)
+            tl.store(sums + across * CHANNELS, of_row - outside, mask=is_channel)
 
 
 @triton.jit(do_not_specialize=SIZES)
