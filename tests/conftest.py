@@ -36,7 +36,8 @@ def _fake_gpu(monkeypatch):
     from acmix_mm.ops.backend import has_triton
     if has_triton():
         # Later tests run the kernels in the interpreter, which they must be imported for.
-        for operator in ('shift_conv', 'sliding_attention', 'window_attention'):
+        for operator in ('path_sum', 'path_weights', 'position_bias', 'position_encoding',
+                         'rolling', 'shift_conv', 'sliding_attention', 'window_attention'):
             importlib.import_module(f'acmix_mm.ops.{operator}.triton_kernels')
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     monkeypatch.setattr(torch.cuda, 'get_device_properties',

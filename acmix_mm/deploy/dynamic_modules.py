@@ -118,7 +118,7 @@ class DynamicWindowACmix(WindowACmix):
             shift: by how much both maps are rolled, (), int64.
         """
         size = x.shape[1:3]
-        if self.reads_input(x, x.shape[3]):
+        if self.composition(x, x.shape[3]):
             out = self.project_shift_and_sum(roll(x, shift).permute(0, 3, 1, 2), self.qkv.weight,
                                              self.qkv.bias)
         else:

@@ -56,6 +56,28 @@ def projected_tensors(batch: int, in_channels: int, heads: int, head_dims: int, 
             torch.randn(channels) if bias else None, fc_weight, shift_weight, fc_bias_or_none]
 
 
+def weights_tensors(in_channels: int, heads: int, head_dims: int, kernel_size: int, bias: bool,
+                    fc_bias: bool, rates: bool, attention_bias: bool) -> list[Optional[Tensor]]:
+    """The tensors of :func:`acmix_mm.ops.compose_paths`."""
+    _, weight, of_weight, *of_shifts = projected_tensors(
+        0, in_channels, heads, head_dims, 1, 1, kernel_size, bias, fc_bias)
+    rate1, rate2 = (torch.randn(1) if rates else None for _ in range(2))
+    return [weight, of_weight, *of_shifts, rate1, rate2,
+            torch.randn(heads * head_dims) if attention_bias else None]
+
+
+def sum_tensors(batch: int, height: int, width: int, channels: int,
+                kernel_size: Optional[int] = None) -> list[Optional[Tensor]]:
+    """Convolution, attention and taps of :func:`acmix_mm.ops.add_paths`."""
+    taps = None if kernel_size is None else torch.randn(channels, kernel_size**2)
+    return [*torch.randn(2, batch, height, width, channels), taps]
+
+
+def encoding_tensors(head_dims: int) -> list[Tensor]:
+    """Weight and bias of :func:`acmix_mm.ops.position_encoding`."""
+    return [torch.randn(head_dims, 2), torch.randn(head_dims)]
+
+
 def features_tensors(batch: int, channels: int, height: int, width: int,
                      kernel_size: int) -> list[Tensor]:
     """Queries, keys, scale, shift and weight of :func:`acmix_mm.ops.patch_features`."""

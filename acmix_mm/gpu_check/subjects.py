@@ -11,22 +11,31 @@ from torch.func import functional_call
 from acmix_mm.gpu_check.inputs import (
     aggregation_tensors,
     conv_tensors,
+    encoding_tensors,
     features_tensors,
     involution_tensors,
     padded_window_tensors,
     projected_tensors,
     sliding_tensors,
+    sum_tensors,
+    weights_tensors,
     window_tensors,
 )
 from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.layers.window_acmix import relative_position_index
 from acmix_mm.ops import (
     BlockPattern,
+    add_paths,
     block_attention,
+    compose_paths,
     global_attention,
     involution,
     patch_aggregation,
     patch_features,
+    position_bias,
+    position_encoding,
     projected_shift_conv,
+    roll_map,
     shift_conv,
     sliding_window_attention,
     window_attention,
@@ -78,6 +87,46 @@ SHIFTS = (
 )
 INTERPRETED_SHIFTS = (((1, 1, 4, 4, 5, 3, True, False), 2, 1),
                       ((1, 1, 4, 4, 5, 3, False, True), 1, 2))
+# Dense and grouped, with and without each bias and the rates.
+WEIGHTS = (
+    # (in_channels, heads, head_dims, kernel_size, bias, fc_bias, rates, attention_bias), is_grouped
+    ((32, 2, 16, 3, True, True, True, True), False),
+    ((200, 2, 24, 3, True, True, True, True), True),
+    ((96, 12, 32, 3, True, True, True, False), True),
+    ((64, 4, 16, 5, True, False, True, False), False),
+    ((64, 4, 16, 3, False, False, True, False), False),
+)
+INTERPRETED_WEIGHTS = (((20, 2, 2, 3, True, True, True, True), False),
+                       ((20, 2, 2, 3, True, True, True, True), True))
+# Rolled, in the memory order of images, with strides and dilations, without taps.
+SUMS = (
+    # (batch, height, width, channels, kernel_size), options
+    ((2, 9, 13, 32, 3), dict(size=(9, 13), shift_size=3)),
+    ((1, 5, 70, 24, 3), dict(size=(5, 70), channels_first=True)),
+    ((1, 3, 9, 70, 5), dict(size=(5, 18), stride=2, dilation=2, channels_first=True)),
+    ((2, 4, 5, 16, 1), dict(size=(4, 5))),
+    ((1, 1, 9, 8), dict(size=(1, 9), shift_size=3)),
+)
+INTERPRETED_SUMS = (((1, 2, 5, 4, 3), dict(size=(2, 5), shift_size=3)),
+                    ((1, 2, 3, 4, 3), dict(size=(3, 6), stride=2, channels_first=True)))
+# Wide maps, and maps of one row or column.
+ENCODINGS = (
+    # head_dims, height, width
+    (16, 5, 70), (24, 33, 1), (1, 1, 3),
+)
+
+
+# Tables of larger windows, and windows larger than a warp.
+BIASES = (
+    # heads, side, window_size
+    (3, 7, (7, 7)), (2, 4, (2, 3)), (1, 12, (12, 12)),
+)
+INTERPRETED_BIASES = ((2, 3, (2, 3)),)
+ROLLS = (
+    # shape, shift_size
+    ((2, 9, 33, 32), -3), ((1, 3, 5, 200), 2), ((1, 1, 9, 4), -7),
+)
+INTERPRETED_ROLLS = (((1, 3, 33, 2), -2), ((1, 1, 3, 130), 7))
 
 
 class Subject(NamedTuple):
@@ -107,9 +156,13 @@ def operators(interpreted: bool) -> list[Subject]:
     """
     if interpreted:
         return [*sliding_cases(INTERPRETED_SLIDING), *window_cases(INTERPRETED_WINDOWS),
-                *padded_window_cases(INTERPRETED_PADDED_WINDOWS), *shift_cases(INTERPRETED_SHIFTS)]
+                *padded_window_cases(INTERPRETED_PADDED_WINDOWS), *shift_cases(INTERPRETED_SHIFTS),
+                *weights_cases(INTERPRETED_WEIGHTS), *sum_cases(INTERPRETED_SUMS),
+                *encoding_cases(ENCODINGS), *bias_cases(INTERPRETED_BIASES),
+                *roll_cases(INTERPRETED_ROLLS)]
     return [*sliding_cases(SLIDING), *window_cases(WINDOWS), *padded_window_cases(PADDED_WINDOWS),
-            *shift_cases(SHIFTS), *projected_cases(), *other_cases()]
+            *shift_cases(SHIFTS), *projected_cases(), *weights_cases(WEIGHTS), *sum_cases(SUMS),
+            *encoding_cases(ENCODINGS), *bias_cases(BIASES), *roll_cases(ROLLS), *other_cases()]
 
 
 def layers(interpreted: bool) -> list[Subject]:
@@ -179,18 +232,70 @@ def window_cases(cases: Sequence[tuple]) -> list[Subject]:
 
 
 def padded_window_cases(cases: Sequence[tuple]) -> list[Subject]:
+    """Maps that are rolled by the operator, and maps that have been rolled."""
     def window_attention_in_place(qkv: Tensor, bias: Tensor, padding: Tensor,
                                   **options: Any) -> Tensor:
         return window_attention(qkv, bias, padding=padding, **options)
 
     return [operator(window_attention_in_place, padded_window_tensors, arguments,
-                     window_size=arguments[2], shift_size=shift_size)._replace(
-                         name='window_attention') for arguments, shift_size in cases]
+                     window_size=arguments[2], shift_size=shift_size, is_rolled=is_rolled)._replace(
+                         name='window_attention')
+            for arguments, shift_size in cases for is_rolled in (False, True)]
 
 
 def shift_cases(cases: Sequence[tuple]) -> list[Subject]:
     return [operator(shift_conv, conv_tensors, arguments, stride=stride, dilation=dilation)
             for arguments, stride, dilation in cases]
+
+
+def weights_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(composed_weights, weights_tensors, arguments, is_grouped=is_grouped)._replace(
+        name='compose_paths') for arguments, is_grouped in cases]
+
+
+def composed_weights(weight: Tensor, *others: Optional[Tensor], **options: Any) -> Tensor:
+    """All results of :func:`acmix_mm.ops.compose_paths` in one tensor."""
+    results = compose_paths(weight, *others, weight.dtype, **options)
+    return torch.cat([each.flatten().to(weight.dtype) for each in results if each is not None])
+
+
+def sum_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(add_paths, sum_tensors, arguments, **options) for arguments, options in cases]
+
+
+def encoding_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(encoding, encoding_tensors, (head_dims,), height=height,
+                     width=width)._replace(name='position_encoding')
+            for head_dims, height, width in cases]
+
+
+def encoding(weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    """:func:`acmix_mm.ops.position_encoding`, rounded to the dtype of its weight."""
+    return position_encoding(weight, bias, dtype=weight.dtype, **options).to(weight.dtype)
+
+
+def bias_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(biases, torch.randn, ((2 * side - 1)**2, heads), side=side,
+                     window_size=window_size)._replace(
+                         name='position_bias',
+                         tensors=lambda shape=((2 * side - 1)**2, heads): [torch.randn(shape)])
+            for heads, side, window_size in cases]
+
+
+def biases(table: Tensor, side: int, **options: Any) -> Tensor:
+    """:func:`acmix_mm.ops.position_bias` for windows of ``side``."""
+    return position_bias(table, relative_position_index(side).to(table.device), **options)
+
+
+def roll_cases(cases: Sequence[tuple]) -> list[Subject]:
+    return [operator(rolled, torch.randn, shape, shift_size=shift_size)._replace(
+        name='roll_map', tensors=lambda shape=shape: [torch.randn(shape)])
+        for shape, shift_size in cases]
+
+
+def rolled(x: Tensor, **options: Any) -> Tensor:
+    """:func:`acmix_mm.ops.roll_map` without a change of dtype."""
+    return roll_map(x, dtype=x.dtype, **options)
 
 
 def projected_cases() -> list[Subject]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers.base import (
@@ -11,6 +12,7 @@ from acmix_mm.layers.base import (
     CONVOLUTION,
     PROJECTIONS,
     TwoPathLayer,
+    autocast_dtype,
     check_odd,
     split_heads,
 )
@@ -23,8 +25,13 @@ from acmix_mm.layers.point_attention import (
     softmax,
 )
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import project_images, sliding_window_attention
-from acmix_mm.ops.caching import cached_by_size
+from acmix_mm.ops import (
+    add_paths,
+    convolve_composed,
+    position_encoding,
+    project_images,
+    sliding_window_attention,
+)
 
 
 class ACmixConv2d(PaddedConvolution, TwoPathLayer):
@@ -95,10 +102,24 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         """Keep the constructor's initialisation; without this, OpenMMLab applies its own."""
 
     def forward(self, x: Tensor) -> Tensor:
+        composition = self.composition(x, self.in_channels, self.stride[0])
+        if self.attends and composition:
+            return self.forward_composed(x, composition)
         # On a GPU, projections and convolution would each copy the map into this order, and the
         # projections add their bias in a pass of its own.
         maps = x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
         return self.finish(super().forward(maps), x)
+
+    def forward_composed(self, x: Tensor, composition: str) -> Tensor:
+        """Compute both paths from composed weights, for GPUs."""
+        stride, dilation = self.stride[0], self.dilation[0]
+        maps = x.to(autocast_dtype(x), memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        weights = self.compose(composition, *self.projections(), maps.dtype)
+        qkv = F.linear(maps, weights.weight, weights.bias).unflatten(3, (3, self.num_heads, -1))
+        out = add_paths(convolve_composed(maps, weights, stride, dilation),
+                        self.attend(qkv).permute(0, 2, 3, 1), weights.taps, x.shape[2:],
+                        stride=stride, dilation=dilation, channels_first=x.is_contiguous())
+        return out.permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor]:
         """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims)."""
@@ -128,7 +149,7 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         return self.shift_and_sum(maps, stride=self.stride[0], dilation=self.dilation[0])
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
-        if not self.reads_input(x, self.in_channels, self.stride[0]):
+        if not self.composition(x, self.in_channels, self.stride[0]):
             return None
         return self.project_shift_and_sum(x, *self.projections(), stride=self.stride[0],
                                           dilation=self.dilation[0])
@@ -145,8 +166,10 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         return out.contiguous() if x.is_contiguous() else out
 
     def position_encoding(self, size: Sequence[int], like: Tensor) -> Tensor:
-        """The encoding of each position of a map; see :func:`linear_encoding`."""
-        return linear_encoding(size, self.conv_p.weight.flatten(1), self.conv_p.bias, like)
+        """The encoding of each position of a map, (height, width, head_dims), at least float32."""
+        assert self.conv_p.bias is not None
+        return position_encoding(self.conv_p.weight.flatten(1), self.conv_p.bias, size[0], size[1],
+                                 like.dtype)
 
     def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
         positions, outputs = x[:, 0].numel(), out[:, 0].numel()
@@ -197,36 +220,3 @@ def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *
     """Build :class:`ACmixConv2d`, or ``nn.Conv2d`` if the kernel is 1×1 or there are groups."""
     return layer_or_plain(ACmixConv2d, in_channels, out_channels, kernel_size, *args, **kwargs)
 
-
-def linear_encoding(size: Sequence[int], weight: Tensor, bias: Optional[Tensor],
-                    like: Tensor) -> Tensor:
-    """A linear function of the coordinates of each position of a map, at least float32.
-
-    In bfloat16, neighbours on a map of width 336 would be 0.65 to 1.31 steps apart.
-
-    Args:
-        size: (height, width) of the map.
-        weight: (channels, 2), for x and y.
-        bias: (channels,), or None.
-        like: a tensor of the device and dtype of the map.
-
-    Returns:
-        (height, width, channels).
-    """
-    precise = torch.promote_types(like.dtype, torch.float32)
-    grid = coordinates(size[0], size[1], precise, like.device)
-    # As a matrix product, autocast or TF32 would round the coordinates.
-    by_x, by_y = weight.to(precise).unbind(1)
-    columns = grid[0, :, :1] * by_x if bias is None else torch.addcmul(
-        bias.to(precise), grid[0, :, :1], by_x)
-    return torch.addcmul(columns, grid[:, :1, 1:], by_y)
-
-
-@cached_by_size
-def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """x and y of every position, (height, width, 2), from -1 to 1 along each axis."""
-    # torch.linspace does not accept dynamic sizes, and ONNX has no arithmetic on them but that of
-    # tensors.
-    x, y = (positions * (2 / positions[-1:].clamp(min=1)) - 1
-            for positions in (torch.arange(extent, device=device) for extent in (width, height)))
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).to(dtype)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from acmix_mm.layers.point_attention import PointAttention
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import linear, projected_shift_conv, shift_conv, shift_sum
-from acmix_mm.ops.projected_shift_conv import reads_input
+from acmix_mm.ops import compose_paths, linear, projected_shift_conv, shift_conv, shift_sum
+from acmix_mm.ops.path_weights import PathWeights
+from acmix_mm.ops.projected_shift_conv import composition
 
 # Torch has the first since 2.4.
 torch_autocast_dtype = getattr(torch, 'get_autocast_dtype',
@@ -96,7 +97,7 @@ class TwoPathLayer(OperatorLayer):
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
-        x = in_autocast_dtype(x)
+        x = x.to(autocast_dtype(x))
         if not self.convolves:
             out = self.attend(*self.project(x))
         elif not self.attends:
@@ -122,7 +123,7 @@ class TwoPathLayer(OperatorLayer):
         """Compute the convolution path without projecting the input, if that is cheaper.
 
         Returns:
-            The same as :meth:`convolve`, or None if that is cheaper; see :meth:`reads_input`.
+            The same as :meth:`convolve`, or None if that is cheaper; see :meth:`composition`.
         """
         return None
 
@@ -217,13 +218,32 @@ class TwoPathLayer(OperatorLayer):
         return shift_conv(maps, self.fc.matrix, scaled(rate, kernels), self.fc.bias,
                           stride=stride, dilation=dilation)
 
-    def reads_input(self, x: Tensor, in_channels: int, stride: int = 1) -> bool:
-        """Whether :meth:`project_shift_and_sum` is cheaper than :meth:`shift_and_sum`."""
-        if self.dep_conv.shift == 'tensor':
-            return False
+    def composition(self, x: Tensor, in_channels: int, stride: int = 1) -> Optional[str]:
+        """How weights are composed if the convolution path had better read the input of the
+        projections; see :func:`acmix_mm.ops.projected_shift_conv.composition`.
+        """
+        if not self.convolves or self.dep_conv.shift == 'tensor':
+            return None
         num_maps, kernel_size = self.fc.weight.shape[1], self.dep_conv.weight.shape[-1]
-        return reads_input(x, in_channels, self.dep_conv.head_dims, self.dep_conv.num_heads,
+        return composition(x, in_channels, self.dep_conv.head_dims, self.dep_conv.num_heads,
                            num_maps, kernel_size, stride)
+
+    def compose(self, composition: str, weight: Tensor, bias: Optional[Tensor], dtype: torch.dtype,
+                attention_bias: Optional[Tensor] = None) -> PathWeights:
+        """Compose the weights of both paths, scaled by their rates.
+
+        Args:
+            composition: from :meth:`composition`.
+            weight: of the projections, (3 · channels, in_channels).
+            bias: of the projections, (3 · channels,), or None.
+            dtype: of the map.
+            attention_bias: added to attention before its rate, (channels,), or None.
+        """
+        kernels = self.dep_conv.kernels
+        assert kernels is not None
+        return compose_paths(weight, bias, self.fc.matrix, kernels, self.fc.bias,
+                             self.attention_rate, self.convolution_rate, attention_bias, dtype,
+                             is_grouped=composition == 'grouped')
 
     def project_shift_and_sum(self, x: Tensor, weight: Tensor, bias: Optional[Tensor],
                               stride: int = 1, dilation: int = 1) -> Tensor:
@@ -300,11 +320,11 @@ class TwoPathLayer(OperatorLayer):
         raise NotImplementedError
 
 
-def in_autocast_dtype(x: Tensor) -> Tensor:
-    """Convert a map once on a GPU; autocast would convert it for each path."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to convert a map to, once, on a GPU; autocast would convert it for each path."""
     if not x.is_cuda or x.dtype != torch.float32 or not torch.is_autocast_enabled():
-        return x
-    return x.to(torch_autocast_dtype('cuda'))
+        return x.dtype
+    return torch_autocast_dtype('cuda')
 
 
 @overload

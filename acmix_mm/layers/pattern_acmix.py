@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Optional
 
 from torch import Tensor, nn
 
-from acmix_mm.layers.acmix_conv import ACmixConv2d, linear_encoding
+from acmix_mm.layers.acmix_conv import ACmixConv2d
 from acmix_mm.layers.attention_pattern import PATTERN_TYPES, AttentionPattern, GlobalPattern
 from acmix_mm.layers.base import (
     ATTENTION,
@@ -19,7 +19,7 @@ from acmix_mm.layers.base import (
 from acmix_mm.layers.padded_conv import PaddedConvolution, Size, layer_or_plain
 from acmix_mm.layers.point_attention import PointAttention
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import project
+from acmix_mm.ops import position_encoding, project
 
 
 class PatternACmixConv2d(ACmixConv2d):
@@ -179,7 +179,7 @@ class PatternACmix(TwoPathLayer):
         return self.shift_and_sum(maps).permute(0, 2, 3, 1)
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
-        if not self.reads_input(x, x.shape[3]):
+        if not self.composition(x, x.shape[3]):
             return None
         out = self.project_shift_and_sum(x.permute(0, 3, 1, 2), self.qkv.weight, self.qkv.bias)
         return out.permute(0, 2, 3, 1)
@@ -189,7 +189,9 @@ class PatternACmix(TwoPathLayer):
 
     def position_encoding(self, size: Sequence[int], like: Tensor) -> Tensor:
         """The encoding of each position of a map, (height, width, head_dims), at least float32."""
-        return linear_encoding(size, self.conv_p.weight, None, like)
+        weight = self.conv_p.weight
+        return position_encoding(weight, weight.new_zeros(len(weight)), size[0], size[1],
+                                 like.dtype)
 
     def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
         batch, height, width, channels = x.shape

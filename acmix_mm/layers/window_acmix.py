@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers.base import (
@@ -12,13 +13,21 @@ from acmix_mm.layers.base import (
     CONVOLUTION,
     PROJECTIONS,
     TwoPathLayer,
+    autocast_dtype,
     check_positive,
     scaled_linear,
     split_heads,
 )
 from acmix_mm.layers.point_attention import PointAttention, scatter, softmax
 from acmix_mm.layers.shift_path import FullyConnected, Shifts
-from acmix_mm.ops import project
+from acmix_mm.ops import (
+    add_paths,
+    convolve_composed,
+    position_bias,
+    project,
+    roll_map,
+    window_attention,
+)
 from acmix_mm.ops.window_attention import (
     MASKED_LOGIT,
     pads_in_place,
@@ -107,6 +116,30 @@ class WindowACmix(TwoPathLayer):
             self.dep_conv.reset_parameters()
         self.reset_rates()
 
+    def forward(self, x: Tensor) -> Tensor:
+        composition = self.composition(x, x.shape[3])
+        if self.attends and composition and not self.rolls_input(x):
+            return self.forward_composed(x, composition)
+        return super().forward(x)
+
+    def forward_composed(self, x: Tensor, composition: str) -> Tensor:
+        """Compute both paths from composed weights and one rolled map, for GPUs."""
+        size = x.shape[1:3]
+        window_size, shift_size = self.window_and_shift(size)
+        maps = roll_map(x, -shift_size, autocast_dtype(x))
+        weights = self.compose(composition, self.qkv.weight, self.qkv.bias, maps.dtype,
+                               self.proj.bias)
+        qkv = F.linear(maps, weights.weight, weights.bias).unflatten(
+            3, (3, self.num_heads, self.head_dims))
+        padding = (qkv.new_zeros(qkv.shape[3:]) if weights.bias is None
+                   else weights.bias.view(qkv.shape[3:]))
+        attention = window_attention(qkv, self.position_bias(window_size), window_size,
+                                     shift_size=shift_size, padding=padding, is_rolled=True,
+                                     scale=self.scale)
+        out = add_paths(convolve_composed(maps, weights), F.linear(attention, self.proj.weight),
+                        weights.taps, size, shift_size=shift_size)
+        return self.proj_drop(out)
+
     def project(self, x: Tensor) -> tuple['Projections']:
         size = x.shape[1:3]
         window_size, shift_size = self.window_and_shift(size)
@@ -140,7 +173,7 @@ class WindowACmix(TwoPathLayer):
         return out if projected.is_rolled or not shift_size else roll(out, shift_size)
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
-        if not self.reads_input(x, x.shape[3]):
+        if not self.composition(x, x.shape[3]):
             return None
         _, shift_size = self.window_and_shift(x.shape[1:3])
         maps = roll(x, -shift_size) if shift_size else x
@@ -187,12 +220,8 @@ class WindowACmix(TwoPathLayer):
 
     def position_bias(self, window_size: tuple[int, int]) -> Tensor:
         """The bias between all positions of a window, (num_heads, area, area)."""
-        height, width = window_size
-        index = self.relative_position_index.unflatten(0, (self.window_size, -1)).unflatten(
-            2, (self.window_size, -1))[:height, :width, :height, :width]
-        area = height * width
-        bias = self.relative_position_bias_table[index.reshape(-1)]
-        return bias.view(area, area, self.num_heads).permute(2, 0, 1)
+        return position_bias(self.relative_position_bias_table, self.relative_position_index,
+                             window_size)
 
     def multiply_adds(self, x: Tensor, out: Tensor) -> dict[str, int]:
         """Each position of the padded map attends to those of its window."""

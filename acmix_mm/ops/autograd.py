@@ -6,7 +6,8 @@ A backward pass written by hand is not recorded by autograd. For gradients of gr
 
 import inspect
 import itertools
-from typing import Any, Callable, Optional
+from collections.abc import Sequence
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -133,13 +134,14 @@ def creates_graph() -> bool:
     return not is_compiling() and torch.is_grad_enabled()
 
 
-def differentiable_gradients(run: Callable[..., Tensor], grad_out: Tensor,
+def differentiable_gradients(run: Callable, grad_out: Union[Tensor, Sequence[Any]],
                              *arguments: Any) -> tuple[Optional[Tensor], ...]:
     """Compute gradients by autograd, so that they can be differentiated in turn.
 
     Args:
-        run: takes the arguments; returns a tensor. It consists of differentiable operations.
-        grad_out: gradient of its output.
+        run: takes the arguments; returns a tensor or several. It consists of differentiable
+            operations.
+        grad_out: gradient of each output.
         arguments: tensors and others.
 
     Returns:
@@ -149,6 +151,10 @@ def differentiable_gradients(run: Callable[..., Tensor], grad_out: Tensor,
     views = [each.view_as(each) if isinstance(each, Tensor) else each for each in arguments]
     needed = [isinstance(each, Tensor) and each.requires_grad for each in views]
     leaves = itertools.compress(views, needed)
-    grads = iter(torch.autograd.grad(run(*views), tuple(leaves), grad_out, create_graph=True,
+    outs, grads_out = ((each,) if isinstance(each, Tensor) else each
+                       for each in (run(*views), grad_out))
+    # Of several outputs, some may not depend on what requires a gradient.
+    outs, grads_out = zip(*((out, grad) for out, grad in zip(outs, grads_out) if out.requires_grad))
+    grads = iter(torch.autograd.grad(outs, tuple(leaves), grads_out, create_graph=True,
                                      allow_unused=True))
     return tuple(next(grads) if each else None for each in needed)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Callable, NamedTuple, Optional, TypeVar
+from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Backend(NamedTuple):
     """
 
     name: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     unavailable: Callable[[torch.dtype], Optional[str]] = lambda dtype: None
 
 
@@ -66,7 +66,7 @@ def register_backends(operator: str, *backends: Backend) -> None:
 
 
 def select_backend(operator: str, backend: Optional[str], device: torch.device, *,
-                   automatic: str, exporting: str) -> Callable[..., Tensor]:
+                   automatic: str, exporting: str) -> Callable[..., Any]:
     """Return the implementation of an operator to run.
 
     Args:

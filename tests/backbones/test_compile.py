@@ -6,13 +6,17 @@ from helpers.operators import (
     DEVICE,
     assert_compiled_is_equal,
     conv_tensors,
+    encoding_tensors,
     padded_window_tensors,
     sliding_tensors,
+    sum_tensors,
+    weights_tensors,
 )
 from helpers.stack import needs_custom_ops
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
 from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.layers.window_acmix import relative_position_index
 from acmix_mm.ops import use_backend
 
 pytestmark = needs_custom_ops
@@ -45,6 +49,16 @@ def test_attention_that_pads_in_place_compiles():
         assert_compiled_is_equal(layer, torch.randn(1, 5, 4, 8, device=DEVICE), 'aot_eager')
 
 
+@pytest.mark.parametrize(('layer', 'shape', 'composition'), [
+    (lambda: WindowACmix(4, 2, 3, shift_size=1), (1, 4, 5, 4), 'composed'),
+    (lambda: ACmixConv2d(4, 4, num_heads=1, attn_kernel_size=3), (1, 4, 3, 4), 'grouped'),
+])
+def test_composed_paths_compile(layer, shape, composition):
+    """As on GPUs: all kernels are custom ops, with backward passes, of one graph."""
+    with use_backend('triton'), use_backend(composition):
+        assert_compiled_is_equal(layer().to(DEVICE), torch.randn(shape, device=DEVICE), 'aot_eager')
+
+
 def test_operators_are_custom_ops():
     """The backends for exports, which are written out, are not selected."""
     targets = set()
@@ -73,7 +87,7 @@ def test_custom_ops_are_registered_correctly():
 
     qkv, bias, padding = (
         tensor.to(DEVICE) for tensor in padded_window_tensors(1, (2, 4), (2, 3), 1, 4))
-    grad, geometry = torch.randn(1, 2, 4, 4, device=DEVICE), ([2, 3], 1, False, 0.5)
+    grad, geometry = torch.randn(1, 2, 4, 4, device=DEVICE), ([2, 3], 1, True, False, 0.5)
     for each in (qkv, heads_last(qkv)):
         inputs = each, bias.transpose(1, 2), padding
         opcheck(operators.attend_windows_triton.default, (*inputs, *geometry))
@@ -96,6 +110,36 @@ def test_custom_ops_are_registered_correctly():
         opcheck(operators.convolve_triton.default, (groups, kernels, bias, 1, 1, groups_last))
     opcheck(operators.convolve_triton_backward.default,
             (torch.randn(1, 2, 2, 2, 3, device=DEVICE), groups, kernels, 1, 1))
+
+
+def test_small_custom_ops_are_registered_correctly():
+    operators, opcheck = torch.ops.acmix_mm, torch.library.opcheck
+    for exists, is_grouped in ((True, False), (True, True), (False, False)):
+        tensors = on_device(weights_tensors(3, 1, 2, 3, *[exists] * 4))
+        opcheck(operators.compose_paths_kernels.default, (*tensors, torch.float16, is_grouped))
+        outs = operators.compose_paths_kernels(*tensors, torch.float16, is_grouped)
+        grads = [torch.randn_like(each) if each.numel() else None for each in outs]
+        opcheck(operators.compose_paths_kernels_backward.default, (*grads, *tensors, is_grouped))
+    for taps in (3, None):
+        maps, other, taps = on_device(sum_tensors(1, 2, 3, 4, taps))
+        for channels_first in (False, True):
+            opcheck(operators.add_paths_kernels.default,
+                    (maps, other, taps, [2, 3], 1, 1, 1, channels_first))
+        opcheck(operators.add_paths_kernels_backward.default, (maps, taps, [2, 3], 1, 1, 1))
+    taps = torch.randn(4, 9, device=DEVICE)
+    opcheck(operators.taps_gradient_kernels.default, (maps, taps, [2, 3], 1, 1))
+    weight, bias = on_device(encoding_tensors(4))
+    opcheck(operators.encode_positions.default, (weight, bias, 2, 3))
+    opcheck(operators.encode_positions_backward.default, (maps[0], weight, bias))
+    opcheck(operators.roll_map_kernel.default, (maps, -1, torch.float16))
+    table, index = torch.randn(25, 2, device=DEVICE), relative_position_index(3).to(DEVICE)
+    opcheck(operators.read_position_bias.default, (table, index, [2, 3]))
+    opcheck(operators.read_position_bias_backward.default,
+            (torch.randn(2, 6, 6, device=DEVICE), table, index, [2, 3]))
+
+
+def on_device(tensors):
+    return [None if each is None else each.to(DEVICE) for each in tensors]
 
 
 def heads_last(qkv):

@@ -13,10 +13,13 @@ from acmix_mm.gpu_check.checks import TOLERANCE
 from acmix_mm.gpu_check.inputs import (  # noqa: F401
     aggregation_tensors,
     conv_tensors,
+    encoding_tensors,
     features_tensors,
     involution_tensors,
     padded_window_tensors,
     sliding_tensors,
+    sum_tensors,
+    weights_tensors,
     window_tensors,
 )
 from acmix_mm.ops import sliding_window_attention, window_attention
@@ -31,11 +34,11 @@ def compare(run, tensors, backend, dtype):
     assert error <= TOLERANCE[dtype]
 
 
-def attend_padded(window_size, shift_size):
+def attend_padded(window_size, shift_size, is_rolled=False):
     """Window attention as a function of the tensors that padded_window_tensors returns."""
     def run(qkv, bias, padding, backend=None):
         return window_attention(qkv, bias, window_size, shift_size=shift_size, padding=padding,
-                                backend=backend)
+                                is_rolled=is_rolled, backend=backend)
     return run
 
 

@@ -7,14 +7,20 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, relative_error
+from helpers.operators import DEVICE
+from helpers.stack import needs_triton
+from helpers.weights import randomised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from acmix_mm.gpu_check.checks import largest_error
 from acmix_mm.layers import ACmixConv2d
-from acmix_mm.layers.acmix_conv import coordinates
+from acmix_mm.ops import use_backend
+from acmix_mm.ops.backend import raising_kernel_errors
+from acmix_mm.ops.position_encoding.reference import coordinates
 
 
 @pytest.mark.parametrize('name', ['acmix_conv_s1', 'acmix_conv_s2', 'acmix_conv_k5'])
@@ -142,6 +148,28 @@ def test_preserves_the_memory_format(stride, mix):
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
 
+@needs_triton
+@pytest.mark.parametrize(('composition', 'options'), [
+    ('composed', {}), ('grouped', dict(stride=2)), ('composed', dict(stride=2, bias=False)),
+    ('composed', dict(dilation=2, combine='convex'))])
+def test_composed_paths_on_kernels(composition, options):
+    """As on GPUs: output and all gradients, in both memory formats."""
+    layer = randomised(ACmixConv2d(4, 4, num_heads=2, attn_kernel_size=3, **options)).to(DEVICE)
+    x = torch.randn(1, 4, 4, 5, device=DEVICE, requires_grad=True)
+
+    def results(x):
+        out = layer(x)
+        return [out, *torch.autograd.grad(out.sin().sum(), (x, *layer.parameters()))]
+
+    with use_backend('reference'):
+        expecteds = results(x)
+    for order in (torch.contiguous_format, torch.channels_last):
+        with use_backend('triton'), use_backend(composition), raising_kernel_errors():
+            actuals = results(x.contiguous(memory_format=order))
+        assert actuals[0].is_contiguous(memory_format=order)
+        assert largest_error(actuals, expecteds) < 2e-5
+
+
 def test_position_maps_are_cached_by_size():
     layer = ACmixConv2d(8, 16)
     # Maps from inference mode also work in training.
@@ -215,6 +243,7 @@ def test_memory_at_detection_size():
     done = subprocess.run([sys.executable, '-c', '''
 import re
 import torch
+from acmix_mm.gpu_check.checks import largest_error
 from acmix_mm.layers import ACmixConv2d
 
 def mebibytes(entry):

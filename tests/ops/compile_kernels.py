@@ -1,10 +1,18 @@
 """Compile the Triton kernels without a GPU; run by test_kernels.py without the interpreter."""
 
+import functools
+
 import torch
 import triton
+from launches import recorded, specialize
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from acmix_mm.ops.path_sum import triton_kernels as sums
+from acmix_mm.ops.path_weights import triton_kernels as weights
+from acmix_mm.ops.position_bias import triton_kernels as biases
+from acmix_mm.ops.position_encoding import triton_kernels as encoding
+from acmix_mm.ops.rolling import triton_kernels as rolling
 from acmix_mm.ops.shift_conv import triton_kernels as grouped_conv
 from acmix_mm.ops.sliding_attention import strip_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding_attention
@@ -29,7 +37,7 @@ def compile_all():
                 compile_kernel(kernel, dtype, strip_kernels.constants(queries, 7), capability)
         for dtype, side in ((torch.bfloat16, 7), (torch.float32, 12)):
             qkv = torch.empty(1, 8, 8, 3, 1, 32, dtype=dtype, device='meta')
-            tiling = window_attention.Tiling(qkv, (side, side), 3, False)
+            tiling = window_attention.Tiling(qkv, (side, side), 3, False, False)
             compile_kernel(window_attention.attend_kernel, dtype, tiling.constants, capability)
             compile_kernel(window_attention.grad_queries_kernel, dtype, tiling.backward_constants,
                            capability)
@@ -43,6 +51,62 @@ def compile_all():
                 directed = dict(TRANSPOSED=transposed, HAS_BIAS=not transposed, **conv)
                 compile_kernel(grouped_conv.convolve_kernel, dtype, directed, capability)
             compile_kernel(grouped_conv.grad_kernels_kernel, dtype, conv, capability)
+
+
+def compile_launches(dtype):
+    """Compile the kernels that the small operators launch, with and without optional arguments."""
+    for run in (weigh, add, encode, bias, roll):
+        name = run.__name__
+        for _, kernel, arguments, constants in recorded((
+                weights, sums, encoding, biases, rolling, window_attention),
+                functools.partial(run, functools.partial(torch.empty, dtype=dtype,
+                                                         device='meta'))):
+            source, _, _ = specialize(kernel, arguments, constants)
+            for capability in (80, 90):
+                compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32),
+                                          options={key: constants[key] for key in ('num_warps',)
+                                                   if key in constants})
+                print(kernel.__name__, name, capability, compiled.metadata.shared)
+
+
+def weigh(empty):
+    for is_grouped in (False, True):
+        for exists in (False, True):
+            rate, bias = (empty(shape) if exists else None for shape in (1, 96))
+            inputs = (empty(288, 96), empty(288) if exists else None, empty(9, 9),
+                      empty(96, 9, 3, 3), empty(9) if exists else None, rate, rate, bias)
+            kernels = empty(96, 72 if is_grouped else 96, 3, 3)
+            outs = (inputs[0], inputs[1], empty(288, 96) if is_grouped else None,
+                    inputs[1] if is_grouped else None, kernels,
+                    torch.empty(96, 9, device='meta') if exists else None)
+            group = 8 if is_grouped else 0
+            weights.compose(inputs, outs, group)
+            weights.compose_backward(outs, inputs, inputs, group)
+
+
+def add(empty):
+    maps, images = empty(1, 8, 8, 96), empty(1, 96, 8, 8).permute(0, 2, 3, 1)
+    for taps in (None, torch.empty(96, 9, device='meta')):
+        sums.add(maps, maps, taps, images, (8, 8), 1, 1, 1, taps is None)
+        sums.add_backward(maps, maps, taps, (8, 8), 1, 1, 1)
+    sums.add_backward(images, maps, taps, (8, 8), 1, 1, 1)
+    sums.add_backward(maps, None, taps, (8, 8), 1, 1, 0)
+
+
+def encode(empty):
+    maps = torch.empty(8, 8, 24, device='meta')
+    encoding.encode(empty(24, 2), empty(24), maps)
+    encoding.encode_backward(maps, empty(24, 2), empty(24))
+
+
+def bias(empty):
+    biases.sum_offsets(empty(3, 49, 49), empty(169, 3), (7, 7))
+    window_attention.Tiling(empty(1, 8, 8, 3, 3, 32), (7, 7), 3, False, False).biases(
+        empty(49, 49, 3).permute(2, 0, 1))
+
+
+def roll(empty):
+    rolling.roll(empty(1, 8, 8, 96), torch.empty(1, 8, 8, 96, device='meta'), 3)
 
 
 def compile_kernel(kernel, dtype, constants, capability):
@@ -63,3 +127,5 @@ def compile_kernel(kernel, dtype, constants, capability):
 
 if __name__ == '__main__':
     compile_all()
+    for each in (torch.bfloat16, torch.float32):
+        compile_launches(each)

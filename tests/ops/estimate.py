@@ -46,7 +46,7 @@ LAUNCH = 3e-6
 # Operations per second that cuDNN and cuBLAS reach. Outside of tensor cores for float32.
 FLOPS = {torch.bfloat16: 0.6 * 989e12, torch.float16: 0.6 * 989e12, torch.float32: 0.6 * 67e12}
 # The arguments of kernels that count the iterations of their loop.
-ITERATIONS = ('per_program', 'CHUNKS')
+ITERATIONS = ('per_program', 'CHUNKS', 'steps', 'NUM_HEADS')
 # Kernels that move less are listed together.
 SMALL = 1e6
 PASSES = ('forward', 'backward')

@@ -1,5 +1,8 @@
 """What Triton compiles for a launch, without a GPU; shared by the scripts in this folder."""
 
+import contextlib
+from unittest import mock
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -27,3 +30,30 @@ def specialize(kernel, arguments, options):
     parsed, signature, constants, attributes = kernel._pack_args(
         BACKEND, options, bound, specialization, None)
     return ASTSource(kernel, signature, constants, attributes), parsed, bound
+
+
+def recorded(modules, run):
+    """Run a function whose launches of the kernels of some modules are recorded instead.
+
+    Returns:
+        The name of each kernel, the kernel, and the arguments and constants of the launch.
+    """
+    launches = []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name, kernel in list(vars(module).items()):
+                if name.endswith('_kernel'):
+                    stack.enter_context(mock.patch.object(module, name, _Recorder(
+                        f'{module.__name__}.{name}', kernel, launches)))
+        run()
+    return launches
+
+
+class _Recorder:
+
+    def __init__(self, name, kernel, launches):
+        self.name, self.kernel, self.launches = name, kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.launches.append(
+            (self.name, self.kernel, arguments, constants))

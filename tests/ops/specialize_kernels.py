@@ -7,8 +7,12 @@ test_kernels.py without the interpreter.
 import functools
 
 import torch
-from launches import specialize
+from launches import recorded, specialize
 
+from acmix_mm.ops.path_sum import triton_kernels as sums
+from acmix_mm.ops.position_bias import triton_kernels as position_bias
+from acmix_mm.ops.position_encoding import triton_kernels as encoding
+from acmix_mm.ops.rolling import triton_kernels as rolling
 from acmix_mm.ops.shift_conv import triton_kernels as convolution
 from acmix_mm.ops.sliding_attention import strip_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding
@@ -18,35 +22,15 @@ from acmix_mm.ops.window_attention import triton_kernels as windows
 SIZES = ((200, 336), (201, 333), (160, 256), (17, 16), (16, 1), (168, 252))
 
 
-class Recorder:
-    """Stands for a kernel; collects the keys that its launches are compiled by."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-        self.keys = set()
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *arguments, **constants):
-        source, options, _ = specialize(self.kernel, arguments, constants)
-        self.keys.add((source.hash(), str(options)))
-
-
 def count(description, modules, run):
     """Record the launches of all kernels of some modules, and print how many keys each has."""
-    kernels = [(module, name) for module in modules for name in vars(module)
-               if name.endswith('_kernel')]
-    recorders = {}
-    for module, name in kernels:
-        recorders[module, name] = getattr(module, name), Recorder(getattr(module, name))
-        setattr(module, name, recorders[module, name][1])
+    keys = {}
     for size in SIZES:
-        run(*size)
-    for (module, name), (kernel, recorder) in recorders.items():
-        setattr(module, name, kernel)
-        if recorder.keys:
-            print(f'{module.__name__}.{name}', description, len(recorder.keys))
+        for name, kernel, arguments, constants in recorded(modules, functools.partial(run, *size)):
+            source, options, _ = specialize(kernel, arguments, constants)
+            keys.setdefault(name, set()).add((source.hash(), str(options)))
+    for name, found in keys.items():
+        print(name, description, len(found))
 
 
 def slide(dilation, height, width):
@@ -72,9 +56,37 @@ def attend_windows(side, height, width):
     qkv, bias = empty(2, height, width, 3, 4, 16), empty(4, side**2, side**2, dtype=torch.float32)
     padding, out = qkv[0, 0, 0], qkv[:, :, :, 0].flatten(3)
     for shift in (0, side // 2):
-        geometry = (side, side), shift, False, 0.25
+        geometry = (side, side), shift, shift > 0, False, 0.25
         windows.attend(qkv, bias, padding, out, *geometry)
         windows.attend_backward(out, qkv, bias, padding, *geometry)
+
+
+def add(height, width):
+    convolution, taps = empty(2, height, width, 64), empty(64, 9, dtype=torch.float32)
+    for channels_first, shift in ((False, 3), (True, 0)):
+        sums.add(convolution, convolution, taps, convolution, (height, width), 1, 1, shift,
+                 channels_first)
+        sums.add_backward(convolution, convolution, taps, (height, width), 1, 1, shift)
+
+
+def encode(height, width):
+    weight, bias = empty(16, 2), empty(16)
+    out = empty(height, width, 16, dtype=torch.float32)
+    encoding.encode(weight, bias, out)
+    encoding.encode_backward(out, weight, bias)
+
+
+def roll(height, width):
+    x = empty(2, height, width, 96)
+    for shift in (-3, 3):
+        rolling.roll(x, x, shift)
+
+
+def read_bias(height, width):
+    """Windows shrink to small maps."""
+    side = min(height, width, 7)
+    grad = empty(side**2, side**2, 3, dtype=torch.float32).permute(2, 0, 1)
+    position_bias.sum_offsets(grad, empty(169, 3), (side, side))
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -87,3 +99,6 @@ if __name__ == '__main__':
     count('', (convolution,), convolve)
     for side in (7, 12):
         count(f'side={side}', (windows,), functools.partial(attend_windows, side))
+    for module, run in ((sums, add), (encoding, encode), (rolling, roll),
+                        (position_bias, read_bias)):
+        count('', (module,), run)

@@ -9,17 +9,22 @@ from helpers.operators import (
     aggregation_tensors,
     attend_padded,
     conv_tensors,
+    encoding_tensors,
     features_tensors,
     involution_tensors,
     padded_window_tensors,
     sliding_tensors,
+    sum_tensors,
+    weights_tensors,
     window_tensors,
 )
 from helpers.stack import needs_custom_ops
 from torch.autograd import grad, gradgradcheck
 
+from acmix_mm.gpu_check import subjects
 from acmix_mm.ops import (
     BlockPattern,
+    add_paths,
     available_backends,
     block_attention,
     global_attention,
@@ -65,6 +70,26 @@ OPERATORS = {
     'involution': (
         functools.partial(involution, stride=2),
         lambda batch: involution_tensors(batch, 2, 2, 4, 3, 3, 2)),
+    'add_paths': (
+        functools.partial(add_paths, size=(2, 3), shift_size=1),
+        lambda batch: sum_tensors(batch, 2, 3, 2, 3)),
+    'roll_map': (
+        functools.partial(subjects.rolled, shift_size=1),
+        lambda batch: [torch.randn(batch, 2, 3, 2)]),
+}
+# Those of weights, without a batch.
+OF_WEIGHTS = {
+    'compose_paths': (
+        functools.partial(subjects.composed_weights, is_grouped=False),
+        lambda _: weights_tensors(3, 1, 2, 3, True, True, True, True)),
+    'grouped compose_paths': (
+        functools.partial(subjects.composed_weights, is_grouped=True),
+        lambda _: weights_tensors(3, 1, 2, 3, True, True, True, True)),
+    'position_bias': (
+        functools.partial(subjects.biases, side=3, window_size=(2, 3)),
+        lambda _: [torch.randn(25, 2)]),
+    'position_encoding': (
+        functools.partial(subjects.encoding, height=2, width=3), lambda _: encoding_tensors(2)),
 }
 
 
@@ -72,11 +97,14 @@ def backends_of(name):
     return available_backends(name.split()[-1])
 
 
-CASES = [(operator, backend) for operator in OPERATORS for backend in backends_of(operator)]
+def cases(operators):
+    return [(operator, backend) for operator in operators for backend in backends_of(operator)]
+
+
 # These backends run torch's fused attention; see test_fused_attention.
 FUSED = [('sliding_window_attention', 'dense'), ('global_attention', 'sdpa'),
          ('block_attention', 'sdpa')]
-DIFFERENTIABLE_TWICE = [case for case in CASES if case not in FUSED]
+DIFFERENTIABLE_TWICE = [case for case in cases([*OPERATORS, *OF_WEIGHTS]) if case not in FUSED]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +119,7 @@ def prepare(operator, backend, batch, dtype):
     """The operator on a backend, and its inputs."""
     if backend == 'triton':
         pytest.importorskip('triton')
-    run, tensors_of = OPERATORS[operator]
+    run, tensors_of = {**OPERATORS, **OF_WEIGHTS}[operator]
     device = DEVICE if backend == 'triton' else 'cpu'
     tensors = [each.to(device, dtype).requires_grad_() for each in tensors_of(batch)]
     return functools.partial(run, backend=backend), tensors
@@ -168,7 +196,7 @@ def test_compiled_operators_refuse_second_derivatives(operator, backend):
     each for each in OPERATORS if each not in ('global_attention', 'block_attention')])
 def test_functional_transforms_are_refused(operator):
     run, tensors = prepare(operator, next(
-        name for name in backends_of(operator) if name in ('tiled', 'chunked', 'folded')),
+        name for name in ('tiled', 'chunked', 'folded', 'triton') if name in backends_of(operator)),
                            1, torch.float32)
     with pytest.raises(RuntimeError, match='must override the setup_context'):
         torch.func.grad(lambda first: run(first, *tensors[1:]).sum())(tensors[0])
@@ -177,7 +205,7 @@ def test_functional_transforms_are_refused(operator):
         run(torch.autograd.forward_ad.make_dual(tensors[0], tensors[0].detach()), *tensors[1:])
 
 
-@pytest.mark.parametrize(('operator', 'backend'), CASES)
+@pytest.mark.parametrize(('operator', 'backend'), cases(OPERATORS))
 def test_empty_batch(operator, backend):
     run, tensors = prepare(operator, backend, 0, torch.float32)
     out = run(*tensors)

@@ -28,6 +28,11 @@ from acmix_mm.ops import (
 BACKENDS = {
     'sliding_window_attention': {'reference', 'tiled', 'dense', 'triton'},
     'window_attention': {'reference', 'sdpa', 'chunked', 'triton'},
+    'add_paths': {'reference', 'triton'},
+    'compose_paths': {'reference', 'triton'},
+    'position_encoding': {'reference', 'triton'},
+    'position_bias': {'reference', 'triton'},
+    'roll_map': {'reference', 'triton'},
     'projected_shift_conv': {'reference', 'separate', 'composed', 'grouped'},
     'shift_conv': {'reference', 'two_step', 'folded', 'conv2d', 'triton'},
     'patch_features': {'reference', 'chunked'},
@@ -99,7 +104,7 @@ def test_unknown_names():
     message = "use_backend: no operator has a backend 'fast'; known backends are chunked, composed"
     with pytest.raises(ValueError, match=message), use_backend('fast'):
         pass
-    with pytest.raises(ValueError, match="'softmax'; operators with backends are involution, "):
+    with pytest.raises(ValueError, match="'softmax'; operators with backends are add_paths, "):
         available_backends('softmax')
     with pytest.raises(ValueError, match=r"has no backend 'tiled'; it has chunked, reference"):
         attend(backend='tiled')

@@ -19,14 +19,21 @@ from helpers.operators import (
     padded_window_tensors,
     slide,
     sliding_tensors,
+    weights_tensors,
     window_tensors,
 )
 
+from acmix_mm.gpu_check import subjects
 from acmix_mm.ops import backend, shift_conv, sliding_window_attention, window_attention
 from acmix_mm.ops.backend import has_triton
 
 if not has_triton():
     pytest.skip('needs triton 3', allow_module_level=True)
+from acmix_mm.ops.path_sum import triton_kernels as sum_kernels
+from acmix_mm.ops.path_weights import triton_kernels as weights_kernels
+from acmix_mm.ops.position_bias import triton_kernels as bias_kernels
+from acmix_mm.ops.position_encoding import triton_kernels as encoding_kernels
+from acmix_mm.ops.rolling import triton_kernels as rolling_kernels
 from acmix_mm.ops.shift_conv import triton_kernels as conv_kernels
 from acmix_mm.ops.sliding_attention import triton_kernels as sliding_kernels
 from acmix_mm.ops.window_attention import triton_kernels as window_kernels
@@ -102,7 +109,9 @@ def test_window_attention(dtype, batch, size, window_size, shift_size, heads, he
     # Programs take several windows; the last of them fewer.
     monkeypatch.setattr(window_kernels, 'PROGRAMS', 2 * heads)
     tensors = padded_window_tensors(batch, size, window_size, heads, head_dims)
-    compare_on_device(attend_padded(window_size, shift_size), tensors, dtype)
+    # Rolled by the kernels or before.
+    for is_rolled in {False, bool(shift_size)}:
+        compare_on_device(attend_padded(window_size, shift_size, is_rolled), tensors, dtype)
 
 
 def test_window_attention_on_rolled_maps():
@@ -124,6 +133,31 @@ def test_window_attention_takes_bias_and_padding_in_float32():
         assert [grad.dtype for grad in results[name]] == list(dtypes)
     for actual, expected in zip(results['triton'], results['reference']):
         assert (actual - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('is_grouped', [False, True])
+@pytest.mark.parametrize('arguments', [
+    # in_channels, heads, head_dims, kernel_size, bias, fc_bias, rates, attention_bias
+    (20, 6, 1, 3, True, True, True, True),
+    (4, 1, 3, 5, True, False, True, False),
+    (5, 2, 2, 3, False, True, False, True),
+    (3, 1, 2, 3, False, False, False, False),
+])
+def test_composed_weights(arguments, is_grouped, dtype, monkeypatch):
+    # The first case has several blocks of input channels and of maps.
+    monkeypatch.setattr(weights_kernels, 'MAX_BLOCK', 16)
+    run = functools.partial(subjects.composed_weights, is_grouped=is_grouped)
+    compare_on_device(run, weights_tensors(*arguments), dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('subject', [
+    *subjects.sum_cases(subjects.SUMS),
+    *subjects.encoding_cases(subjects.ENCODINGS), *subjects.bias_cases(subjects.BIASES),
+    *subjects.roll_cases(subjects.INTERPRETED_ROLLS)], ids=lambda each: each.case)
+def test_small_operators(subject, dtype):
+    compare_on_device(subject.run, subject.tensors(), dtype)
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -177,8 +211,16 @@ def rows_of(script):
 def test_kernels_compile_for_gpus():
     """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
     compiled = rows_of('compile_kernels.py')
-    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3)
+    small = 2 * 2 * 3 + 2 + 2 + (2 * 3 - 1) + (2 * 3 - 2) + 3 + 2 + 1
+    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3 + 2 * small)
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
+
+
+FUNCTIONS = {
+    conv_kernels: ('convolve', 'convolve_kernels_backward'),
+    weights_kernels: ('compose', 'compose_backward'), sum_kernels: ('add', 'add_backward'),
+    encoding_kernels: ('encode', 'encode_backward'), bias_kernels: ('sum_offsets',),
+    rolling_kernels: ('roll',)}
 
 
 @pytest.mark.parametrize(('operator', 'module', 'failing', 'run', 'tensors_of'), [
@@ -192,8 +234,16 @@ def test_kernels_compile_for_gpus():
          functools.partial(window_tensors, 1, (2, 2), (2, 3), 2, 4)),
         ('shift_conv', conv_kernels, functools.partial(shift_conv, stride=2),
          functools.partial(conv_tensors, 2, 5, 2, 4, 5, 3, True, True)),
-    ] for failing in (('convolve', 'convolve_kernels_backward') if kernels[1] is conv_kernels
-                      else ('attend', 'attend_backward'))])
+        *[(name, module, each.run, each.tensors) for name, module, cases in [
+            ('compose_paths', weights_kernels,
+             subjects.weights_cases(subjects.INTERPRETED_WEIGHTS)),
+            ('add_paths', sum_kernels, subjects.sum_cases(
+                [*subjects.INTERPRETED_SUMS, *subjects.SUMS[3:]])),
+            ('position_encoding', encoding_kernels, subjects.encoding_cases([(4, 2, 3)])),
+            ('position_bias', bias_kernels, subjects.bias_cases([(2, 3, (2, 3))])),
+            ('roll_map', rolling_kernels, subjects.roll_cases([((1, 2, 3, 2), 1)])),
+        ] for each in cases],
+    ] for failing in FUNCTIONS.get(kernels[1], ('attend', 'attend_backward'))])
 def test_failing_kernels_fall_back_to_torch(operator, module, failing, run, tensors_of,
                                             monkeypatch):
     def fail(*arguments):
@@ -212,7 +262,7 @@ def test_image_sizes_share_compiled_kernels():
     """Sliding attention in strips and, where these do not apply, in tiles; window attention."""
     counts = rows_of('specialize_kernels.py')
     # One column is too narrow for strips at dilation 1. Windows of 7 and of 12.
-    assert len(counts) == 6 + 3 + 2 + 2 + 3
+    assert len(counts) == 6 + 3 + 2 + 3 + 4 + 3 + 3 + 1 + 1
     for kernel, *_, count in counts:
-        # Forward and transposed convolution are two constants.
-        assert int(count) == 1 + kernel.endswith('.convolve_kernel'), counts
+        # Forward and transposed convolution, and two memory orders of the sum, are constants.
+        assert int(count) == 1 + kernel.endswith(('.convolve_kernel', '.add_kernel')), counts

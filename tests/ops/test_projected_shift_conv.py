@@ -10,7 +10,7 @@ from helpers.weights import randomised
 
 from acmix_mm.layers import ACmixConv2d, WindowACmix
 from acmix_mm.ops import projected_shift_conv, use_backend
-from acmix_mm.ops.projected_shift_conv import operations, reads_input
+from acmix_mm.ops.projected_shift_conv import composition, operations
 
 BACKENDS = ('separate', 'composed', 'grouped')
 
@@ -72,13 +72,19 @@ def test_operation_counts(channels, heads, cheapest):
 
 
 def test_projections_are_shared_on_a_cpu():
-    assert not reads_input(torch.zeros(1), 64, 16, 4, 12, 3)
+    assert not composition(torch.zeros(1), 64, 16, 4, 12, 3)
     with use_backend('grouped'):
-        assert reads_input(torch.zeros(1), 64, 16, 4, 12, 3)
+        assert composition(torch.zeros(1), 64, 16, 4, 12, 3)
 
 
 LAYERS = {
     'window': (lambda **options: WindowACmix(8, 2, 4, shift_size=2, **options), (2, 9, 7, 8)),
+    # As on GPUs; also along an axis shorter than the shift, and without biases.
+    'window in place': (lambda **options: WindowACmix(8, 2, 4, shift_size=2, **options),
+                        (2, 9, 7, 8)),
+    'narrow window in place': (
+        lambda **options: WindowACmix(8, 2, 4, shift_size=3, qkv_bias=False, **options),
+        (2, 1, 9, 8)),
     'sliding': (lambda **options: ACmixConv2d(6, 8, num_heads=2, stride=2, **options),
                 (2, 6, 9, 7)),
 }
@@ -89,8 +95,10 @@ LAYERS = {
 @pytest.mark.parametrize('options', [
     {}, dict(mix='conv'), dict(shift_groups=1), dict(shift='fixed'), dict(shift='tensor'),
     dict(combine='convex')], ids=str)
-def test_layers(name, backend, options):
+def test_layers(name, backend, options, monkeypatch):
     """Outputs and the gradients of all parameters, rates included."""
+    if name.endswith('in place'):
+        monkeypatch.setattr(WindowACmix, 'rolls_input', lambda layer, x: False)
     build, shape = LAYERS[name]
     layer = randomised(build(**options)).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)

@@ -114,6 +114,19 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(run, tensors)
 
 
+@pytest.mark.parametrize('backend', ['reference', *BACKENDS])
+def test_maps_rolled_without_padding(backend):
+    """Also along an axis shorter than the shift."""
+    for size, shift_size in (((5, 4), 1), ((1, 9), 3)):
+        qkv, bias, padding = (each.double() for each in
+                              padded_window_tensors(2, size, (4, 4), 2, 2))
+        run = functools.partial(window_attention, bias=bias, window_size=(4, 4), padding=padding,
+                                shift_size=shift_size, backend=backend)
+        expected = run(qkv).roll((-shift_size, -shift_size), (1, 2))
+        actual = run(qkv.roll((-shift_size, -shift_size), (1, 2)), is_rolled=True)
+        torch.testing.assert_close(actual, expected)
+
+
 def test_dropout_rate():
     qkv, bias = window_tensors(1, (4, 4), (7, 7), 4, 8)
     qkv[:, :, :, 2] = 1.0

@@ -25,7 +25,7 @@ from acmix_mm.ops.projected_shift_conv.separate import (
     projected_shift_conv_separate,
 )
 
-__all__ = ['projected_shift_conv', 'reads_input']
+__all__ = ['composition', 'projected_shift_conv']
 
 
 def projected_shift_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor,
@@ -84,11 +84,11 @@ def projected_shift_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], fc_w
     return run(x, weight, bias, fc_weight, shift_weight, fc_bias, stride, dilation)
 
 
-def reads_input(x: Tensor, in_channels: int, head_dims: int, num_heads: int, num_maps: int,
-                kernel_size: int, stride: int = 1) -> bool:
-    """Whether :func:`projected_shift_conv` does without the projections.
+def composition(x: Tensor, in_channels: int, head_dims: int, num_heads: int, num_maps: int,
+                kernel_size: int, stride: int = 1) -> Optional[str]:
+    """The backend of :func:`projected_shift_conv` that applies, if it composes weights.
 
-    If not, a layer whose other path needs them should pass them to :func:`shift_conv`.
+    If not, a layer whose other path needs the projections should pass them to :func:`shift_conv`.
 
     Args:
         x: on the device of the map, any shape.
@@ -98,12 +98,15 @@ def reads_input(x: Tensor, in_channels: int, head_dims: int, num_heads: int, num
         num_maps: number of projected maps.
         kernel_size: k.
         stride: distance between the positions of the output.
+
+    Returns:
+        ``'composed'``, ``'grouped'`` or None.
     """
     chosen = preferred_backend('projected_shift_conv')
     if chosen is None:
         chosen = 'separate' if is_exporting() else _cheapest(
             x, in_channels, head_dims, num_heads, num_maps, kernel_size, stride)
-    return chosen in ('composed', 'grouped')
+    return chosen if chosen in ('composed', 'grouped') else None
 
 
 def _cheapest(x: Tensor, in_channels: int, head_dims: int, num_heads: int, num_maps: int,

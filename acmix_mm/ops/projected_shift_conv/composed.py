@@ -1,5 +1,6 @@
 """projected_shift_conv as one dense convolution of the input."""
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -67,7 +68,7 @@ def compose(weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_wei
     return kernels, taps
 
 
-def map_of_taps(taps: Tensor, size: torch.Size, kernel_size: int, stride: int,
+def map_of_taps(taps: Tensor, size: Sequence[int], kernel_size: int, stride: int,
                 dilation: int) -> Tensor:
     """Convolve a map of ones of ``size``, zero-padded, with kernels (channels, k²).
 

@@ -81,9 +81,11 @@ def attend_triton_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     qkv, positions, *ctx.geometry = inputs
     ctx.save_for_backward(qkv, positions, *output)
+    # Nor are zeros made for that of the log-sums.
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+def _gradients(ctx: Any, grad_out: Tensor, _: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
     """The gradients; the log-sums are for the backward pass only."""
     qkv, positions = ctx.saved_tensors[:2]
     if creates_graph():

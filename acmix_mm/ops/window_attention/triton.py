@@ -17,10 +17,6 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor]
                             window_size: tuple[int, int], shift_size: int, is_rolled: bool,
                             scale: float, dropout_p: float) -> Tensor:
     require_triton('window_attention', qkv)
-    if is_rolled and padding is not None:
-        out = window_attention_triton(roll(qkv, shift_size), bias, padding, window_size, shift_size,
-                                      False, scale, dropout_p)
-        return roll(out, -shift_size)
     if dropout_p:
         raise ValueError("window_attention's backend 'triton' has no dropout, got "
                          f"dropout_p={dropout_p}; use 'sdpa'.")
@@ -29,9 +25,10 @@ def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor]
             f"window_attention's backend 'triton' does not take windows of {window_size[0]}×"
             f'{window_size[1]} with {qkv.shape[5]} channels of {qkv.dtype} per head. Leave out '
             'backend to have one chosen.')
+    is_padded = padding is None
     if padding is None:
         padding = qkv.new_zeros(qkv.shape[3:])
-    return _attend(qkv, bias, padding, list(window_size), shift_size, is_rolled, scale)
+    return _attend(qkv, bias, padding, list(window_size), shift_size, is_rolled, is_padded, scale)
 
 
 def has_kernel(x: Tensor, window_size: tuple[int, int], head_dims: int) -> bool:
@@ -46,8 +43,9 @@ def has_kernel(x: Tensor, window_size: tuple[int, int], head_dims: int) -> bool:
 
 @custom_op(lambda qkv, *others: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]))
 def attend_windows_triton(qkv: Tensor, bias: Tensor, padding: Tensor, window_size: list[int],
-                          shift_size: int, is_rolled: bool, scale: float) -> Tensor:
-    geometry = window_size, shift_size, is_rolled, scale
+                          shift_size: int, is_rolled: bool, is_padded: bool,
+                          scale: float) -> Tensor:
+    geometry = window_size, shift_size, is_rolled, is_padded, scale
 
     def kernels() -> Tensor:
         from acmix_mm.ops.window_attention.triton_kernels import attend
@@ -64,9 +62,10 @@ def attend_windows_triton(qkv: Tensor, bias: Tensor, padding: Tensor, window_siz
     qkv.new_empty(qkv.shape), bias.new_empty(bias.shape), padding.new_empty(padding.shape)))
 def attend_windows_triton_backward(
         grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor, window_size: list[int],
-        shift_size: int, is_rolled: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        shift_size: int, is_rolled: bool, is_padded: bool,
+        scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``qkv``, ``bias`` and ``padding``."""
-    geometry = window_size, shift_size, is_rolled, scale
+    geometry = window_size, shift_size, is_rolled, is_padded, scale
 
     def kernels() -> tuple[Tensor, Tensor, Tensor]:
         from acmix_mm.ops.window_attention.triton_kernels import attend_backward
@@ -80,7 +79,7 @@ def attend_windows_triton_backward(
 
 
 def _attend_in_torch(qkv: Tensor, bias: Tensor, padding: Tensor, window_size: list[int],
-                     shift_size: int, is_rolled: bool, scale: float) -> Tensor:
+                     shift_size: int, is_rolled: bool, is_padded: bool, scale: float) -> Tensor:
     """The same attention, in operations whose gradients can be differentiated."""
     shift = 0 if is_rolled else shift_size
     out = inspect.unwrap(attend_windows)(
@@ -91,7 +90,7 @@ def _attend_in_torch(qkv: Tensor, bias: Tensor, padding: Tensor, window_size: li
 
 def _gradients_in_torch(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor,
                         window_size: list[int], shift_size: int, is_rolled: bool,
-                        scale: float) -> tuple[Tensor, Tensor, Tensor]:
+                        is_padded: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     shift = 0 if is_rolled else shift_size
     grad_qkv, grad_bias, grad_padding = inspect.unwrap(attend_windows_backward)(
         roll(grad_out, -shift), roll(qkv, -shift), bias.to(qkv.dtype), padding.to(qkv.dtype),

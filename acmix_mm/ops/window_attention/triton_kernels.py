@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from acmix_mm.ops.backend import matmul_precision
-from acmix_mm.ops.window_attention.masks import edge_masks
+from acmix_mm.ops.window_attention.masks import MASKED_LOGIT
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The logits of keys beyond a window; finite, so that the softmax of rows beyond it is, too.
 NO_KEY = -1e30
+NO_KEY_LOGIT, MASKED = tl.constexpr(NO_KEY), tl.constexpr(MASKED_LOGIT)
 # Keys of a tile: (rows per program, warps, most bytes of a row) that fit the registers and a GPU
 # with 99 KiB of shared memory, found by compiling.
 TILES = {16: (16, 1, 256), 32: (32, 2, 256), 64: (64, 4, 256), 128: (16, 4, 256),
@@ -33,7 +34,7 @@ MOST_REGISTERS = {2: 168, 4: 255}
 PROGRAMS = 2048
 # Training on images of several sizes would compile the kernels again for some of them.
 SIZES = ('height', 'width', 'down', 'across', 'window_height', 'window_width', 'shift', 'offset',
-         'windows', 'per_program')
+         'back_y', 'back_x', 'windows', 'per_program', 'area')
 
 
 def fits(window_size: Sequence[int], head_dims: int, dtype: torch.dtype) -> bool:
@@ -45,7 +46,7 @@ def fits(window_size: Sequence[int], head_dims: int, dtype: torch.dtype) -> bool
 
 
 def attend(qkv: Tensor, bias: Tensor, padding: Tensor, out: Tensor, window_size: Sequence[int],
-           shift_size: int, is_rolled: bool, scale: float) -> None:
+           shift_size: int, is_rolled: bool, is_padded: bool, scale: float) -> None:
     """Attend within the windows of a map.
 
     Args:
@@ -58,21 +59,22 @@ def attend(qkv: Tensor, bias: Tensor, padding: Tensor, out: Tensor, window_size:
         window_size: (height, width) of a window.
         shift_size: see :func:`acmix_mm.ops.window_attention`.
         is_rolled: whether the map has been rolled by ``-shift_size``; if not, the kernels roll it.
+        is_padded: whether it was padded to whole windows before; if not, the kernels pad it.
         scale: factor of the logits.
     """
-    tiling = Tiling(qkv, window_size, shift_size, is_rolled)
+    tiling = Tiling(qkv, window_size, shift_size, is_rolled, is_padded)
     attend_kernel[tiling.grid](qkv, tiling.biases(bias), padding, out, *tiling.sizes, scale,
                                **tiling.constants)
 
 
 def attend_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor,
-                    window_size: Sequence[int], shift_size: int, is_rolled: bool,
+                    window_size: Sequence[int], shift_size: int, is_rolled: bool, is_padded: bool,
                     scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``qkv``, and in float32 of ``bias`` and ``padding``.
+    """Return the gradients of ``qkv``, of ``bias`` in float32, and of ``padding``.
 
     See :func:`attend`; ``grad_out`` is contiguous, too.
     """
-    tiling = Tiling(qkv, window_size, shift_size, is_rolled)
+    tiling = Tiling(qkv, window_size, shift_size, is_rolled, is_padded)
     biases = tiling.biases(bias)
     # Of the positions of all maps, and of those of the padding.
     positions, area = qkv.shape[:3].numel(), bias.shape[1]
@@ -87,7 +89,7 @@ def attend_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor
         grad_keys_kernel[tiling.grid](qkv, biases, padding, grad_out, grads, *sums, *tiling.sizes,
                                       scale, **tiling.backward_constants)
     return (grads[:positions].view(qkv.shape), shares[:, :, :area, :area].sum(0),
-            grads[positions:].sum(0, dtype=torch.float32))
+            grads[positions:].sum(0, dtype=padding.dtype))
 
 
 def block_dims(head_dims: int) -> int:
@@ -105,7 +107,7 @@ class Tiling:
     """Division of the windows of a map among programs."""
 
     def __init__(self, qkv: Tensor, window_size: Sequence[int], shift_size: int,
-                 is_rolled: bool) -> None:
+                 is_rolled: bool, is_padded: bool) -> None:
         batch, height, width, _, num_heads, head_dims = qkv.shape
         keys = block_keys(window_size)
         rows, warps, _ = TILES[keys]
@@ -118,8 +120,10 @@ class Tiling:
         self.shares = triton.cdiv(self.windows, per_program)
         # Heads of a window run together.
         self.grid = (num_heads * self.blocks * self.shares,)
+        back = -shift_size if is_rolled and not is_padded else 0
         self.sizes = (height, width, down, across, *window_size, shift_size,
-                      0 if is_rolled else shift_size, self.windows, per_program, num_heads)
+                      0 if is_padded else shift_size, back % max(height, 1), back % max(width, 1),
+                      self.windows, per_program, num_heads)
         self.constants = dict(HEAD_DIMS=head_dims, BLOCK_DIMS=block_dims(head_dims), ROWS=rows,
                               KEYS=keys, PRECISION=matmul_precision(), num_warps=warps)
         self.backward_constants = dict(self.constants, maxnreg=MOST_REGISTERS[qkv.element_size()])
@@ -131,16 +135,34 @@ class Tiling:
             (kinds, num_heads, keys, keys), float32. The kinds of windows in a shifted map are
             those of :func:`acmix_mm.ops.window_attention.masks.edge_masks`; otherwise there is one.
         """
-        area, keys = bias.shape[1], self.constants['KEYS']
-        biases = torch.full((4 if self.shift_size else 1, len(bias), keys, keys), NO_KEY,
-                            dtype=torch.float32, device=bias.device)
-        inside = biases[:, :, :area, :area]
-        if self.shift_size:
-            masks = edge_masks(*self.window_size, self.shift_size, torch.float32, bias.device)
-            torch.add(bias, masks.flatten(0, 1)[:, None], out=inside)
-        else:
-            inside.copy_(bias)
+        num_heads, area, keys = len(bias), bias.shape[1], self.constants['KEYS']
+        biases = bias.new_empty(4 if self.shift_size else 1, num_heads, keys, keys,
+                                dtype=torch.float32)
+        biases_kernel[(len(biases) * num_heads, keys // 16)](
+            bias, biases, *bias.stride(), num_heads, area, *self.window_size, self.shift_size,
+            KEYS=keys, ROWS=16)
         return biases
+
+
+@triton.jit(do_not_specialize=SIZES)
+def biases_kernel(bias, biases, stride_n, stride_q, stride_k, num_heads, area, window_height,
+                  window_width, shift, KEYS: tl.constexpr, ROWS: tl.constexpr):
+    """Add the masks of windows in a shifted map to the bias, in tiles; see Tiling.biases."""
+    kind, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    queries = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    keys = tl.arange(0, KEYS)
+    is_pair = (queries < area)[:, None] & (keys < area)[None, :]
+    place = head * stride_n + queries[:, None] * stride_q + keys[None, :] * stride_k
+    values = tl.load(bias + place, mask=is_pair, other=0.0).to(tl.float32)
+    first_y, first_x = window_height - shift, window_width - shift
+    # Rows count in kinds 2 and 3, columns in kinds 1 and 3.
+    side_y, side_x = (queries // window_width >= first_y), (queries % window_width >= first_x)
+    other_y, other_x = (keys // window_width >= first_y), (keys % window_width >= first_x)
+    is_masked = ((side_y[:, None] != other_y[None, :]) & (kind >= 2) |
+                 (side_x[:, None] != other_x[None, :]) & (kind % 2 == 1))
+    values += tl.where(is_masked, MASKED, 0.0)
+    place = (tl.program_id(0) * KEYS + queries)[:, None] * KEYS + keys[None, :]
+    tl.store(biases + place, tl.where(is_pair, values, NO_KEY_LOGIT))
 
 
 @triton.jit
@@ -163,7 +185,7 @@ def describe(window, height, width, down, across, window_height, window_width, s
 
 @triton.jit
 def locate(places, window, height, width, down, across, window_height, window_width, offset,
-           windows):
+           back_y, back_x, windows):
     """Index of places in a window, int64, in the batch of maps.
 
     Returns:
@@ -176,7 +198,11 @@ def locate(places, window, height, width, down, across, window_height, window_wi
     y, x = tl.where(y < extent_y, y, y - extent_y), tl.where(x < extent_x, x, x - extent_x)
     is_on_map = (y < height) & (x < width)
     image, pixels = (window // (down * across)).to(tl.int64), height * width
-    index = image * pixels + (y * width + x)
+    # A map that was rolled without its padding is rolled back.
+    stored_y, stored_x = y + back_y, x + back_x
+    stored_y = tl.where(stored_y < height, stored_y, stored_y - height)
+    stored_x = tl.where(stored_x < width, stored_x, stored_x - width)
+    index = image * pixels + (stored_y * width + stored_x)
 
     right = extent_x - width
     padded = tl.where(y < height, y * right + x - width,
@@ -207,8 +233,8 @@ def store(maps, index, dims, values, mask):
 
 @triton.jit(do_not_specialize=SIZES)
 def attend_kernel(qkv, biases, padding, out, height, width, down, across, window_height,
-                  window_width, shift, offset, windows, per_program, num_heads, scale,
-                  HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr, ROWS: tl.constexpr,
+                  window_width, shift, offset, back_y, back_x, windows, per_program, num_heads,
+                  scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr, ROWS: tl.constexpr,
                   KEYS: tl.constexpr, PRECISION: tl.constexpr):
     head, rest = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     blocks = tl.cdiv(window_height * window_width, ROWS)
@@ -224,9 +250,9 @@ def attend_kernel(qkv, biases, padding, out, height, width, down, across, window
     last = tl.minimum(window + per_program, windows)
     while window < last:
         own, is_own, _ = locate(queries, window, height, width, down, across, window_height,
-                                window_width, offset, windows)
+                                window_width, offset, back_y, back_x, windows)
         index, is_inside, _ = locate(keys, window, height, width, down, across, window_height,
-                                     window_width, offset, windows)
+                                     window_width, offset, back_y, back_x, windows)
         index *= 3 * channels
         own_mask, mask = is_own[:, None] & is_dim[None, :], is_inside[:, None] & is_dim[None, :]
         q = load(qkv, own * 3 * channels, dims, own_mask)
@@ -249,8 +275,8 @@ def attend_kernel(qkv, biases, padding, out, height, width, down, across, window
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_queries_kernel(qkv, biases, padding, grad_out, grad_qkv, grad_bias, log_sum, mean, height,
-                        width, down, across, window_height, window_width, shift, offset, windows,
-                        per_program, num_heads, scale, HEAD_DIMS: tl.constexpr,
+                        width, down, across, window_height, window_width, shift, offset, back_y,
+                        back_x, windows, per_program, num_heads, scale, HEAD_DIMS: tl.constexpr,
                         BLOCK_DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
                         PRECISION: tl.constexpr):
     """Gradients of queries and bias, and of keys and values if the program has all queries.
@@ -273,9 +299,9 @@ def grad_queries_kernel(qkv, biases, padding, grad_out, grad_qkv, grad_bias, log
     last = tl.minimum(window + per_program, windows)
     while window < last:
         own, is_own, target = locate(queries, window, height, width, down, across, window_height,
-                                     window_width, offset, windows)
+                                     window_width, offset, back_y, back_x, windows)
         index, is_inside, _ = locate(keys, window, height, width, down, across, window_height,
-                                     window_width, offset, windows)
+                                     window_width, offset, back_y, back_x, windows)
         index *= 3 * channels
         target *= 3 * channels
         own_mask, mask = is_own[:, None] & is_dim[None, :], is_inside[:, None] & is_dim[None, :]
@@ -321,9 +347,10 @@ def grad_queries_kernel(qkv, biases, padding, grad_out, grad_qkv, grad_bias, log
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_keys_kernel(qkv, biases, padding, grad_out, grad_qkv, log_sum, mean, height, width, down,
-                     across, window_height, window_width, shift, offset, windows, per_program,
-                     num_heads, scale, HEAD_DIMS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
-                     ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
+                     across, window_height, window_width, shift, offset, back_y, back_x, windows,
+                     per_program, num_heads, scale, HEAD_DIMS: tl.constexpr,
+                     BLOCK_DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+                     PRECISION: tl.constexpr):
     """A program computes a block of keys from all queries; tiles are (keys, queries)."""
     area = window_height * window_width
     head, rest = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
@@ -340,9 +367,9 @@ def grad_keys_kernel(qkv, biases, padding, grad_out, grad_qkv, log_sum, mean, he
     last = tl.minimum(window + per_program, windows)
     while window < last:
         own, is_own, target = locate(keys, window, height, width, down, across, window_height,
-                                     window_width, offset, windows)
+                                     window_width, offset, back_y, back_x, windows)
         index, is_inside, _ = locate(queries, window, height, width, down, across, window_height,
-                                     window_width, offset, windows)
+                                     window_width, offset, back_y, back_x, windows)
         own *= 3 * channels
         target *= 3 * channels
         own_mask, mask = is_own[:, None] & is_dim[None, :], is_inside[:, None] & is_dim[None, :]
