@@ -20,10 +20,14 @@ def run_python(*arguments):
     return done.stdout
 
 
-def test_kernels_of_a_layer():
+LAYERS = ('ACmixConv2d', 'WindowACmix', 'ShiftWindowMSA')
+
+
+def test_kernels_of_layers():
+    """What they are, and that the layers meet their targets."""
     rows = [[cell.strip() for cell in line.split('|')[1:-1]]
-            for line in run_python('tests/ops/estimate.py', 'ACmixConv2d, channels last',
-                                   'ShiftWindowMSA').splitlines() if line.startswith('|')]
+            for line in run_python('tests/ops/estimate.py', *LAYERS).splitlines()
+            if line.startswith('|')]
     found = {}
     for row in rows:
         found.setdefault(tuple(row[:2]), row[2:])
@@ -38,13 +42,23 @@ def test_kernels_of_a_layer():
     assert found['forward', 'convolution'][:3] == ['1', '138', f'{gigaflops:.1f}']
     assert found['backward', 'convolution_backward'][2] == f'{2 * gigaflops:.1f}'
     assert {'grad_queries_kernel', 'grad_keys_kernel'} <= {name for _, name in found}
-    sums = {(layer, name): row for layer, name, *row in rows if layer[0] in 'AS'}
-    assert set(sums) == {(layer, name) for layer in ('ACmixConv2d, channels last', 'ShiftWindowMSA')
-                         for name in ('forward', 'backward')}
     # The host casts to bfloat16, pads, rolls twice along each axis, and rolls back.
     assert found['forward', 'roll'][0] == '4'
     assert found['forward', 'constant_pad_nd'][0] == '2'
-    assert float(sums['ShiftWindowMSA', 'forward'][1]) > 5000
+
+    sums = {(layer, name): [float(each or 0) for each in row] for layer, name, *row in rows
+            if layer in LAYERS}
+    assert set(sums) == {(layer, name) for layer in LAYERS for name in ('forward', 'backward')}
+    for layer in LAYERS[:2]:
+        assert sums[layer, 'forward'][0] <= 12
+        assert sums[layer, 'backward'][0] <= 20
+    forward, backward = (sums['ACmixConv2d', name][-1] for name in ('forward', 'backward'))
+    assert forward <= 600
+    assert forward + backward <= 1900
+    for name in ('forward', 'backward'):
+        # Launches and bytes.
+        for ours, host in zip(sums['WindowACmix', name][:2], sums['ShiftWindowMSA', name]):
+            assert ours < host
 
 
 def test_instructions_of_loops():

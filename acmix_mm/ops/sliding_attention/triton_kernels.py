@@ -71,7 +71,7 @@ def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tenso
         strip_kernels.attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, kernel_size,
                                       scale)
         return
-    grad_q, grad_k, grad_v = grad_qkv.unbind(3)
+    grad_q = grad_qkv[:, :, :, 0]
     positions, grad_out = positions.contiguous(), grad_out.contiguous()
     batch, height, width, num_heads, head_dims = q.shape
     mean = torch.empty_like(log_sum)
@@ -82,15 +82,13 @@ def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tenso
         *out.shape[1:4], *tiles, scale, **tiling.constants(tiling.keys_across))
 
     reach = dilation * (kernel_size // 2)
-    padded = (batch, height + 2 * reach, width + 2 * reach, num_heads, head_dims)
-    padded_k, padded_v = q.new_empty(padded), q.new_empty(padded)
-    tiles = tiling.tiles(*padded[1:3])
+    padded = q.new_empty(2, batch, height + 2 * reach, width + 2 * reach, num_heads, head_dims)
+    tiles = tiling.tiles(*padded.shape[2:4])
     grad_keys_kernel[tiling.programs(tiles)](
-        q, k, v, positions, grad_out, log_sum, mean, padded_k, padded_v, *q.stride(), height, width,
+        q, k, v, positions, grad_out, log_sum, mean, *padded, *q.stride(), height, width,
         *out.shape[1:4], *tiles, scale, **tiling.constants(tiling.queries_across))
-    for grad, each in ((grad_k, padded_k), (grad_v, padded_v)):
-        each = add_reflected_border(each, 1, height, reach)
-        grad.copy_(add_reflected_border(each, 2, width, reach))
+    inner = add_reflected_border(add_reflected_border(padded, 2, height, reach), 3, width, reach)
+    grad_qkv[:, :, :, 1:].copy_(inner.movedim(0, 3))
 
 
 def row_bytes(head_dims: int, dtype: torch.dtype) -> int:
