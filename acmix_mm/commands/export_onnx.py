@@ -25,7 +25,7 @@ import argparse
 from acmix_mm.analysis.complexity import padded_image_size
 from acmix_mm.commands import positive_int
 from acmix_mm.engine.cli import CONFIG_HELP, add_cfg_options
-from acmix_mm.engine.config import load_config
+from acmix_mm.engine.config import load_config, set_data_root
 from acmix_mm.environment import check_mmcv
 
 
@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--with-preprocessing', action='store_true',
                         help='take raw images of a detector: resize, normalise and pad them in the '
                         'graph')
+    parser.add_argument('--int8-images', type=positive_int, metavar='N',
+                        help='quantise weights and activations to 8 bits, calibrated on N images '
+                        'of the training set')
+    parser.add_argument('--data-root', metavar='DIR',
+                        help="read the training set from DIR, which has the layout of the config's "
+                        'data_root')
     add_cfg_options(parser)
 
 
@@ -52,8 +58,11 @@ def run(args: argparse.Namespace) -> None:
     # Imported here because it is slow and --help does not need it.
     from acmix_mm.deploy.onnx import export_onnx, network_of, normalisation
     cfg = load_config(args.config, args.cfg_options)
+    if args.data_root is not None:
+        set_data_root(cfg, args.data_root)
     network = network_of(cfg, args.checkpoint, args.backbone_only)
     shape = tuple(args.shape or padded_image_size(cfg))
-    print(export_onnx(network, args.out, shape, args.fixed_size, cfg, args.with_preprocessing))
+    print(export_onnx(network, args.out, shape, args.fixed_size, cfg, args.with_preprocessing,
+                      args.int8_images))
     if not args.with_preprocessing:
         print(f'  input: {normalisation(cfg)}')

@@ -28,6 +28,7 @@ from acmix_mm.deploy.preprocessing import (
     preprocessing_of,
     resized_shape,
 )
+from acmix_mm.deploy.quantization import CalibrationImages, quantize
 from acmix_mm.engine.config import build_model, classes_of, dataset_configs
 from acmix_mm.engine.runner import load_all_weights
 from acmix_mm.environment import export_unavailable
@@ -239,7 +240,8 @@ def network_of(cfg: Config, checkpoint: Optional[str], backbone_only: bool) -> n
 
 
 def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size: bool,
-                cfg: Optional[Config] = None, with_preprocessing: bool = False) -> str:
+                cfg: Optional[Config] = None, with_preprocessing: bool = False,
+                int8_images: Optional[int] = None) -> str:
     """Export a network to ONNX; the file is kept only if ONNX Runtime computes what torch does.
 
     Args:
@@ -251,6 +253,8 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
         cfg: the network's config; its classes and preprocessing are written into the metadata.
             Detectors need it.
         with_preprocessing: whether a detector takes raw images.
+        int8_images: quantise the verified file to 8 bits, calibrated on this many images of the
+            training set of ``cfg``.
 
     Returns:
         A description of the file.
@@ -267,6 +271,9 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
             raise UsageError('--with-preprocessing is for detectors.')
         assert steps is not None
         check_preprocessing(steps)
+    images = None
+    if int8_images is not None:
+        images = CalibrationImages(cfg, int8_images, with_preprocessing)
     step = getattr(network, 'step', 1)
     given = shape
     if is_detector(network):
@@ -306,6 +313,9 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
             add_preprocessing(onnx.model, steps, given if fixed_size else None)
         onnx.model.metadata_props.update(metadata(cfg, network, steps, with_preprocessing, side))
         onnx.save(temporary, external_data=False)
+        if images is not None:
+            print(f'Quantising to 8 bits, calibrated on {len(images)} images …', flush=True)
+            quantize(str(temporary), images)
         run_once(str(temporary), given)
         description = describe(str(temporary))
     if not fixed_size and step == 1:

@@ -13,6 +13,9 @@ from acmix_mm.utils.errors import UsageError
 if TYPE_CHECKING:
     import onnx_ir
 
+# Transforms of the test pipeline that a file with preprocessing in the graph makes unnecessary.
+GRAPH_TRANSFORMS = ('Resize', 'Pad')
+
 
 class Preprocessing(NamedTuple):
     """What a config does to an image before the network reads it; written into the metadata.

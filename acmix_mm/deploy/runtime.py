@@ -15,6 +15,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from acmix_mm.deploy.masks import paste_masks
+from acmix_mm.deploy.preprocessing import GRAPH_TRANSFORMS
 from acmix_mm.engine.config import classes_of, dataset_configs
 from acmix_mm.engine.data_only import data_only
 from acmix_mm.engine.runner import check_run, test_checked
@@ -44,7 +45,7 @@ def test_onnx(cfg: Config, path: str) -> dict[str, float]:
                              f'dataset has {", ".join(classes)}.')
         if in_graph:
             dataset.pipeline = [transform for transform in dataset.pipeline
-                                if type_name(transform['type']) not in ('Resize', 'Pad')]
+                                if type_name(transform['type']) not in GRAPH_TRANSFORMS]
     preprocessor = None if in_graph else cfg.model.data_preprocessor
     cfg.model = dict(type='ONNXDetector', path=path, data_preprocessor=preprocessor)
     cfg.load_from = None

@@ -29,7 +29,7 @@ from acmix_mm.ops import (
     add_paths,
     convolve_composed,
     position_encoding,
-    project_images,
+    project,
     sliding_window_attention,
 )
 
@@ -111,7 +111,7 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         return self.finish(super().forward(maps), x)
 
     def forward_composed(self, x: Tensor, composition: str) -> Tensor:
-        """Compute both paths from composed weights, for GPUs."""
+        """Compute both paths from composed weights, for GPUs and exports."""
         stride, dilation = self.stride[0], self.dilation[0]
         maps = x.to(autocast_dtype(x), memory_format=torch.channels_last).permute(0, 2, 3, 1)
         weights = self.compose(composition, *self.projections(), maps.dtype)
@@ -124,7 +124,8 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
     def project(self, x: Tensor) -> tuple[Tensor]:
         """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims)."""
         weight, bias = self.projections()
-        return project_images(x, weight, bias, self.num_heads, for_convolution=self.convolves),
+        return project(x.permute(0, 2, 3, 1), weight, bias, self.num_heads,
+                       for_convolution=self.convolves),
 
     def projections(self) -> tuple[Tensor, Optional[Tensor]]:
         """Weight and bias of the three projections as one linear layer."""
@@ -144,8 +145,7 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
                                         stride=self.stride[0], dilation=self.dilation[0])
 
     def convolve(self, qkv: Tensor) -> Tensor:
-        # In this order, an export needs no copy.
-        maps = qkv.permute(0, 5, 3, 4, 1, 2).flatten(2, 3).transpose(1, 2)
+        maps = qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)
         return self.shift_and_sum(maps, stride=self.stride[0], dilation=self.dilation[0])
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:

@@ -15,7 +15,7 @@ from acmix_mm.ops.path_weights import compose_paths, convolve_composed
 from acmix_mm.ops.position_bias import position_bias
 from acmix_mm.ops.position_encoding import position_encoding
 from acmix_mm.ops.projected_shift_conv import projected_shift_conv
-from acmix_mm.ops.projection import project, project_images
+from acmix_mm.ops.projection import project
 from acmix_mm.ops.rolling import roll_map
 from acmix_mm.ops.shift_conv import shift_conv, shift_sum
 from acmix_mm.ops.sliding_attention import sliding_window_attention
@@ -23,7 +23,7 @@ from acmix_mm.ops.window_attention import window_attention
 
 __all__ = ['BlockPattern', 'add_paths', 'available_backends', 'block_attention', 'compose_paths',
            'convolve_composed', 'global_attention', 'involution', 'linear', 'patch_aggregation',
-           'patch_features', 'position_bias', 'position_encoding', 'project', 'project_images',
+           'patch_features', 'position_bias', 'position_encoding', 'project',
            'projected_shift_conv', 'roll_map', 'shift_conv', 'shift_sum',
            'sliding_window_attention', 'use_backend', 'window_attention']
 

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import Optional
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from acmix_mm.ops.backend import is_exporting
 from acmix_mm.ops.linear import linear
 
 
@@ -36,29 +34,6 @@ def project(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
         return linear(x, weight, bias).unflatten(-1, shape)
     weight, bias = _heads_last(weight, bias, shape)
     return linear(x, weight, bias).unflatten(-1, (-1, 3, num_heads)).movedim(-3, -1)
-
-
-def project_images(x: Tensor, weight: Tensor, bias: Optional[Tensor], num_heads: int,
-                   for_convolution: bool) -> Tensor:
-    """Project images to queries, keys and values; see :func:`project`.
-
-    In an export, the memory order stays that of images, which other runtimes convolve.
-
-    Args:
-        x: (batch, in_channels, height, width).
-        weight: see :func:`project`.
-        bias: see there.
-        num_heads: see there.
-        for_convolution: see there.
-
-    Returns:
-        (batch, height, width, 3, num_heads, head_dims).
-    """
-    if not (is_exporting() and for_convolution):
-        return project(x.permute(0, 2, 3, 1), weight, bias, num_heads, for_convolution)
-    weight, bias = _heads_last(weight, bias, (3, num_heads, -1))
-    maps = F.conv2d(x, weight[:, :, None, None], bias)
-    return maps.unflatten(1, (-1, 3, num_heads)).permute(0, 4, 5, 2, 3, 1)
 
 
 def _heads_last(weight: Tensor, bias: Optional[Tensor],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import relative_error
 from helpers.operators import TOLERANCE, compare
+from helpers.stack import needs_export
 from helpers.weights import randomised
 
 from acmix_mm.layers import ACmixConv2d, WindowACmix
@@ -75,6 +76,15 @@ def test_projections_are_shared_on_a_cpu():
     assert not composition(torch.zeros(1), 64, 16, 4, 12, 3)
     with use_backend('grouped'):
         assert composition(torch.zeros(1), 64, 16, 4, 12, 3)
+
+
+@needs_export
+def test_exports_read_the_input():
+    layer = randomised(WindowACmix(8, 2, 4, mix='conv')).eval()
+    x = torch.randn(1, 6, 7, 8)
+    program = torch.export.export(layer, (x,))
+    assert torch.ops.aten.linear.default not in {node.target for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
 LAYERS = {

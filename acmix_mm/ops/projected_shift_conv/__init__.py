@@ -51,9 +51,9 @@ def projected_shift_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], fc_w
         backend: ``'composed'``, one dense convolution; ``'grouped'``, a matrix product with the fc
             composed into the projections, and a grouped convolution; ``'separate'``, the
             projections and :func:`shift_conv`; or ``'reference'``. By default the cheapest of the
-            first three on a GPU (see :mod:`acmix_mm.ops.projected_shift_conv.operations`), and
-            ``'separate'`` on a CPU, in an export, or if :func:`acmix_mm.ops.use_backend` names a
-            backend of :func:`shift_conv`.
+            first three on a GPU (see :mod:`acmix_mm.ops.projected_shift_conv.operations`), that of
+            the first two in an export, and ``'separate'`` on a CPU, or if
+            :func:`acmix_mm.ops.use_backend` names a backend of :func:`shift_conv`.
 
     Returns:
         (batch, head_dims · num_heads, ⌈height / stride⌉, ⌈width / stride⌉). Zero padding is applied
@@ -80,7 +80,7 @@ def projected_shift_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], fc_w
     automatic = _cheapest(x, x.shape[1], head_dims, channels // head_dims, num_maps, kernel_size,
                           stride)
     run = select_backend('projected_shift_conv', backend, x.device, automatic=automatic,
-                         exporting='separate')
+                         exporting=automatic)
     return run(x, weight, bias, fc_weight, shift_weight, fc_bias, stride, dilation)
 
 
@@ -104,16 +104,19 @@ def composition(x: Tensor, in_channels: int, head_dims: int, num_heads: int, num
     """
     chosen = preferred_backend('projected_shift_conv')
     if chosen is None:
-        chosen = 'separate' if is_exporting() else _cheapest(
-            x, in_channels, head_dims, num_heads, num_maps, kernel_size, stride)
+        chosen = _cheapest(x, in_channels, head_dims, num_heads, num_maps, kernel_size, stride)
     return chosen if chosen in ('composed', 'grouped') else None
 
 
 def _cheapest(x: Tensor, in_channels: int, head_dims: int, num_heads: int, num_maps: int,
               kernel_size: int, stride: int) -> str:
-    if not x.is_cuda or preferred_backend('shift_conv'):
+    is_exported = is_exporting()
+    if not (x.is_cuda or is_exported) or preferred_backend('shift_conv'):
         return 'separate'
     counts = operations(in_channels, head_dims, num_heads, num_maps, kernel_size, stride)
+    if is_exported:
+        # Composed weights are constants, and other runtimes are slow to transpose the projections.
+        del counts['separate']
     return min(counts, key=counts.__getitem__)
 
 
