@@ -196,6 +196,7 @@ class SlurmExecutor:
     def __init__(self, folder: str, gpus: int, options: dict[str, str],
                  capacity: Optional[int] = None) -> None:
         try:
+            import cloudpickle
             import submitit
         except ImportError as error:
             raise UsageError('--executor slurm needs submitit, which is not installed: run pip '
@@ -210,6 +211,8 @@ class SlurmExecutor:
         except RuntimeError as error:
             raise UsageError('--executor slurm works on a Slurm cluster only; there is no srun '
                              'here.') from error
+        # Otherwise a job would import all of OpenMMLab only to start the command.
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
         self.executor.update_parameters(
             name='acmix-mm', timeout_min=int(minutes), tasks_per_node=1,
             gpus_per_node=gpus or None, slurm_additional_parameters=options)
@@ -249,7 +252,7 @@ def local_slots(jobs: Optional[int], devices: Optional[Sequence[int]], processes
         slots: list[dict[str, str]] = [{} for _ in range(jobs or 1)]
     else:
         devices = list(range(available)) if devices is None else devices
-        if len(set(devices)) < len(devices) or max(devices) >= available:
+        if len(set(devices)) < len(devices) or not set(devices) <= set(range(available)):
             raise UsageError(f'--devices takes different numbers from 0 to {available - 1}, the '
                              f'GPUs that torch finds; got {" ".join(map(str, devices))}.')
         if len(devices) < processes:

@@ -1,7 +1,7 @@
 """Figures of a comparison: learning curves, and quality against each cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -71,7 +71,7 @@ def draw_curves(numbers: dict[str, Any], path: str) -> None:
         panel.xaxis.get_major_locator().set_params(integer=axis == 'iterations')
         panel.grid(alpha=0.3)
     if lines:
-        add_legend(figure, panels[-1], legend_title(numbers))
+        add_legend(figure, panels, legend_title(numbers))
     save(figure, path)
 
 
@@ -147,7 +147,7 @@ def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
             panel.set_xlim(0, 1.15 * max(cost[label][2] for cost in costs.values()))
         for row in grid[index * rows_each:(index + 1) * rows_each]:
             row[0].set_ylabel(axis_label(metric))
-    add_legend(figure, grid[0, 0], legend_title(numbers))
+    add_legend(figure, grid.flat, legend_title(numbers))
     save(figure, path)
 
 
@@ -167,13 +167,14 @@ def draw_point(panel: Any, place: float, result: dict[str, Any], mixer: str,
                    label=mixer, **look, **options)
 
 
-def add_legend(figure: Figure, panel: Any, title: Optional[str]) -> None:
-    """Add a legend with the entries of a panel above all panels, in as many rows as it takes."""
-    handles, labels = panel.get_legend_handles_labels()
+def add_legend(figure: Figure, panels: Iterable[Any], title: Optional[str]) -> None:
+    """Add a legend of all mixers in the panels above them, in as many rows as it takes."""
+    entries = {label: handle for panel in panels
+               for handle, label in zip(*panel.get_legend_handles_labels())}
     fitting = max(int(figure.get_figwidth() // LEGEND_COLUMN), 1)
-    rows = math.ceil(len(labels) / fitting)
-    figure.legend(handles, labels, title=title, loc='outside upper center',
-                  ncols=math.ceil(len(labels) / rows))
+    rows = math.ceil(len(entries) / fitting)
+    figure.legend(entries.values(), entries.keys(), title=title, loc='outside upper center',
+                  ncols=math.ceil(len(entries) / rows))
 
 
 def costs_of(variant: dict[str, Any]) -> dict[str, tuple[float, float, float]]:

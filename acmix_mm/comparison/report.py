@@ -79,7 +79,8 @@ def gather(plan: dict[str, Any], runs: Sequence[Run], tuning: Sequence[Run] = ()
             variants[mixer]['tuning'] = {
                 run.setting[1]: run.result and quality(run.result['metrics']) for run in tried}
         if price is not None:
-            variants[mixer]['cost'] = costs(variants[mixer], price, plan['settings']['gpus_per_run'])
+            devices = plan['settings']['gpus_per_run']
+            variants[mixer]['cost'] = costs(variants[mixer], price, devices)
     seeds = list(dict.fromkeys(run.seed for run in runs))
     return dict(plan, seeds=seeds, price=price, command=command, variants=variants)
 
