@@ -32,7 +32,7 @@ STYLES = {
     'bigbird': style('#7A3BA8', '*', '-.'),
 }
 # Inches of a column of a legend.
-LEGEND_COLUMN = 1.6
+LEGEND_COLUMN = 1.5
 
 
 def metrics_of(numbers: dict[str, Any]) -> list[str]:

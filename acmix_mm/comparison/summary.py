@@ -102,18 +102,21 @@ def write_summary(reports: Reports, out: str, heading: str, sweep: bool = False,
 
 
 def markdown(reports: Reports, heading: str) -> str:
-    """Format the table of labels against mixers."""
+    """Format the table of labels against mixers; if there are several metrics, with a column."""
     mixers, metrics = all_mixers(reports), all_metrics(reports)
-    rows = [[heading, 'metric', *mixers]]
+    several = len(metrics) > 1
+    rows = [[heading, *(['metric'] if several else []), *mixers]]
     for label, numbers in reports.items():
-        rows += [[label, axis_label(metric),
-                  *(with_missing(result_of(numbers, mixer, metric)) for mixer in mixers)]
-                 for metric in metrics_of(numbers) or [MISSING]]
+        for metric in (several and metrics_of(numbers)) or metrics:
+            cells = [with_missing(result_of(numbers, mixer, metric)) for mixer in mixers]
+            rows.append([label, *([axis_label(metric)] if several else []), *cells])
     seeds = sorted({len(result['values']) for numbers in reports.values() for mixer in mixers
                     for metric in metrics if (result := result_of(numbers, mixer, metric))})
-    return (f'{table(rows)}\n\nMean ± standard deviation over {" or ".join(map(str, seeds))} '
-            f'seed{"s" * (seeds != [1])}. A difference that does not clearly exceed the deviations '
-            f'is not significant.\n\n![The same as a figure]({FIGURE})\n')
+    what = 'Each metric' if several else axis_label(metrics[0])
+    return (f'{table(rows)}\n\n{what}: mean ± standard deviation over '
+            f'{" or ".join(map(str, seeds))} seed{"s" * (seeds != [1])}. A difference that does '
+            'not clearly exceed the deviations is not significant.\n\n'
+            f'![The same as a figure]({FIGURE})\n')
 
 
 def draw_tasks(reports: Reports) -> Figure:
