@@ -31,7 +31,7 @@ OPTIONS = ['model.backbone.base_channels=8', 'model.backbone.stage_blocks=[1,1,1
 NUMBERS = ('seed', 'iterations', 'metrics', 'validations', 'loss')
 
 
-def wait_for(condition, seconds=300):
+def wait_for(condition, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
