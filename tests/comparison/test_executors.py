@@ -104,7 +104,10 @@ def test_last_message(tmp_path):
 def slurm(tmp_path, monkeypatch):
     """The executor for Slurm, with submitit's local jobs."""
     monkeypatch.setattr(executors, 'CLUSTER', 'local')
-    return SlurmExecutor(str(tmp_path / 'jobs'), 0, dict(time='5'))
+    # It cancels them by SIGINT, which they would ignore if pytest runs in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield SlurmExecutor(str(tmp_path / 'jobs'), 0, dict(time='5'))
+    signal.signal(signal.SIGINT, before)
 
 
 def test_jobs_succeed_fail_and_are_cancelled(slurm, tmp_path):

@@ -47,6 +47,14 @@ def begun(run):
     return len(open(path).read()) if os.path.exists(path) else 0
 
 
+@pytest.fixture
+def _interruptible():
+    """SIGINT interrupts this process, even if pytest runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_when(condition):
     while not condition():
         time.sleep(0.01)
@@ -118,6 +126,7 @@ def test_as_many_runs_train_at_a_time_as_there_are_slots(runs, tmp_path, monkeyp
     assert any(line.startswith(f'[0/4] {running}; about ') for line in lines)
 
 
+@pytest.mark.usefixtures('_interruptible')
 def test_an_interrupt_stops_all_runs_and_a_second_call_trains_the_rest(runs, tmp_path, capsys):
     executor = LocalExecutor([{}, {}])
     train_all(runs[:1], ITERATIONS, executor, lambda: None)
