@@ -90,7 +90,7 @@ $(VENV)/.acmix-mm-stack: $(CONSTRAINTS)
 	esac; \
 	$(MMCV_FLAGS) $(INSTALL) --no-build-isolation --no-cache-dir $$mmcv
 	$(INSTALL) $(OPENMMLAB) timm ftfy regex onnx onnxruntime onnxscript \
-		tensorboard openmim pytest pytest-xdist hypothesis ruff mypy
+		tensorboard openmim submitit pytest pytest-xdist hypothesis ruff mypy
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
 	$(if $(filter .venv,$(VENV)),$(INSTALL) --no-deps --no-build-isolation -e .)
 	$(TORCH_VERSION) > $@

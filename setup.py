@@ -54,5 +54,6 @@ setup(
         'onedl-seg': [*FORKS, 'onedl-mmsegmentation>=1.4.2,<1.5'],
         'timm': ['timm>=1.0,<2'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
+        'slurm': ['submitit>=1.5'],
     },
 )

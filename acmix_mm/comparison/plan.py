@@ -26,6 +26,7 @@ from acmix_mm.comparison.matching import (
 from acmix_mm.comparison.record import write_json
 from acmix_mm.comparison.schedule import Budget, iterations_of, save_often, stretch
 from acmix_mm.comparison.timing import iteration_seconds, latencies, validation_image_size
+from acmix_mm.comparison.tuning import apply_setting
 from acmix_mm.engine.resuming import is_epoch_based
 from acmix_mm.engine.runner import check_run, checkpoint_sources
 from acmix_mm.environment import versions
@@ -37,7 +38,8 @@ QUANTITIES = dict(params='parameters', flops='multiply-adds', latency='latency',
 
 
 def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optional[Budget],
-              out: str) -> dict[str, Any]:
+              out: str, processes: int = 1,
+              tune: Optional[Sequence[str]] = None) -> dict[str, Any]:
     """Plan a comparison, or read the plan of an earlier call.
 
     Matching by latency and budgets in minutes rely on measurements, which a second call would not
@@ -49,11 +51,13 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
         quantity: what the models have in common, a key of ``QUANTITIES``.
         budget: length of each run; None for the config's own schedule.
         out: folder of the comparison.
+        processes: processes of a run.
+        tune: name and values of a setting to be tuned for each mixer.
 
     Returns:
         The contents of ``plan.json``: ``settings``; ``shape``, the image size that costs are
         measured at; and in ``variants`` for each mixer its ``change``, ``counts``, ``latency`` and
-        ``iterations``.
+        ``iterations``, and ``tuned``, the value of the tuned setting, once it is known.
 
     Raises:
         UsageError: no network matches, or the folder belongs to another comparison.
@@ -62,11 +66,14 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
     cfg = Config(cfg.to_dict(), filename=cfg.filename)
     settings = dict(config=os.path.relpath(cfg.filename), mixers=list(mixers), match=quantity,
                     budget=None if budget is None else str(budget),
-                    options=digest(cfg))
+                    options=digest(cfg), gpus_per_run=processes,
+                    tune=None if tune is None else list(tune))
     path = os.path.join(out, PLAN)
     if os.path.exists(path):
         with open(path) as file:
             plan = json.load(file)
+        # The plans of earlier versions have neither.
+        plan['settings'] = {**dict(gpus_per_run=1, tune=None), **plan['settings']}
         differing = [key for key in settings if plan['settings'][key] != settings[key]]
         if differing:
             raise UsageError(f'{out} belongs to another comparison, which differs in '
@@ -88,7 +95,7 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
     models = {mixer: family.config(sizes[mixer]) for mixer, family in families.items()}
     print('Measuring latencies …', flush=True)
     measured = latencies(models, shape)
-    iterations = (dict.fromkeys(mixers, iterations_of(cfg)) if budget is None
+    iterations = (dict.fromkeys(mixers, iterations_of(cfg, processes)) if budget is None
                   else iterations_of_budget(cfg, models, budget))
 
     variants = {}
@@ -117,10 +124,21 @@ def write_configs(cfg: Config, plan: dict[str, Any], out: str) -> None:
         size = BackboneSize(int(width), tuple(map(int, blocks)))
         model = Family(cfg.model, mixer, plan['shape']).config(size)
         iterations = int(variant['iterations']) if plan['settings']['budget'] else None
+        own = config_of_run(cfg, model, iterations, plan['settings']['gpus_per_run'])
+        if 'tuned' in variant:
+            apply_setting(own, plan['settings']['tune'][0], variant['tuned'])
         path = os.path.join(out, mixer, 'config.py')
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path) as temporary:
-            config_of_run(cfg, model, iterations).dump(temporary)
+            own.dump(temporary)
+
+
+def record_tuning(cfg: Config, plan: dict[str, Any], best: dict[str, str], out: str) -> None:
+    """Add the value of the tuned setting to each variant of a plan, and to its config."""
+    for mixer, value in best.items():
+        plan['variants'][mixer]['tuned'] = value
+    write_configs(cfg, plan, out)
+    write_json(os.path.join(out, PLAN), plan)
 
 
 def digest(cfg: Config) -> str:
@@ -213,13 +231,14 @@ def iterations_of_budget(cfg: Config, models: dict[str, Any], budget: Budget) ->
     return {mixer: max(int(60 * budget.amount / each), 1) for mixer, each in seconds.items()}
 
 
-def config_of_run(cfg: Config, model: Any, iterations: Optional[int]) -> Config:
+def config_of_run(cfg: Config, model: Any, iterations: Optional[int],
+                  processes: int = 1) -> Config:
     """Return the config that trains a model, its schedule stretched to ``iterations`` if given."""
     cfg = deepcopy(cfg)
     cfg.model = deepcopy(model)
     cfg.pop('work_dir', None)
     if iterations is not None:
-        stretch(cfg, iterations)
+        stretch(cfg, iterations, processes)
     save_often(cfg)
     if is_epoch_based(cfg):
         cfg.default_hooks.logger.log_metric_by_epoch = False

@@ -9,9 +9,11 @@ from typing import Any, Optional
 
 import numpy as np
 from mmengine.device import get_device
+from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import distributed
 
 from acmix_mm.benchmark import PeakMemory
 from acmix_mm.engine.resuming import VALIDATED
@@ -31,7 +33,8 @@ class RecordRun(Hook):
     ``metrics`` of the last validation; ``validations``, pairs of iteration and metrics; and
     ``loss``, pairs of iteration and mean loss since the previous pair.
 
-    Checkpoints contain the record so far.
+    Checkpoints contain the record so far. Distributed, all processes validate with the buffers of
+    the first, such as running statistics.
     """
 
     priority = 'LOWEST'
@@ -74,6 +77,11 @@ class RecordRun(Hook):
 
     def before_val(self, runner: Runner) -> None:
         self.stop()
+        # Processes have running statistics of their own, of which a checkpoint has those of the
+        # first. All validate with these, so that a resumed run has the same metrics.
+        if is_distributed():
+            for buffer in runner.model.buffers():
+                distributed.broadcast(buffer, 0)
 
     def after_val_epoch(self, runner: Runner, metrics: Optional[dict[str, float]] = None) -> None:
         numbers = {key: float(value) for key, value in (metrics or {}).items()

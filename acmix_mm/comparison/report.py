@@ -3,64 +3,95 @@
 import os
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from acmix_mm.analysis.figures import save
-from acmix_mm.backbones.token_mixers import MIXERS
+from acmix_mm.comparison.figures import (
+    draw_curves,
+    draw_quality_cost,
+    is_equal_time,
+    metrics_of,
+)
 from acmix_mm.comparison.matching import TOLERANCE
 from acmix_mm.comparison.plan import QUANTITIES
 from acmix_mm.comparison.record import write_json
 from acmix_mm.comparison.runs import Run, quality
+from acmix_mm.comparison.tuning import score
 from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.markdown import table
 
 REPORT, NUMBERS = 'report.md', 'report.json'
 CURVES, QUALITY_COST = 'curves.png', 'quality_cost.png'
-# A mixer has the same style in all reports. The colours are those of Okabe and Ito, which people
-# with colour blindness can distinguish.
-STYLES = {mixer: dict(color=color, marker=marker) for mixer, color, marker in zip(
-    MIXERS, ('#D55E00', '#009E73', '#0072B2', '#CC79A7', '#56B4E9', '#E69F00'), 'sDo^Pv')}
+MISSING = 'missing'
 
 
-def write_report(plan: dict[str, Any], runs: Sequence[Run], command: str) -> str:
+def write_report(plan: dict[str, Any], runs: Sequence[Run], tuning: Sequence[Run], command: str,
+                 price: Optional[float] = None) -> str:
     """Write the report of a comparison, and return its path.
 
     Args:
         plan: the plan from :func:`make_plan`.
-        runs: the runs, all finished.
+        runs: the runs; those that are not finished are marked as missing.
+        tuning: the runs that tuned a setting.
         command: the command line of the comparison.
+        price: price of an hour of a device.
     """
     out = runs[0].out
-    numbers = gather(plan, runs, command)
+    numbers = gather(plan, runs, tuning, command, price)
     write_json(os.path.join(out, NUMBERS), numbers)
-    draw_curves(numbers, os.path.join(out, CURVES))
-    draw_quality_cost(numbers, os.path.join(out, QUALITY_COST))
+    if metrics_of(numbers):
+        draw_curves(numbers, os.path.join(out, CURVES))
+        draw_quality_cost(numbers, os.path.join(out, QUALITY_COST))
     path = os.path.join(out, REPORT)
     with atomic_write(path) as temporary:
         temporary.write_text(markdown(numbers))
     return path
 
 
-def gather(plan: dict[str, Any], runs: Sequence[Run], command: str) -> dict[str, Any]:
-    """Return the plan, with the results of the runs and their statistics added to each variant."""
+def gather(plan: dict[str, Any], runs: Sequence[Run], tuning: Sequence[Run] = (), command: str = '',
+           price: Optional[float] = None) -> dict[str, Any]:
+    """Return the plan, with the results of the runs and their statistics added to each variant.
+
+    Lists of values have an entry for each of ``seeds``, which is None for a missing run; ``runs``
+    are the results of the finished ones.
+    """
     variants = {}
     for mixer, variant in plan['variants'].items():
         own = [run for run in runs if run.mixer == mixer]
         results = [run.result for run in own]
-        metrics = [quality(result['metrics']) for result in results]
+        finished = [result for result in results if result is not None]
+
+        def statistics_of(name: str, results: list = results) -> dict[str, Any]:
+            return mean_and_deviation([result and result[name] for result in results])
+
+        metrics = [result and quality(result['metrics']) for result in results]
+        names = dict.fromkeys(name for each in metrics for name in each or ())
         variants[mixer] = dict(
             **variant,
-            training_seconds=mean_and_deviation([each['training_seconds'] for each in results]),
-            peak_memory_mib=mean_and_deviation([each['peak_memory_mib'] for each in results]),
-            quality={name: mean_and_deviation([each[name] for each in metrics])
-                     for name in metrics[0]},
+            training_seconds=statistics_of('training_seconds'),
+            peak_memory_mib=statistics_of('peak_memory_mib'),
+            quality={name: mean_and_deviation([each and each.get(name) for each in metrics])
+                     for name in names},
             commands=[shlex.join(run.command) for run in own],
-            runs=results)
-    return dict(plan, command=command, variants=variants)
+            runs=finished)
+        if tuning:
+            tried = [run for run in tuning if run.mixer == mixer]
+            variants[mixer]['tuning'] = {
+                run.setting[1]: run.result and quality(run.result['metrics']) for run in tried}
+        if price is not None:
+            devices = plan['settings']['gpus_per_run']
+            variants[mixer]['cost'] = costs(variants[mixer], price, devices)
+    seeds = list(dict.fromkeys(run.seed for run in runs))
+    return dict(plan, seeds=seeds, price=price, command=command, variants=variants)
+
+
+def costs(variant: dict[str, Any], price: float, devices: int) -> dict[str, Any]:
+    """Return what training on ``devices``, and a million predictions on one, cost at a price."""
+    seconds = variant['training_seconds']['values']
+    return dict(
+        training=mean_and_deviation([each and each / 3600 * devices * price for each in seconds]),
+        million_images={key: 1e6 * value / 3600 * price
+                        for key, value in variant['latency']['seconds'].items()})
 
 
 def mean_and_deviation(values: Sequence[Optional[float]]) -> dict[str, Any]:
@@ -74,36 +105,11 @@ def mean_and_deviation(values: Sequence[Optional[float]]) -> dict[str, Any]:
 def markdown(numbers: dict[str, Any]) -> str:
     """Format the report."""
     settings, variants = numbers['settings'], numbers['variants']
-    first = next(iter(variants))
     height, width = numbers['shape']
-    seeds = [result['seed'] for result in variants[first]['runs']]
-    metrics = list(variants[first]['quality'])
-    rows = [['mixer', 'parameters, model', 'backbone', 'multiply-adds, model', 'backbone',
-             'latency', 'peak memory', 'iterations', 'training time',
-             *(f'{metric}, mean ± deviation' for metric in metrics)]]
-    for mixer, variant in variants.items():
-        counts = variant['counts']
-        rows.append([
-            mixer, f'{counts["params"] / 1e6:.3f}M', f'{counts["backbone_params"] / 1e6:.3f}M',
-            f'{counts["flops"] / 1e9:.3f}G', f'{counts["backbone_flops"] / 1e9:.3f}G',
-            milliseconds(variant['latency']['seconds']),
-            plus_minus(variant['peak_memory_mib'], '.0f', ' MiB'), str(variant['iterations']),
-            plus_minus(variant['training_seconds'], '.0f', ' s'),
-            *(plus_minus(variant['quality'][metric], '.4g') for metric in metrics)])
-    by_seed = [['mixer', 'metric', *(f'seed {seed}' for seed in seeds)]]
-    by_seed += [[mixer, metric, *(f'{value:.4g}' for value in variant['quality'][metric]['values'])]
-                for mixer, variant in variants.items() for metric in metrics]
-    changed = [['mixer', 'change to the config', f'model, difference to {first}']]
-    changed += [[mixer, variant['change'], difference(numbers, mixer)]
-                for mixer, variant in variants.items()]
-    packages = ', '.join(f'{name} {number}' for name, number in numbers['versions'].items())
     commands = '\n'.join(each for variant in variants.values() for each in variant['commands'])
-    return f"""# {', '.join(variants)}: {settings['config']}
-
-{conditions(numbers)}
-
-{table(rows)}
-
+    packages = ', '.join(f'{name} {number}' for name, number in numbers['versions'].items())
+    parts = [f"# {', '.join(variants)}: {settings['config']}", *unfinished(numbers),
+             conditions(numbers), table(list(main_table(numbers))), f"""\
 - Parameters and multiply-adds exclude the auxiliary heads, which are used only in training.
 - Multiply-adds and latency are for one image of {height}×{width}, the size of the first \
 validation image.
@@ -111,65 +117,127 @@ validation image.
 interleaved runs.
 - Peak memory is the memory that one training step adds.
 - Training time excludes validation and saving.
-- {deviation_note(len(seeds))}
-
-{table(by_seed)}
-
-![Learning curves]({CURVES})
-
-![Quality against cost]({QUALITY_COST})
-
-## Changes made by matching
-
-{table(changed)}
-
+{price_note(numbers)}- {deviation_note(len(numbers['seeds']))}"""]
+    if metrics_of(numbers):
+        parts += [table(list(seed_table(numbers))), f'![Learning curves]({CURVES})',
+                  f'![Quality against cost]({QUALITY_COST})']
+    if settings['tune'] is not None:
+        parts += ['## Tuning', tuning(numbers)]
+    parts += ['## Changes made by matching', table(list(change_table(numbers))), """\
 Whole models are matched. The backbones may differ by more, because the size of a head depends on \
-the width of the backbone.
-
-## Reproduction
-
-{numbers['date']}, {numbers['machine']}; {packages}.
-
+the width of the backbone.""", '## Reproduction', f"{numbers['date']}, {numbers['machine']}; \
+{packages}.", f"""\
 ```bash
 {numbers['command']}
-```
-
-Single runs, with the configs next to this report:
-
+```""", 'Single runs, with the configs next to this report:', f"""\
 ```bash
 {commands}
-```
-"""
+```"""]
+    return '\n\n'.join(parts) + '\n'
+
+
+def unfinished(numbers: dict[str, Any]) -> Iterator[str]:
+    """Say how many runs are missing, if any are."""
+    seeds = numbers['seeds']
+    total = len(seeds) * len(numbers['variants'])
+    found = sum(len(variant['runs']) for variant in numbers['variants'].values())
+    if found < total:
+        yield (f'**Unfinished: {total - found} of {total} runs are missing.** The command at the '
+               'end of this report resumes them.')
+
+
+def main_table(numbers: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the rows of the table of costs and metrics."""
+    metrics, price = metrics_of(numbers), numbers['price']
+    yield ['mixer', 'parameters, model', 'backbone', 'multiply-adds, model', 'backbone',
+           'latency', 'peak memory', 'iterations', 'training time',
+           *(['cost of training', 'of a million images'] if price is not None else []),
+           *(f'{metric}, mean ± deviation' for metric in metrics)]
+    for mixer, variant in numbers['variants'].items():
+        counts = variant['counts']
+        row = [mixer, f'{counts["params"] / 1e6:.3f}M', f'{counts["backbone_params"] / 1e6:.3f}M',
+               f'{counts["flops"] / 1e9:.3f}G', f'{counts["backbone_flops"] / 1e9:.3f}G',
+               milliseconds(variant['latency']['seconds']),
+               plus_minus(variant['peak_memory_mib'], '.0f', ' MiB'), str(variant['iterations']),
+               plus_minus(variant['training_seconds'], '.0f', ' s')]
+        if price is not None:
+            row += [plus_minus(variant['cost']['training'], '.3g'),
+                    f'{variant["cost"]["million_images"]["median"]:.3g}']
+        yield row + [with_missing(variant['quality'].get(metric)) for metric in metrics]
+
+
+def seed_table(numbers: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the rows of the table with the metrics of each run."""
+    yield ['mixer', 'metric', *(f'seed {seed}' for seed in numbers['seeds'])]
+    for mixer, variant in numbers['variants'].items():
+        for metric in metrics_of(numbers):
+            values = variant['quality'].get(metric, {}).get('values', [None] * len(
+                numbers['seeds']))
+            yield [mixer, metric, *(MISSING if value is None else f'{value:.4g}'
+                                    for value in values)]
+
+
+def change_table(numbers: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the rows of the table of what matching changed."""
+    first = next(iter(numbers['variants']))
+    yield ['mixer', 'change to the config', f'model, difference to {first}']
+    for mixer, variant in numbers['variants'].items():
+        yield [mixer, variant['change'], difference(numbers, mixer)]
+
+
+def tuning(numbers: dict[str, Any]) -> str:
+    """Describe how a setting was tuned, with the metric of each value."""
+    name, *values = numbers['settings']['tune']
+    variants = numbers['variants']
+    rows = [['mixer', *values]]
+    for mixer, variant in variants.items():
+        cells = {value: MISSING if metrics is None else f'{score(metrics):.4g}'
+                 for value, metrics in variant['tuning'].items()}
+        if 'tuned' in variant:
+            cells[variant['tuned']] = f'**{cells[variant["tuned"]]}**'
+        rows.append([mixer, *cells.values()])
+    at_end = [mixer for mixer, variant in variants.items()
+              if variant.get('tuned') in (values[0], values[-1])]
+    note = (f' The chosen value is the first or the last one for {", ".join(at_end)}: a value '
+            'beyond it may be better.' if at_end else '')
+    return (f'`{name}` was tuned for each mixer: one run of the same length for each value, with a '
+            'seed that no run above has. The table shows the metric of its last validation; the '
+            f'value in bold was used above.{note}\n\n{table(rows)}')
 
 
 def conditions(numbers: dict[str, Any]) -> str:
     """Describe what was equal for all mixers and what was not."""
     settings, variants = numbers['settings'], numbers['variants']
     first = next(iter(variants))
-    seeds = [str(result['seed']) for result in variants[first]['runs']]
+    seeds = list(map(str, numbers['seeds']))
     fixed, free = [], [name for name in QUANTITIES.values() if name != 'nothing']
     quantity = QUANTITIES[settings['match']]
     if quantity != 'nothing':
         free.remove(quantity)
         if quantity == 'latency':
-            fixed.append(f'the latency of the whole model: medians of interleaved runs were within '
-                         f'{TOLERANCE:.0%} of that of {first}, the reference; the tables show a '
-                         'second measurement')
+            cost = ' and so the cost of a prediction' if numbers['price'] is not None else ''
+            fixed.append(f'the latency of the whole model{cost}: medians of interleaved runs were '
+                         f'within {TOLERANCE:.0%} of that of {first}, the reference; the tables '
+                         'show a second measurement')
         else:
             fixed.append(f'the {quantity} of the whole model: the difference to {first}, the '
                          f"reference, is at most {TOLERANCE:.0%} of its backbone's {quantity}")
     budget = settings['budget']
     if is_equal_time(settings):
-        fixed.append(f'the training time, {budget}: the schedule was stretched to the iterations '
-                     'that fit, by the time of an iteration measured beforehand; the table shows '
-                     'the actual times')
+        cost = ' and so the cost of training' if numbers['price'] is not None else ''
+        fixed.append(f'the training time, {budget}{cost}: the schedule was stretched to the '
+                     'iterations that fit, by the time of an iteration measured beforehand; the '
+                     'table shows the actual times')
         free.append('the number of iterations')
     else:
         length = "the config's own schedule" if budget is None else 'its schedule stretched'
         fixed.append(f'the number of iterations, {variants[first]["iterations"]} ({length})')
         free.append('training time')
-    fixed.append(f'the rest of the recipe and the seeds ({", ".join(seeds)}), and so the order of '
-                 'the data')
+    tuned = settings['tune']
+    rest = 'the rest of the recipe' + (f', except for {tuned[0]}, which was tuned' if tuned else '')
+    fixed.append(f'{rest}; and the seeds ({", ".join(seeds)}), and so the order of the data')
+    if settings['gpus_per_run'] > 1:
+        fixed.insert(-1, f'the number of processes of a run, {settings["gpus_per_run"]}')
     lines = '\n'.join(f'- {each};' for each in fixed[:-1])
     return (f'Held constant:\n\n{lines}\n- {fixed[-1]}.\n\n'
             f'Not held constant: {", ".join(free)}, memory.\n\n'
@@ -184,9 +252,14 @@ def deviation_note(seeds: int) -> str:
             'mixers that does not clearly exceed it is not significant.')
 
 
-def is_equal_time(settings: dict[str, Any]) -> bool:
-    """Whether all runs have the same training time, rather than the same iterations."""
-    return 'minute' in (settings['budget'] or '')
+def price_note(numbers: dict[str, Any]) -> str:
+    """Explain the costs in the table, in a line; empty if there is no price."""
+    if numbers['price'] is None:
+        return ''
+    devices = numbers['settings']['gpus_per_run']
+    used = 'a device' if devices == 1 else f'{devices} devices'
+    return (f'- Costs are at {numbers["price"]:g} per hour of a device: of the training time of a '
+            f'run on {used}, and of the latency of a million predictions, one at a time.\n')
 
 
 def difference(numbers: dict[str, Any], mixer: str) -> str:
@@ -211,121 +284,21 @@ def milliseconds(seconds: dict[str, float]) -> str:
     return f'{middle} ms ({low} to {high})'
 
 
+def with_missing(numbers: Optional[dict[str, Any]]) -> str:
+    """Format mean and deviation of a metric, and how many of its values are missing, if any."""
+    if numbers is None or numbers['mean'] is None:
+        return MISSING
+    text, missing = plus_minus(numbers, '.4g'), numbers['values'].count(None)
+    return f'{text} ({missing} {MISSING})' if missing else text
+
+
 def plus_minus(numbers: dict[str, Any], spec: str, unit: str = '') -> str:
     """Format a mean and its deviation with a format specification."""
     if numbers['mean'] is None:
-        return 'unknown'
+        return MISSING
     text = f'{numbers["mean"]:{spec}}'
     if numbers['deviation'] is not None:
         text += f' ± {numbers["deviation"]:{".2g" if spec == ".4g" else spec}}'
     return text + unit
 
 
-def draw_curves(numbers: dict[str, Any], path: str) -> None:
-    """Draw the training loss, and each metric that was measured more than once.
-
-    The horizontal axis is what all runs have in common: iterations or, for budgets in minutes, time
-    (iterations times the mean time of an iteration).
-    """
-    variants = numbers['variants']
-    lines = {'training loss': {mixer: [result['loss'] for result in variant['runs']]
-                               for mixer, variant in variants.items()}}
-    for metric in next(iter(variants.values()))['quality']:
-        lines[axis_label(metric)] = {
-            mixer: [[[iteration, values[metric]] for iteration, values in result['validations']]
-                    for result in variant['runs']] for mixer, variant in variants.items()}
-    lines = {label: each for label, each in lines.items()
-             if any(len(curve) > 1 for curves in each.values() for curve in curves)}
-    axis, unit = 'iterations', dict.fromkeys(variants, 1)
-    if is_equal_time(numbers['settings']):
-        axis = 'training time (minutes)'
-        unit = {mixer: variant['training_seconds']['mean'] / 60 / variant['iterations']
-                for mixer, variant in variants.items()}
-    figure = Figure(figsize=(6 * len(lines), 4.2), layout='constrained')
-    panels = figure.subplots(1, len(lines), squeeze=False)[0] if lines else []
-    for panel, (label, curves_of) in zip(panels, lines.items()):
-        for mixer, curves in curves_of.items():
-            draw_curve(panel, curves, unit[mixer], mixer, marked=label != 'training loss')
-        panel.set(xlabel=axis, ylabel=label)
-        panel.xaxis.get_major_locator().set_params(integer=axis == 'iterations')
-        panel.grid(alpha=0.3)
-    if lines:
-        panels[0].legend(title=legend_title(numbers))
-    save(figure, path)
-
-
-def draw_curve(panel: Any, curves: Sequence[Sequence[Sequence[float]]], unit: float, mixer: str,
-               marked: bool) -> None:
-    """Draw the mean over runs as a line, and its standard deviation as a band.
-
-    Args:
-        panel: axes to draw on.
-        curves: for each run pairs of iteration and value.
-        unit: length of an iteration on the horizontal axis.
-        mixer: name of the mixer.
-        marked: whether to mark the points.
-    """
-    points = min(map(len, curves))
-    places = [unit * point[0] for point in curves[0][:points]]
-    values = np.array([[point[1] for point in curve[:points]] for curve in curves], dtype=float)
-    mean = values.mean(0)
-    style = STYLES[mixer] if marked else dict(color=STYLES[mixer]['color'])
-    panel.plot(places, mean, label=mixer, **style)
-    if len(curves) > 1:
-        deviation = values.std(0, ddof=1)
-        panel.fill_between(places, mean - deviation, mean + deviation,
-                           color=STYLES[mixer]['color'], alpha=0.2, linewidth=0)
-
-
-def draw_quality_cost(numbers: dict[str, Any], path: str) -> None:
-    """Draw every metric against every cost, with a point for each mixer."""
-    variants = numbers['variants']
-    metrics = list(next(iter(variants.values()))['quality'])
-    costs = {mixer: costs_of(variant) for mixer, variant in variants.items()}
-    labels = list(next(iter(costs.values())))
-    figure = Figure(figsize=(3.6 * len(labels), 3.6 * len(metrics)), layout='constrained')
-    panels = figure.subplots(len(metrics), len(labels), sharey='row', sharex='col', squeeze=False)
-    for row, metric in zip(panels, metrics):
-        for panel, label in zip(row, labels):
-            for mixer, variant in variants.items():
-                cost, low, high = costs[mixer][label]
-                result = variant['quality'][metric]
-                panel.errorbar(cost, result['mean'], xerr=[[cost - low], [high - cost]],
-                               yerr=result['deviation'], markersize=8, capsize=3,
-                               linestyle='none', label=mixer, **STYLES[mixer])
-            panel.grid(alpha=0.3)
-        row[0].set_ylabel(axis_label(metric))
-    for panel, label in zip(panels[-1], labels):
-        panel.set_xlabel(label)
-        # From zero, so that matched costs look equal.
-        panel.set_xlim(0, 1.15 * max(cost[label][2] for cost in costs.values()))
-    figure.legend(*panels[0][0].get_legend_handles_labels(), title=legend_title(numbers),
-                  loc='outside upper center', ncols=len(variants))
-    save(figure, path)
-
-
-def costs_of(variant: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Return the costs of a mixer as (value, low, high), by axis label."""
-    params, flops = variant['counts']['params'] / 1e6, variant['counts']['flops'] / 1e9
-    latency = {key: 1000 * value for key, value in variant['latency']['seconds'].items()}
-    training, deviation = (variant['training_seconds'][key] or 0. for key in ('mean', 'deviation'))
-    return {
-        'parameters of the model (M)': (params, params, params),
-        'multiply-adds of the model (G)': (flops, flops, flops),
-        'latency of a prediction (ms)': (latency['median'], latency['low'], latency['high']),
-        'training time (minutes)': (training / 60, (training - deviation) / 60,
-                                    (training + deviation) / 60),
-    }
-
-
-def axis_label(metric: str) -> str:
-    """Return a metric's name, with its unit if that is known."""
-    if metric == 'mIoU':
-        return 'mIoU (%)'
-    return f'{metric} (0 to 1)' if metric.endswith('mAP') else metric
-
-
-def legend_title(numbers: dict[str, Any]) -> Optional[str]:
-    """Explain bands and error bars, if there are any."""
-    seeds = len(next(iter(numbers['variants'].values()))['runs'])
-    return f'mean ± deviation, {seeds} seeds' if seeds > 1 else None

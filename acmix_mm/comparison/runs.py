@@ -1,28 +1,24 @@
 """The runs of a comparison, each a process that can be killed and resumed."""
 
-import ctypes
 import glob
 import json
 import os
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
+from acmix_mm.comparison.executors import Executor, last_message
 from acmix_mm.comparison.record import RESULT
 from acmix_mm.utils.errors import UsageError
 
-# Seconds between two progress lines of a run.
+# Seconds between two lines about running runs, and how many of these a line names.
 PROGRESS_INTERVAL = 60.
-# Seconds that an interrupted run has to stop its data loader workers before it is killed.
-SHUTDOWN_TIMEOUT = 30.
-# From Linux's prctl.h.
-PR_SET_PDEATHSIG = 1
+SHOWN = 4
+# Seconds between two looks at the running runs.
+POLL_INTERVAL = 0.2
 
 
 class Run(NamedTuple):
@@ -32,23 +28,49 @@ class Run(NamedTuple):
         out: folder of the comparison.
         mixer: name of the mixer.
         seed: seed of the training.
+        processes: number of processes, one for each GPU.
+        setting: a setting of the config to be tried, as its name and its value; None for a run
+            that is compared.
     """
 
     out: str
     mixer: str
     seed: int
+    processes: int = 1
+    setting: Optional[tuple[str, str]] = None
+
+    def __str__(self) -> str:
+        if self.setting is None:
+            return f'{self.mixer}, seed {self.seed}'
+        name, value = self.setting
+        return f'{self.mixer}, {name.rpartition(".")[2]} {value}'
 
     @property
     def folder(self) -> str:
         """The work directory of the run."""
-        return os.path.join(self.out, self.mixer, f'seed_{self.seed}')
+        name = f'seed_{self.seed}' if self.setting is None else f'tune_{self.setting[1]}'
+        return os.path.join(self.out, self.mixer, name)
+
+    @property
+    def output(self) -> str:
+        """The file with all that the run prints."""
+        return os.path.join(self.folder, 'output.txt')
 
     @property
     def command(self) -> list[str]:
         """The command that trains this run by itself, in the same working directory."""
         config = os.path.join(self.out, self.mixer, 'config.py')
-        return ['python', '-m', 'acmix_mm', 'train', config, '--work-dir', self.folder,
-                '--cfg-options', f'randomness.seed={self.seed}']
+        launcher, options = [], []
+        if self.processes > 1:
+            # --standalone chooses a free port, so that several runs fit on a machine.
+            launcher = ['-m', 'torch.distributed.run', '--standalone',
+                        f'--nproc_per_node={self.processes}']
+            options = ['--launcher', 'pytorch']
+        settings = [f'randomness.seed={self.seed}']
+        if self.setting is not None:
+            settings.append('='.join(self.setting))
+        return ['python', *launcher, '-m', 'acmix_mm', 'train', config, '--work-dir', self.folder,
+                *options, '--cfg-options', *settings]
 
     @property
     def result(self) -> Optional[dict[str, Any]]:
@@ -60,103 +82,146 @@ class Run(NamedTuple):
             return json.load(file)
 
 
-def all_runs(out: str, mixers: list[str], seeds: int) -> list[Run]:
+def all_runs(out: str, mixers: Sequence[str], seeds: int, processes: int = 1) -> list[Run]:
     """List the runs seed by seed, so that after each seed all mixers have as many runs."""
-    return [Run(out, mixer, seed) for seed in range(seeds) for mixer in mixers]
+    return [Run(out, mixer, seed, processes) for seed in range(seeds) for mixer in mixers]
 
 
-def train_all(runs: list[Run], iterations: dict[str, int]) -> None:
+class Training:
+    """A run that is being trained.
+
+    Args:
+        run: the run.
+        executor: where to train it.
+        iterations: iterations of the run.
+    """
+
+    def __init__(self, run: Run, executor: Executor, iterations: int) -> None:
+        os.makedirs(run.folder, exist_ok=True)
+        self.run = run
+        self.iterations = iterations
+        self.done_before = self.done = logged_iteration(run.folder)
+        self.job = executor.start([*run.command, '--resume'], run.output)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - (self.job.began or time.perf_counter())
+
+    def check(self) -> None:
+        """Check that it has succeeded.
+
+        Raises:
+            UsageError: it failed; the message names its log file.
+        """
+        failure = self.job.failure
+        if failure or self.run.result is None:
+            raise UsageError(f'{self.run}, failed: {failure or last_message(self.run.output, 0)}\n'
+                             f'  Full output: {self.run.output}\n'
+                             '  Finished runs are kept; run the same command to continue.')
+
+
+class Progress:
+    """Prints which runs are finished and running, and an estimate of the remaining time.
+
+    Args:
+        runs: all runs.
+        iterations: iterations of a run, by mixer.
+        capacity: how many runs train at a time.
+    """
+
+    def __init__(self, runs: Sequence[Run], iterations: dict[str, int], capacity: int) -> None:
+        self.total = len(runs)
+        self.waiting = [run for run in runs if run.result is None]
+        self.iterations = iterations
+        self.capacity = capacity
+        self.finished = 0
+        # Measured seconds per iteration by mixer, validation and the start of the process included.
+        self.pace: dict[str, float] = {}
+
+    def report(self, run: Run, text: str) -> None:
+        """Print that a run is finished."""
+        self.finished += 1
+        print(f'[{self.finished}/{self.total}] {run}: {text}', flush=True)
+
+    def report_finished(self, training: Training, running: Sequence[Training]) -> None:
+        """Print that a run has been trained."""
+        run, seconds = training.run, training.elapsed
+        # A run that was resumed near its end spends most of its time on starting.
+        if training.done_before < training.iterations / 2:
+            self.pace[run.mixer] = seconds / (training.iterations - training.done_before)
+        self.report(run, f'{headline(run.result)}, {duration(seconds)}; {self.remaining(running)}')
+
+    def report_running(self, running: Sequence[Training]) -> None:
+        """Print how far the running runs are, in a line."""
+        parts = []
+        for training in running:
+            training.done = logged_iteration(training.run.folder)
+            if training.done > training.done_before:
+                self.pace[training.run.mixer] = (
+                    training.elapsed / (training.done - training.done_before))
+                parts.append(f'{training.run}: iteration {training.done} of {training.iterations}')
+        if parts:
+            shown = parts if len(parts) <= SHOWN else [*parts[:SHOWN],
+                                                       f'{len(parts) - SHOWN} more']
+            print(f'[{self.finished}/{self.total}] {"; ".join([*shown, self.remaining(running)])}',
+                  flush=True)
+
+    def remaining(self, running: Sequence[Training]) -> str:
+        """Estimate the remaining time."""
+        left = [(run.mixer, self.iterations[run.mixer]) for run in self.waiting]
+        left += [(each.run.mixer, each.iterations - each.done) for each in running]
+        if left and not self.pace:
+            return 'time left unknown'
+        # A mixer that was not measured yet is assumed to take as long as the others on average.
+        known = {mixer: self.iterations[mixer] * seconds for mixer, seconds in self.pace.items()}
+        seconds = [known.get(mixer, statistics.mean(known.values() or [0.]))
+                   * iterations / self.iterations[mixer] for mixer, iterations in left]
+        total = max([sum(seconds) / self.capacity, *seconds], default=0.)
+        return f'about {duration(total)} left'
+
+
+def train_all(runs: Sequence[Run], iterations: dict[str, int], executor: Executor,
+              after_each: Callable[[], None]) -> None:
     """Train the unfinished runs, and print the progress and an estimate of the remaining time.
 
     Args:
         runs: the runs, in the order of training.
         iterations: iterations of a run, by mixer.
+        executor: where to train them; it determines how many train at a time.
+        after_each: is called when a run has been trained.
 
     Raises:
-        UsageError: a run failed; the message names its log file.
+        UsageError: a run failed; the others are interrupted. The message names its log file.
     """
-    # Measured seconds per iteration by mixer, validation and the start of the process included.
-    pace: dict[str, float] = {}
-
-    def remaining(after: int, current: float = 0.) -> str:
-        waiting = [run.mixer for run in runs[after:] if run.result is None]
-        if waiting and not pace:
-            return 'time left unknown'
-        # A mixer that was not measured yet is assumed to take as long as the others on average.
-        known = {mixer: iterations[mixer] * seconds for mixer, seconds in pace.items()}
-        seconds = current + sum(known.get(mixer) or statistics.mean(known.values())
-                                for mixer in waiting)
-        return f'about {duration(seconds)} left'
-
-    for number, run in enumerate(runs, start=1):
-        name = f'[{number}/{len(runs)}] {run.mixer}, seed {run.seed}'
+    progress = Progress(runs, iterations, executor.capacity)
+    for run in runs:
         if run.result is not None:
-            print(f'{name}: already finished, {headline(run.result)}', flush=True)
-            continue
-        start = time.perf_counter()
-        done_before = logged_iteration(run.folder)
-        for done in train(run):
-            elapsed = time.perf_counter() - start
-            if done > done_before:
-                pace[run.mixer] = elapsed / (done - done_before)
-                current = (iterations[run.mixer] - done) * pace[run.mixer]
-                print(f'{name}: iteration {done} of {iterations[run.mixer]}, '
-                      f'{remaining(number, current)}', flush=True)
-        elapsed = time.perf_counter() - start
-        # A run that was resumed near its end spends most of its time on starting.
-        if done_before < iterations[run.mixer] / 2:
-            pace[run.mixer] = elapsed / (iterations[run.mixer] - done_before)
-        print(f'{name}: {headline(run.result)}, {duration(elapsed)}; {remaining(number)}',
-              flush=True)
-
-
-def train(run: Run) -> Iterator[int]:
-    """Train a run to its end, resuming from its latest checkpoint; yield the iteration at times.
-
-    Raises:
-        UsageError: the run failed.
-    """
-    os.makedirs(run.folder, exist_ok=True)
-    command = [sys.executable, *run.command[1:], '--resume']
-    output = os.path.join(run.folder, 'output.txt')
-    with open(output, 'a') as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, preexec_fn=interrupt_with_parent)
-        try:
-            while True:
-                try:
-                    process.wait(PROGRESS_INTERVAL)
-                    break
-                except subprocess.TimeoutExpired:
-                    yield logged_iteration(run.folder)
-        finally:
-            stop(process)
-    if process.returncode or run.result is None:
-        raise UsageError(f'{run.mixer}, seed {run.seed}, failed: '
-                         f'{last_line(output).removeprefix("error: ")}\n'
-                         f'  Full output: {output}\n'
-                         '  Finished runs are kept; run the same command to continue.')
-
-
-def interrupt_with_parent() -> None:
-    """Make the kernel interrupt this process when its parent ends, even if that is killed.
-
-    An interrupted process stops its data loader workers, which would survive if it were killed.
-    """
-    # A shell may start background jobs with SIGINT ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Interrupt a process if it is running, and kill it if it does not stop."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(SHUTDOWN_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            progress.report(run, f'already finished, {headline(run.result)}')
+    running: list[Training] = []
+    printed = time.perf_counter()
+    try:
+        while progress.waiting or running:
+            done = [training for training in running if training.job.is_done]
+            for training in done:
+                training.check()
+                running.remove(training)
+            while progress.waiting and len(running) < executor.capacity:
+                run = progress.waiting.pop(0)
+                running.append(Training(run, executor, iterations[run.mixer]))
+            for training in done:
+                progress.report_finished(training, running)
+                after_each()
+            if time.perf_counter() - printed > PROGRESS_INTERVAL:
+                printed = time.perf_counter()
+                progress.report_running(running)
+            if not done:
+                time.sleep(POLL_INTERVAL)
+    finally:
+        for training in running:
+            training.job.interrupt()
+        for training in running:
+            training.job.wait()
 
 
 def logged_iteration(folder: str) -> int:
@@ -167,13 +232,6 @@ def logged_iteration(folder: str) -> int:
         with open(logs[-1]) as file:
             steps = re.findall(r'"loss": .*"step": (\d+)}$', file.read(), re.MULTILINE)
     return int(steps[-1]) if steps else 0
-
-
-def last_line(path: str) -> str:
-    """Return the last line of a file that is not empty."""
-    with open(path, errors='replace') as file:
-        lines = file.read().split('\n')
-    return next((line.strip() for line in reversed(lines) if line.strip()), 'no output')
 
 
 def quality(metrics: dict[str, float]) -> dict[str, float]:

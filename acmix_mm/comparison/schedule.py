@@ -50,19 +50,20 @@ def read_budget(text: str) -> Budget:
     return Budget(amount, found[2] or found[4])
 
 
-def iterations_of_epoch(cfg: Config) -> int:
-    """Build the training data, and return the number of batches in an epoch."""
-    return len(Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0))
+def iterations_of_epoch(cfg: Config, processes: int) -> int:
+    """Build the training data, and return the number of batches of a process in an epoch."""
+    batches = len(Runner.build_dataloader(deepcopy(cfg.train_dataloader), seed=0))
+    return math.ceil(batches / processes)
 
 
-def iterations_of(cfg: Config) -> int:
+def iterations_of(cfg: Config, processes: int = 1) -> int:
     """Return the number of iterations of the config's own schedule."""
     if is_epoch_based(cfg):
-        return cfg.train_cfg.max_epochs * iterations_of_epoch(cfg)
+        return cfg.train_cfg.max_epochs * iterations_of_epoch(cfg, processes)
     return cfg.train_cfg.max_iters
 
 
-def stretch(cfg: Config, iterations: int) -> None:
+def stretch(cfg: Config, iterations: int, processes: int = 1) -> None:
     """Stretch the whole schedule of a config, warm-up included, to a number of iterations.
 
     Training becomes iteration-based; the number of validations stays the same.
@@ -80,7 +81,7 @@ def stretch(cfg: Config, iterations: int) -> None:
                              'schedule with --cfg-options, or omit --budget.')
     epoch = 1
     if by_epoch or any(scheduler.get('by_epoch', True) for scheduler in schedulers):
-        epoch = iterations_of_epoch(cfg)
+        epoch = iterations_of_epoch(cfg, processes)
     own = cfg.train_cfg.max_epochs * epoch if by_epoch else cfg.train_cfg.max_iters
     factor = iterations / own
     stretched = [stretched_scheduler(scheduler, factor, epoch) for scheduler in schedulers]

@@ -1,4 +1,4 @@
-"""The tool tools/compare.py and its report."""
+"""The tool tools/compare.py."""
 
 import json
 import os
@@ -6,71 +6,109 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
-import numpy as np
 import pytest
 from helpers import ROOT
 from helpers.comparison import SEGMENTATION
+from helpers.tools import call_tool, plain_message
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from acmix_mm.backbones.token_mixers import MIXERS
-from acmix_mm.comparison import report
+from acmix_mm.comparison import executors
+from acmix_mm.comparison.executors import Process
+from acmix_mm.comparison.runs import Run
 
-OPTIONS = ['model.backbone.base_channels=8', 'model.decode_head.channels=16',
-           'model.auxiliary_head.channels=8', 'model.decode_head.in_channels=[32,64,128,256]',
-           'model.auxiliary_head.in_channels=128', 'model.data_preprocessor.size=(96,96)',
-           'train_dataloader.batch_size=2', 'train_cfg.val_interval=500',
+OPTIONS = ['model.backbone.base_channels=8', 'model.backbone.stage_blocks=[1,1,1,1]',
+           'model.decode_head.channels=16', 'model.auxiliary_head.channels=8',
+           'model.decode_head.in_channels=[32,64,128,256]', 'model.auxiliary_head.in_channels=128',
+           'model.data_preprocessor.size=(96,96)', 'train_dataloader.batch_size=2',
+           'train_cfg.val_interval=500',
            *(f'{split}_dataloader.{name}' for split in ('train', 'val')
              for name in ('num_workers=0', 'persistent_workers=False'))]
+# What an interruption must not change.
+NUMBERS = ('seed', 'iterations', 'metrics', 'validations', 'loss')
+
+
+def wait_for(condition, seconds=600):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def _interruptible():
+    """SIGINT interrupts this process and submitit's, even if pytest runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt_when(condition):
+    """Interrupt this process, like Ctrl-C, when a condition holds."""
+    def wait():
+        wait_for(condition)
+        signal.raise_signal(signal.SIGINT)
+    threading.Thread(target=wait).start()
+
+
+def result_of(folder):
+    return json.loads((folder / 'result.json').read_text())
 
 
 @pytest.fixture(scope='module')
-def comparison(shapes, run_tool, tmp_path_factory):
-    """A comparison that was killed in its first run and resumed: its folder, command, output."""
+def comparison(shapes, tmp_path_factory):
+    """A comparison that was killed in its first runs and resumed: its folder and output."""
     out = tmp_path_factory.mktemp('comparison') / 'out'
-    arguments = ['tools/compare.py', SEGMENTATION, '--data-root', shapes, '--work-dir', out,
-                 '--mixers', 'acmix', 'conv', '--match', 'none', '--seeds', 2,
-                 '--budget', '6iters', '--cfg-options', *OPTIONS]
+    arguments = [SEGMENTATION, '--data-root', shapes, '--work-dir', out, '--mixers', 'acmix',
+                 'conv', '--match', 'none', '--seeds', 1, '--budget', '6iters', '--jobs', 2,
+                 '--price', 2, '--cfg-options', *OPTIONS]
     process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, stderr=subprocess.DEVNULL)
-    killed = out / 'acmix' / 'seed_0'
-    while not (killed / 'iter_2.pth').exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+        [sys.executable, 'tools/compare.py', *map(str, arguments)], cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
+    killed = [out / mixer / 'seed_0' for mixer in ('acmix', 'conv')]
+    wait_for(lambda: process.poll() is not None or all(
+        (folder / 'iter_2.pth').exists() for folder in killed))
+    assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(1)
-    before = sorted(killed.glob('*.pth'))
+    before = [sorted(folder.glob('*.pth')) for folder in killed]
     time.sleep(1)
-    assert sorted(killed.glob('*.pth')) == before, 'training outlived the tool'
-    assert not (killed / 'result.json').exists()
+    assert [sorted(folder.glob('*.pth')) for folder in killed] == before, 'training outlived'
+    assert not any((folder / 'result.json').exists() for folder in killed)
     # An incomplete checkpoint, from which the run must not be resumed.
-    (killed / 'iter_6.pth').write_bytes(before[-1].read_bytes()[:1000])
-    done = run_tool(*arguments)
+    (killed[0] / 'iter_6.pth').write_bytes(before[0][-1].read_bytes()[:1000])
+    unfinished = (out / 'report.md').read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        done = call_tool('compare', *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    return out, arguments, done.stdout
+    return out, unfinished, done.stdout
 
 
 def test_resumes_where_it_was_killed(comparison, run_tool, tmp_path):
-    out, _, printed = comparison
-    output = (out / 'acmix' / 'seed_0' / 'output.txt').read_text()
-    assert re.search(r'resumed epoch: 0, iter: [2-5]', output)
+    out, unfinished, printed = comparison
+    assert '**Unfinished: 2 of 2 runs are missing.**' in unfinished
+    for mixer in ('acmix', 'conv'):
+        output = (out / mixer / 'seed_0' / 'output.txt').read_text()
+        assert re.search(r'resumed epoch: 0, iter: [2-5]', output)
     # A run of more than a minute also prints its iterations.
     lines = [line for line in printed.splitlines() if line.startswith('[')]
-    assert [line.split(':')[0] for line in lines if ': iteration ' not in line] == [
-        '[1/4] acmix, seed 0', '[2/4] conv, seed 0', '[3/4] acmix, seed 1', '[4/4] conv, seed 1']
+    ends = [line.split(':')[0] for line in lines if ': iteration ' not in line]
+    assert [end[:5] for end in ends] == ['[1/2]', '[2/2]']
+    assert {end[6:] for end in ends} == {'acmix, seed 0', 'conv, seed 0'}
     assert 'about' in printed
     # A command of the report gives the same results, by itself and uninterrupted.
     command = json.loads((out / 'report.json').read_text())['variants']['acmix']['commands'][0]
     words = command.replace('python', sys.executable, 1).split()
     words[words.index('--work-dir') + 1] = str(tmp_path)
     assert run_tool(*words).returncode == 0
-    alone, resumed = (json.loads((folder / 'result.json').read_text())
-                      for folder in (tmp_path, out / 'acmix' / 'seed_0'))
-    for key in ('seed', 'iterations', 'metrics', 'validations', 'loss'):
+    alone, resumed = result_of(tmp_path), result_of(out / 'acmix' / 'seed_0')
+    for key in NUMBERS:
         assert alone[key] == resumed[key]
 
 
@@ -78,22 +116,18 @@ def test_the_report_matches_the_logs(comparison):
     out, _, _ = comparison
     text = (out / 'report.md').read_text()
     numbers = json.loads((out / 'report.json').read_text())
-    values = {}
     for mixer in ('acmix', 'conv'):
-        assert (out / mixer / 'config.py').is_file()
-        for seed in (0, 1):
-            folder = out / mixer / f'seed_{seed}'
-            assert f'--work-dir {folder} --cfg-options randomness.seed={seed}' in text
-            logs = sorted(folder.glob('*/vis_data/scalars.json'))
-            logged = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-            values[mixer, seed] = [entry['mIoU'] for entry in logged if 'mIoU' in entry][-1]
-        means = np.mean([values[mixer, 0], values[mixer, 1]])
-        deviation = np.std([values[mixer, 0], values[mixer, 1]], ddof=1)
-        assert f'| {mixer} | mIoU | {values[mixer, 0]:.4g} | {values[mixer, 1]:.4g} |' in text
-        assert f'{means:.4g} ± {deviation:.2g} |' in text
+        folder = out / mixer / 'seed_0'
+        assert f'--work-dir {folder} --cfg-options randomness.seed=0' in text
+        logs = sorted(folder.glob('*/vis_data/scalars.json'))
+        logged = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+        miou = [entry['mIoU'] for entry in logged if 'mIoU' in entry][-1]
+        assert f'| {mixer} | mIoU | {miou:.4g} |' in text
         found = numbers['variants'][mixer]
-        assert found['quality']['mIoU']['mean'] == pytest.approx(means)
+        assert found['quality']['mIoU'] == dict(mean=miou, deviation=None, values=[miou])
         assert found['peak_memory_mib']['mean'] > 0
+        assert found['cost']['training']['mean'] == pytest.approx(
+            2 * result_of(folder)['training_seconds'] / 3600)
         own = Config.fromfile(str(out / mixer / 'config.py'))
         model = MODELS.build(own.model)
         parameters = sum(each.numel() for name, each in model.named_parameters()
@@ -103,64 +137,94 @@ def test_the_report_matches_the_logs(comparison):
         assert [iteration for iteration, _ in found['runs'][0]['validations']] == [3, 6]
         assert len(found['runs'][0]['loss']) == 6
     for part in ('Held constant:\n', 'the number of iterations, 6', 'Not held constant: parameters',
-                 'the seeds (0, 1)', 'start from scratch', '96×96', ' thread', 'torch 2',
-                 'tools/compare.py', '![Learning curves](curves.png)'):
+                 'the seeds (0)', 'start from scratch', '96×96', ' thread', 'torch 2',
+                 'compare.py', '![Learning curves](curves.png)'):
         assert part in text
+    assert 'Unfinished' not in text
     for name in ('curves.png', 'quality_cost.png'):
         assert (out / name).read_bytes().startswith(b'\x89PNG')
 
 
-def test_seeds_and_budget_are_checked(run_tool):
-    for option, value, message in (('--seeds', 0, "must be a positive integer, got '0'"),
-                                   ('--budget', '3hours', 'must be iterations or minutes')):
-        done = run_tool('tools/compare.py', SEGMENTATION, '--mixers', 'acmix', 'conv',
-                        option, value)
-        assert done.returncode == 2
-        assert f'error: argument {option}: {message}' in done.stderr
-        assert 'Traceback' not in done.stderr
+@pytest.mark.usefixtures('_interruptible')
+def test_jobs_can_be_interrupted(shapes, tmp_path, monkeypatch):
+    """With submitit's local jobs, one after the other; they tune, and the plan is a job, too."""
+    monkeypatch.setattr(executors, 'CLUSTER', 'local')
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / 'out'
+    run = out / 'acmix' / 'tune_2e-3'
+    arguments = [SEGMENTATION, '--data-root', shapes, '--work-dir', out, '--mixers', 'acmix',
+                 'conv', '--match', 'none', '--budget', '6iters', '--executor', 'slurm', '--slurm',
+                 'time=9', '--gpus-per-run', 0, '--jobs', 1, '--tune', 'optim_wrapper.optimizer.lr',
+                 '2e-3', '1e-3', '--cfg-options', *OPTIONS]
+    for moment in (run / 'iter_2.pth', run / 'result.json'):
+        interrupt_when(moment.exists)
+        message = plain_interruption(call_tool('compare', *arguments))
+        assert f'The same command continues. Report so far: {out}/report.md' in message
+    assert re.search(r'resumed epoch: 0, iter: [2-5]', (run / 'output.txt').read_text())
+    text = (out / 'report.md').read_text()
+    assert '**Unfinished: 6 of 6 runs are missing.**' in text
+    # A finished run that was interrupted has all of its iterations.
+    assert [each for each, _ in result_of(run)['loss']] == [1, 2, 3, 4, 5, 6]
 
 
-def test_figures_show_the_results(comparison, monkeypatch):
-    out, _, _ = comparison
-    numbers = json.loads((out / 'report.json').read_text())
-    figures = {}
-    monkeypatch.setattr(report, 'save', lambda figure, path: figures.update({path: figure}))
-    report.draw_curves(numbers, 'curves')
-    report.draw_quality_cost(numbers, 'costs')
-    loss, miou = figures['curves'].axes
-    assert (loss.get_xlabel(), loss.get_ylabel()) == ('iterations', 'training loss')
-    assert miou.get_ylabel() == 'mIoU (%)'
-    for line, (mixer, variant) in zip(loss.lines, numbers['variants'].items()):
-        assert line.get_label() == mixer
-        curves = np.array([result['loss'] for result in variant['runs']])
-        np.testing.assert_allclose(line.get_xydata(), curves.mean(0))
-    for line, variant in zip(miou.lines, numbers['variants'].values()):
-        given = [[[iteration, metrics['mIoU']] for iteration, metrics in result['validations']]
-                 for result in variant['runs']]
-        np.testing.assert_allclose(line.get_xydata(), np.mean(given, 0))
-    numbers['settings']['budget'] = '2 minutes'
-    report.draw_curves(numbers, 'by time')
-    for panel in figures['by time'].axes:
-        assert panel.get_xlabel() == 'training time (minutes)'
-        for line, variant in zip(panel.lines, numbers['variants'].values()):
-            assert line.get_xdata()[-1] == pytest.approx(
-                variant['training_seconds']['mean'] / 60)
-    panels = figures['costs'].axes
-    assert [panel.get_xlabel() for panel in panels] == [
-        'parameters of the model (M)', 'multiply-adds of the model (G)',
-        'latency of a prediction (ms)', 'training time (minutes)']
-    for index, variant in enumerate(numbers['variants'].values()):
-        expected = [variant['counts']['params'] / 1e6, variant['counts']['flops'] / 1e9,
-                    1000 * variant['latency']['seconds']['median'],
-                    variant['training_seconds']['mean'] / 60]
-        shown = [panel.containers[index].lines[0].get_xydata()[0] for panel in panels]
-        np.testing.assert_allclose(shown, [(each, variant['quality']['mIoU']['mean'])
-                                           for each in expected])
-        (bar,) = panels[0].containers[index].lines[2][1].get_segments()
-        assert np.ptp(bar[:, 1]) == pytest.approx(2 * variant['quality']['mIoU']['deviation'])
+def plain_interruption(done):
+    """The message of an interrupted tool, after checking that there is no traceback."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    return done.stderr[done.stderr.index('Interrupted.'):]
 
 
-def test_every_mixer_has_a_style_of_its_own():
-    assert list(report.STYLES) == list(MIXERS)
-    for key in ('color', 'marker'):
-        assert len({style[key] for style in report.STYLES.values()}) == len(MIXERS)
+def test_two_processes_can_be_interrupted(comparison, tmp_path):
+    """A run with two processes that torchrun starts, interrupted and resumed."""
+    command = Run(str(comparison[0]), 'conv', 7, processes=2).command
+    position = command.index('--work-dir') + 1
+
+    def start(name):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        command[position] = str(folder)
+        words = [sys.executable, *command[1:], '--resume']
+        return folder, Process(words, str(folder / 'output.txt'), {})
+
+    whole, process = start('whole')
+    parts, interrupted = start('parts')
+    wait_for((parts / 'iter_2.pth').exists)
+    interrupted.interrupt()
+    interrupted.wait()
+    assert interrupted.failure and not (parts / 'result.json').exists()
+    _, resumed = start('parts')
+    for each in (process, resumed):
+        wait_for(lambda each=each: each.is_done)
+        assert each.failure is None
+    assert re.search(r'resumed epoch: 0, iter: [2-5]', (parts / 'output.txt').read_text())
+    for key in NUMBERS:
+        assert result_of(parts)[key] == result_of(whole)[key]
+    # Each of the two processes trained on images of its own.
+    assert result_of(whole)['iterations'] == 6
+
+
+@pytest.mark.parametrize(('option', 'value', 'message'), [
+    ('--seeds', 0, "must be a positive integer, got '0'"),
+    ('--budget', '3hours', 'must be iterations or minutes'),
+    ('--price', '-1', "must be a positive number, got '-1'"),
+    ('--price', 'free', "must be a positive number, got 'free'"),
+    ('--slurm', 'gpu', "takes OPTION=VALUE pairs, got 'gpu'"),
+])
+def test_values_are_checked(option, value, message):
+    done = call_tool('compare', SEGMENTATION, '--mixers', 'acmix', 'conv', f'{option}={value}')
+    assert done.returncode == 2
+    assert f'error: argument {option}: {message}' in done.stderr
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--gpus-per-run', '0'], '--gpus-per-run must be a positive integer, got 0'),
+    (['--slurm', 'time=3'], '--slurm is for --executor slurm'),
+    (['--executor', 'slurm', '--devices', '0'], '--devices names GPUs of this machine'),
+    (['--tune', 'lr', '1', '2'], '--tune names the setting lr, which the config'),
+])
+def test_options_that_do_not_fit_are_errors(options, message, shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done = call_tool('compare', SEGMENTATION, '--data-root', shapes, '--work-dir', tmp_path / 'out',
+                     '--mixers', 'acmix', 'conv', *options)
+    assert message in plain_message(done)
+    assert not (tmp_path / 'out' / 'plan.json').exists()

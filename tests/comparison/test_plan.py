@@ -78,5 +78,6 @@ def test_equal_time_gives_the_faster_network_more_iterations(shapes, tmp_path, m
     with pytest.raises(UsageError, match='was planned by an earlier version'):
         make_plan(cfg, ['acmix', 'conv'], 'none', Budget(2, 'minutes'), str(tmp_path))
     with pytest.raises(UsageError, match='belongs to another comparison, which differs in match, '
-                       'budget; name another folder with --work-dir'):
-        make_plan(cfg, ['acmix', 'conv'], 'params', Budget(300, 'iters'), str(tmp_path))
+                       'budget, gpus_per_run, tune; name another folder with --work-dir'):
+        make_plan(cfg, ['acmix', 'conv'], 'params', Budget(300, 'iters'), str(tmp_path), 2,
+                  ['optim_wrapper.optimizer.lr', '1', '2'])
