@@ -53,13 +53,13 @@ def compile_all():
             compile_kernel(grouped_conv.grad_kernels_kernel, dtype, conv, capability)
 
 
-def compile_launches(dtype):
+def compile_launches():
     """Compile the kernels that the small operators launch, with and without optional arguments."""
     for run in (weigh, add, encode, bias, roll):
         name = run.__name__
         for _, kernel, arguments, constants in recorded((
                 weights, sums, encoding, biases, rolling, window_attention),
-                functools.partial(run, functools.partial(torch.empty, dtype=dtype,
+                functools.partial(run, functools.partial(torch.empty, dtype=torch.bfloat16,
                                                          device='meta'))):
             source, _, _ = specialize(kernel, arguments, constants)
             for capability in (80, 90):
@@ -127,5 +127,4 @@ def compile_kernel(kernel, dtype, constants, capability):
 
 if __name__ == '__main__':
     compile_all()
-    for each in (torch.bfloat16, torch.float32):
-        compile_launches(each)
+    compile_launches()

@@ -109,8 +109,8 @@ def test_window_attention(dtype, batch, size, window_size, shift_size, heads, he
     # Programs take several windows; the last of them fewer.
     monkeypatch.setattr(window_kernels, 'PROGRAMS', 2 * heads)
     tensors = padded_window_tensors(batch, size, window_size, heads, head_dims)
-    # Rolled by the kernels or before.
-    for is_rolled in {False, bool(shift_size)}:
+    # Rolled by the kernels or, which does not depend on the dtype, before.
+    for is_rolled in {False, shift_size > 0 and dtype == torch.float32}:
         compare_on_device(attend_padded(window_size, shift_size, is_rolled), tensors, dtype)
 
 
@@ -211,8 +211,9 @@ def rows_of(script):
 def test_kernels_compile_for_gpus():
     """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
     compiled = rows_of('compile_kernels.py')
-    small = 2 * 2 * 3 + 2 + 2 + (2 * 3 - 1) + (2 * 3 - 2) + 3 + 2 + 1
-    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3 + 2 * small)
+    # Weights, sums, encoding, bias and rolling.
+    small = 2 * 2 * 3 + 9 + 3 + 2 + 1
+    assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3 + small)
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
 
 

@@ -1,10 +1,14 @@
-"""Composed weights of both paths: the formulas of their gradients, and argument checks."""
+"""Composed weights of both paths: the formulas of their gradients, autocast, argument checks."""
 
 import pytest
 import torch
-from helpers.operators import weights_tensors
+from helpers.operators import DEVICE, weights_tensors
+from helpers.stack import needs_triton
 
-from acmix_mm.ops import compose_paths
+from acmix_mm.gpu_check import checks, subjects
+from acmix_mm.layers import ACmixConv2d, WindowACmix
+from acmix_mm.ops import compose_paths, use_backend
+from acmix_mm.ops.backend import raising_kernel_errors
 from acmix_mm.ops.path_weights.gradients import compose_paths_gradients
 from acmix_mm.ops.path_weights.reference import compose_paths_reference
 
@@ -25,6 +29,28 @@ def test_gradients(is_grouped, exists):
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@needs_triton
+@pytest.mark.parametrize(('composition', 'build', 'shape'), [
+    ('composed', lambda: WindowACmix(4, 2, 3, shift_size=1), (1, 4, 5, 4)),
+    ('grouped', lambda: ACmixConv2d(4, 4, num_heads=1, attn_kernel_size=3), (1, 4, 3, 4)),
+])
+def test_kernels_of_layers_under_autocast(composition, build, shape):
+    """Weights in float32, maps in half precision."""
+    subject = subjects.layer('', '', build, shape)
+
+    def run(*leaves):
+        with use_backend('triton'), use_backend(composition), raising_kernel_errors():
+            return subject.run(*leaves)
+
+    def reference(*leaves):
+        with use_backend('reference'):
+            return subject.run(*leaves)
+
+    tensors = [each.to(DEVICE) for each in subject.tensors()]
+    error = checks.relative_error(run, reference, tensors, torch.float16, checks.AUTOCAST)
+    assert error < checks.LAYER_FACTOR * checks.TOLERANCE[torch.float16]
 
 
 def test_invalid_arguments():
