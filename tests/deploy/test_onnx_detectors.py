@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, relative_error
+from helpers.detectors import assert_same, padded, predict, responsive
 from helpers.stack import needs_export
 from PIL import Image
 from torch import nn
@@ -21,7 +22,6 @@ from acmix_mm.deploy.masks import paste_masks
 from acmix_mm.deploy.onnx import (
     export_onnx,
     inputs_of,
-    matching_detections,
     metadata,
     network_of,
 )
@@ -76,56 +76,6 @@ def config(name, options=()):
     return load_config(str(ROOT / f'configs/{name}.py'), {**CONFIGS.get(name, {}), **dict(options)})
 
 
-def responsive(model):
-    """Make the predictions of a random detector depend on the image, with scores up to 1."""
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and 'head' in name:
-            nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    if getattr(model, 'roi_head', None):
-        # Otherwise many proposals would have the score 1, whose order is arbitrary.
-        model.rpn_head.rpn_cls.weight.data /= 8
-        heads = model.roi_head.bbox_head
-        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
-            head.fc_cls.bias.data[-1] = 4  # the background
-    return model
-
-
-def predict(model, image):
-    """The predictions of MMDetection for a normalised image, (1, 3, height, width)."""
-    from mmdet.structures import DetDataSample
-    height, width = image.shape[2:]
-    sample = DetDataSample(metainfo=dict(img_shape=(height, width), ori_shape=(height, width),
-                                         scale_factor=(1., 1.)))
-    with torch.no_grad():
-        return model.predict(padded(image), [sample])[0].pred_instances
-
-
-def padded(image):
-    return nn.functional.pad(image, (0, -image.shape[3] % 32, 0, -image.shape[2] % 32))
-
-
-def assert_same(actual, instances, size):
-    """Compare boxes, scores, labels and masks with MMDetection's, in any order of equal scores."""
-    boxes, scores, labels, *masks = (torch.as_tensor(each) for each in actual)
-    assert len(boxes) == len(instances)
-    if len(boxes) == 0:
-        return
-    expected = instances.bboxes, instances.scores, instances.labels
-    found, total = matching_detections((boxes, scores, labels), expected, min_score=0.)
-    # Rounding decides which of two equal scores is the last to be kept, or suppresses the other.
-    assert total - found <= max(1, 0.03 * total)
-    torch.testing.assert_close(scores, instances.scores, rtol=0, atol=2e-3)
-    if masks:
-        pasted = torch.from_numpy(paste_masks(masks[0].numpy(), boxes.numpy(), size))
-        distance = (instances.bboxes[:, None] - boxes).abs().amax(2)
-        distance += 1e3 * (instances.labels[:, None] != labels)
-        distance, nearest = distance.min(1)
-        differing = (pasted[nearest] != instances.masks)[distance < 0.1]
-        assert differing.float().mean() < 1e-3
-
-
 @pytest.mark.parametrize('name', CONFIGS)
 def test_post_processing_equals_mmdetection(name):
     from acmix_mm.deploy.detectors import KINDS
@@ -138,7 +88,7 @@ def test_post_processing_equals_mmdetection(name):
         assert len(expected) > 1
         with torch.no_grad():
             outputs = detector(inputs_of(detector, padded(image))[0], torch.tensor(size))
-        assert_same(outputs[:len(detector.output_names)], expected, size)
+        assert_same(outputs[:len(detector.output_names)], expected)
 
 
 @pytest.mark.parametrize('size', [(6, 6), (7, 7), (1, 9), (42, 3), (2, 8), (15, 13)])
@@ -215,7 +165,7 @@ def test_sizes_in_a_row(exported):
         image = torch.randn(1, 3, *size)
         expected = predict(model, image)
         assert len(expected) > 1
-        assert_same(session.run(None, dict(input=image.numpy())), expected, size)
+        assert_same(session.run(None, dict(input=image.numpy())), expected)
     # Smaller images are padded to 64 pixels, more than by MMDetection.
     boxes, *_ = session.run(None, dict(input=np.ones((1, 3, 5, 3), np.float32)))
     assert (boxes <= np.array([3, 5, 3, 5])).all()
@@ -245,7 +195,7 @@ def test_number_of_detections(exported, tmp_path):
         outputs = session.run(None, dict(input=image.numpy()))
         assert [each.shape for each in outputs] == [(number, 4), (number,), (number,),
                                                     (number, 28, 28)]
-        assert_same(outputs, predict(network, image), (96, 130))
+        assert_same(outputs, predict(network, image))
     head.fc_cls.bias.data.copy_(before)
 
 
