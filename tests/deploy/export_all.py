@@ -28,7 +28,7 @@ SIZES = ((160, 224), (301, 143), (70, 45))
 
 def export_all(names):
     """Export the detector configs of these names, or all, and print a table."""
-    rows = [('config', 'seconds', 'MB', 'nodes', 'detections that match', 'mask pixels that differ')]
+    rows = [('config', 'seconds', 'MB', 'nodes', 'matching detections', 'differing mask pixels')]
     for path in sorted((ROOT / 'configs').glob('*.py')):
         cfg = load_config(str(path))
         if cfg.default_scope == 'mmdet' and (not names or path.stem in names):

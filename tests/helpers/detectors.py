@@ -18,9 +18,22 @@ def responsive(model):
         # Otherwise many proposals would have the score 1, whose order is arbitrary.
         model.rpn_head.rpn_cls.weight.data /= 8
         heads = model.roi_head.bbox_head
-        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
-            head.fc_cls.bias.data[-1] = 4  # the background
+        layers = [head.fc_cls for head in (heads if isinstance(heads, nn.ModuleList) else [heads])]
+        spread_logits(model.eval(), layers)
+        for layer in layers:
+            layer.bias.data[-1] = 4  # the background
     return model
+
+
+def spread_logits(model, layers):
+    """Scale the layers that compute the logits of classes so that some of these are large."""
+    spread = {}
+    hooks = [layer.register_forward_hook(
+        lambda layer, _, out: spread.__setitem__(layer, out.std())) for layer in layers]
+    predict(model, torch.randn(1, 3, 64, 96))
+    for hook, layer in zip(hooks, layers):
+        hook.remove()
+        layer.weight.data *= max(4 / spread[layer], 1)
 
 
 def predict(model, image):
@@ -53,7 +66,7 @@ def assert_same(actual, instances):
 
 
 def differing_mask_pixels(boxes, labels, masks, instances):
-    """The share of mask pixels that differ between MMDetection's detections and the nearest ones."""
+    """The share of mask pixels that differ between MMDetection's and the nearest detections."""
     pasted = torch.from_numpy(paste_masks(masks.numpy(), boxes.numpy(),
                                           instances.masks.shape[1:]))
     distance = (instances.bboxes[:, None] - boxes).abs().amax(2)
