@@ -52,7 +52,8 @@ CASCADE = {key.replace('bbox_head', f'bbox_head.{stage}'): value for key, value 
            for stage in range(3)}
 CASCADE.update({f'model.roi_head.{head}.num_classes': 3 for head in (
     'bbox_head.0', 'bbox_head.1', 'bbox_head.2', 'mask_head')})
-MASK_ACMIX = {**SMALL, **HEADS, 'model.roi_head.mask_head.num_convs': 1}
+MASK_ACMIX = {**SMALL, **HEADS, 'model.roi_head.mask_head.num_convs': 1,
+              'model.roi_head.bbox_head.num_classes': 3, 'model.roi_head.mask_head.num_classes': 3}
 YOLO = {
     'model.backbone.widen_factor': 0.125, 'model.neck.in_channels': [32, 64, 128],
     'model.neck.out_channels': 32, 'model.bbox_head.in_channels': 32,

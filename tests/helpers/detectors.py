@@ -19,21 +19,23 @@ def responsive(model):
         model.rpn_head.rpn_cls.weight.data /= 8
         heads = model.roi_head.bbox_head
         layers = [head.fc_cls for head in (heads if isinstance(heads, nn.ModuleList) else [heads])]
-        spread_logits(model.eval(), layers)
-        for layer in layers:
-            layer.bias.data[-1] = 4  # the background
+        make_decisive(model.eval(), layers)
     return model
 
 
-def spread_logits(model, layers):
-    """Scale the layers that compute the logits of classes so that some of these are large."""
-    spread = {}
+def make_decisive(model, layers):
+    """Scale layers that classify boxes so that half of the boxes are likely to be objects."""
+    logits = {}
     hooks = [layer.register_forward_hook(
-        lambda layer, _, out: spread.__setitem__(layer, out.std())) for layer in layers]
+        lambda layer, _, out: logits.__setitem__(layer, out[:, :-1])) for layer in layers]
     predict(model, torch.randn(1, 3, 64, 96))
     for hook, layer in zip(hooks, layers):
         hook.remove()
-        layer.weight.data *= max(4 / spread[layer], 1)
+        scale = max(4 / logits[layer].std(), 1)
+        layer.weight.data *= scale
+        # The last logit is that of the background.
+        layer.weight.data[-1] = 0
+        layer.bias.data[-1] = scale * logits[layer].amax(1).median()
 
 
 def predict(model, image):
