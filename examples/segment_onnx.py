@@ -43,9 +43,8 @@ def segment(model: str, source: str, target: str) -> None:
         labels = np.asarray(Image.fromarray(labels[0, 0].astype(np.uint8)).resize(
             image.size, Image.Resampling.NEAREST))
 
-        present, counts = np.unique(labels, return_counts=True)
-        shares = {classes[label] if classes else str(label): count / labels.size
-                  for label, count in zip(present.tolist(), counts.tolist())}
+        shares = {classes[label] if classes else str(label): (labels == label).mean().item()
+                  for label in np.unique(labels)}
         palette = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
         problem = f'{target} cannot be written'
         write(Path(target), Image.blend(image, Image.fromarray(palette[labels]), 0.5), shares)
