@@ -34,7 +34,7 @@ def export_all(names):
         if cfg.default_scope == 'mmdet' and (not names or path.stem in names):
             with tempfile.TemporaryDirectory() as folder:
                 rows.append((path.stem, *export(cfg, path, Path(folder))))
-            print(table(rows[-1:]), file=sys.stderr, flush=True)
+            print(*rows[-1], sep=' | ', file=sys.stderr, flush=True)
     print(table(rows))
 
 
