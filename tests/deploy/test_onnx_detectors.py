@@ -98,8 +98,8 @@ FILES = {
     'cascade_maskrcnn_acmix_r50': PLAIN,
     'maskrcnn_r50_acmix_fpn_mask': {'model.neck.conv_cfg': None},
     'retinanet_acmix_r50': {**PLAIN, 'model.bbox_head.stacked_convs': 1},
-    'yolox_acmix_s': {'model.neck.conv_cfg': None, 'model.bbox_head.stacked_convs': 1},
-    'rtmdet_acmix_s': {'model.neck.conv_cfg': None, 'model.bbox_head.stacked_convs': 1},
+    'yolox_acmix_s': {'model.neck.conv_cfg': None, 'model.bbox_head.conv_cfg': None},
+    'rtmdet_acmix_s': {'model.neck.conv_cfg': None, 'model.bbox_head.conv_cfg': None},
 }
 
 
