@@ -273,14 +273,20 @@ def test_number_of_detections(name, exported, fixed, tmp_path):
         head.fc_cls.bias.data[-1] = background
         return len(predict(network, image))
 
+    def largest_background(number):
+        """The logit of the background from which on fewer than ``number`` objects are found."""
+        low, high = -100., 100.
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            low, high = (middle, high) if count(middle) >= number else (low, middle)
+        return low
+
     model = onnx_ir.load(folder / f'{name}.onnx')
     bias = model.graph.initializers['detector.roi_head.bbox_head.fc_cls.bias']
     before = head.fc_cls.bias.detach().clone()
-    low, one, high = 0., 0., 1e3
-    while count(one) != 1:
-        low, high = (one, high) if count(one) > 1 else (low, one)
-        one = (low + high) / 2
-    for background, number in ((1e4, 0), (one, 1), (-1e4, 30)):
+    # The last finds more than the maximum, 30.
+    for background, number in ((1e4, 0), (largest_background(1), 1),
+                               (largest_background(30) - 1, 30)):
         assert count(background) == number
         bias.const_value = onnx_ir.tensor(head.fc_cls.bias.detach().numpy())
         onnx_ir.save(model, tmp_path / 'a.onnx')

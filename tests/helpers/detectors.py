@@ -14,9 +14,10 @@ def responsive(model):
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    # YOLOX's logarithms of sizes; otherwise boxes would be 10⁷ pixels wide.
-    for layer in getattr(getattr(model, 'bbox_head', None), 'multi_level_conv_reg', []):
-        layer.weight.data /= 8
+    # Otherwise the boxes of YOLOX would be 10⁷ pixels wide, and several classes have the score 1.
+    for name in ('multi_level_conv_reg', 'multi_level_conv_cls'):
+        for layer in getattr(getattr(model, 'bbox_head', None), name, []):
+            layer.weight.data /= 8
     if getattr(model, 'roi_head', None):
         # Otherwise many proposals would have the score 1, whose order is arbitrary.
         model.rpn_head.rpn_cls.weight.data /= 8
