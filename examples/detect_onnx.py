@@ -5,8 +5,8 @@
 """
 
 import json
-import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,52 +18,63 @@ COLORS = ('crimson', 'seagreen', 'royalblue', 'darkorange', 'purple', 'teal')
 
 def detect(model: str, source: str, target: str, min_score: float = 0.5) -> None:
     """Draw the objects of an image into a copy of it, and list them in a JSON file."""
+    problem = f'{model} is not a usable detector'
     try:
         session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
         entries = session.get_modelmeta().custom_metadata_map
+        classes = json.loads(entries['classes'])
         if not json.loads(entries['preprocessing'])['in_graph']:
             raise ValueError('it was exported without --with-preprocessing')
-        classes = json.loads(entries['classes'])
-        names = [output.name for output in session.get_outputs()]
-        names.index('boxes')
-    except Exception as error:  # onnxruntime's errors have no common base
-        sys.exit(f'{model} is not a usable detector: {error}')
-    try:
+        problem = f'{source} cannot be read as an image'
         image = ImageOps.exif_transpose(Image.open(source)).convert('RGB')
-    except (OSError, SyntaxError) as error:
-        sys.exit(f'{source} cannot be read as an image: {error}')
-    found = dict(zip(names, session.run(names, {'image': np.asarray(image)[:, :, ::-1]})))
+        problem = f'{model} cannot run on {source}'
+        boxes, scores, labels, *masks = session.run(None, {'image': np.array(image)[:, :, ::-1]})
 
-    objects, draw = [], ImageDraw.Draw(image)
-    for index in np.flatnonzero(found['scores'] >= min_score):
-        box, label = found['boxes'][index], int(found['labels'][index])
-        color, name = COLORS[label % len(COLORS)], classes[label] if classes else str(label)
-        if 'masks' in found:
-            left, top, right, bottom = map(round, box.tolist())
-            mask = Image.fromarray(found['masks'][index]).resize(
-                (max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BILINEAR)
-            shade = np.where(np.asarray(mask) >= float(entries['mask_threshold']), 110, 0)
-            image.paste(color, (left, top), Image.fromarray(shade.astype(np.uint8)))
-        draw.rectangle(box.tolist(), outline=color, width=2)
-        draw.text(box[:2].tolist(), f'{name} {found["scores"][index]:.2f}', fill='white')
-        objects.append(dict(name=name, score=float(found['scores'][index]), box=box.tolist()))
-    write(target, image, objects)
+        objects, draw = [], ImageDraw.Draw(image)
+        for index in np.flatnonzero(scores >= min_score):
+            box, label, score = boxes[index].tolist(), int(labels[index]), float(scores[index])
+            color, name = COLORS[label % len(COLORS)], classes[label] if classes else str(label)
+            objects.append(dict(name=name, score=score, box=box))
+            if masks:
+                mask = paste(masks[0][index], box, image.size) >= float(entries['mask_threshold'])
+                image.paste(color, mask=Image.fromarray(np.uint8(110 * mask)))
+                objects[-1]['segmentation'] = dict(size=mask.shape, counts=run_lengths(mask))
+            draw.rectangle(box, outline=color, width=2)
+            draw.text(box[:2], f'{name} {score:.2f}', fill='white')
+
+        problem = f'{target} cannot be written'
+        write(Path(target), image, objects)
+    except Exception as error:  # onnxruntime's errors have no common base
+        sys.exit(f'{problem}: {error}')
 
 
-def write(target: str, image: Image.Image, contents: object) -> None:
+def paste(mask: np.ndarray, box: list[float], size: tuple[int, int]) -> np.ndarray:
+    """Stretch a mask over its box in an image of ``size``, (width, height)."""
+    left, top, right, bottom = box
+    down, across = mask.shape / np.maximum([bottom - top, right - left], 1e-6)
+    # From pixels of the image to those of the mask, which falls to zero beyond its outer pixels.
+    affine = across, 0, 1 - left * across, 0, down, 1 - top * down
+    return np.asarray(Image.fromarray(np.pad(mask, 1)).transform(
+        size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR))
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Encode a mask as COCO does: runs down the columns, the first one of background."""
+    changes = np.flatnonzero(np.diff(mask.ravel('F'), prepend=False))
+    return np.diff(changes, prepend=0, append=mask.size).tolist()
+
+
+def write(target: Path, image: Image.Image, contents: object) -> None:
     """Write an image and, next to it, a JSON file: both or none."""
-    files = [Path(target), Path(target).with_suffix('.json')]
-    partial = [file.with_name(f'.partial-{file.name}') for file in files]
-    try:
-        image.save(partial[0])
-        partial[1].write_text(json.dumps(contents, indent=1))
-        for source, file in zip(partial, files):
-            os.replace(source, file)
-    except (OSError, ValueError) as error:
-        sys.exit(f'{target} cannot be written: {error}')
-    finally:
-        for file in partial:
-            file.unlink(missing_ok=True)
+    files = target, target.with_suffix('.json')
+    if any(file.is_dir() for file in files):
+        raise IsADirectoryError('there is a directory of this name')
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        written = [Path(folder, file.name) for file in files]
+        image.save(written[0])
+        written[1].write_text(json.dumps(contents))
+        for new, file in zip(written, files):
+            new.replace(file)
 
 
 if __name__ == '__main__':

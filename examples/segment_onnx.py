@@ -5,8 +5,8 @@
 """
 
 import json
-import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,56 +16,53 @@ from PIL import Image, ImageOps
 
 def segment(model: str, source: str, target: str) -> None:
     """Colour a copy of an image by class, and write the share of each class to a JSON file."""
+    problem = f'{model} is not a usable segmentor'
     try:
         session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
         entries = session.get_modelmeta().custom_metadata_map
         steps, classes = (json.loads(entries[key]) for key in ('preprocessing', 'classes'))
         if [each.name for each in session.get_outputs()] != ['output']:
             raise ValueError('it has other outputs')
-    except Exception as error:  # onnxruntime's errors have no common base
-        sys.exit(f'{model} is not a usable segmentor: {error}')
-    try:
+        problem = f'{source} cannot be read as an image'
         image = ImageOps.exif_transpose(Image.open(source)).convert('RGB')
-    except (OSError, SyntaxError) as error:
-        sys.exit(f'{source} cannot be read as an image: {error}')
 
-    size = steps['scale'] or image.size
-    if steps['scale'] and steps['keep_ratio']:
-        factor = min(max(size) / max(image.size), min(size) / min(image.size))
-        size = [int(side * factor + 0.5) for side in image.size]
-    # Files for images of one size have numbers in place of the names of these axes.
-    expected = session.get_inputs()[0].shape[:1:-1]
-    smallest = int(entries['smallest_width']), int(entries['smallest_height'])
-    size = [fixed if isinstance(fixed, int) else max(side, least)
-            for fixed, side, least in zip(expected, size, smallest)]
-    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
-    pixels = pixels if steps['order'] == 'RGB' else pixels[:, :, ::-1]
-    pixels = (pixels - np.float32(steps['mean'])) / np.float32(steps['std'])
-    labels, = session.run(None, {'input': pixels.transpose(2, 0, 1)[None]})
-    labels = Image.fromarray(labels[0, 0].astype(np.uint8)).resize(
-        image.size, Image.Resampling.NEAREST)
+        problem = f'{model} cannot run on {source}'
+        size = steps['scale'] or image.size
+        if steps['scale'] and steps['keep_ratio']:
+            factor = min(max(size) / max(image.size), min(size) / min(image.size))
+            size = [int(side * factor + 0.5) for side in image.size]
+        # Files for images of one size have numbers in place of the names of these axes.
+        expected = session.get_inputs()[0].shape[:1:-1]
+        smallest = int(entries['smallest_width']), int(entries['smallest_height'])
+        size = [fixed if isinstance(fixed, int) else max(side, least)
+                for fixed, side, least in zip(expected, size, smallest)]
+        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
+        pixels = pixels if steps['order'] == 'RGB' else pixels[:, :, ::-1]
+        pixels = (pixels - np.float32(steps['mean'])) / np.float32(steps['std'])
+        labels, = session.run(None, {'input': pixels.transpose(2, 0, 1)[None]})
+        labels = np.asarray(Image.fromarray(labels[0, 0].astype(np.uint8)).resize(
+            image.size, Image.Resampling.NEAREST))
 
-    present, counts = np.unique(np.asarray(labels), return_counts=True)
-    shares = {classes[label] if classes else str(label): count / counts.sum()
-              for label, count in zip(present.tolist(), counts.tolist())}
-    palette = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
-    write(target, Image.blend(image, Image.fromarray(palette[np.asarray(labels)]), 0.5), shares)
+        shares = {classes[label] if classes else str(label): (labels == label).mean().item()
+                  for label in np.unique(labels)}
+        palette = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
+        problem = f'{target} cannot be written'
+        write(Path(target), Image.blend(image, Image.fromarray(palette[labels]), 0.5), shares)
+    except Exception as error:  # onnxruntime's errors have no common base
+        sys.exit(f'{problem}: {error}')
 
 
-def write(target: str, image: Image.Image, contents: object) -> None:
+def write(target: Path, image: Image.Image, contents: object) -> None:
     """Write an image and, next to it, a JSON file: both or none."""
-    files = [Path(target), Path(target).with_suffix('.json')]
-    partial = [file.with_name(f'.partial-{file.name}') for file in files]
-    try:
-        image.save(partial[0])
-        partial[1].write_text(json.dumps(contents, indent=1))
-        for source, file in zip(partial, files):
-            os.replace(source, file)
-    except (OSError, ValueError) as error:
-        sys.exit(f'{target} cannot be written: {error}')
-    finally:
-        for file in partial:
-            file.unlink(missing_ok=True)
+    files = target, target.with_suffix('.json')
+    if any(file.is_dir() for file in files):
+        raise IsADirectoryError('there is a directory of this name')
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        written = [Path(folder, file.name) for file in files]
+        image.save(written[0])
+        written[1].write_text(json.dumps(contents))
+        for new, file in zip(written, files):
+            new.replace(file)
 
 
 if __name__ == '__main__':

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from random import Random
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import sympy
 import torch
@@ -37,6 +37,9 @@ from acmix_mm.utils.atomic_write import atomic_write
 from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 from acmix_mm.utils.output_paths import file_to_write
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OPSET = 20
 # A file is kept only if no output differs from torch's by more, relative to the largest value.
@@ -373,10 +376,32 @@ def translate(program: ExportedProgram, network: nn.Module,
     detects = is_detector(network)
     axes = {} if fixed_size or detects else {0: 'batch', 2: 'height', 3: 'width'}
     with quiet():
-        return torch.onnx.export(
+        onnx = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, output_names=[*names, *further],
             input_names=['image', 'size'] if detects else ['input'],
-            dynamic_shapes=(axes,) if axes else None, verbose=False)
+            dynamic_shapes=(axes,) if axes else None, verbose=False, optimize=False)
+        simplify(onnx.model)
+    return onnx
+
+
+def simplify(model: 'onnx_ir.Model') -> None:
+    """Fold constants and remove what is unused or computed twice.
+
+    These are the passes of torch's exporter except for its rewriting of patterns, which takes time
+    quadratic in the number of nodes. ONNX Runtime merges the same patterns when it opens a file.
+    """
+    from onnx_ir import passes
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants_ir
+    passes.Sequential(common.InlinePass(), common.RemoveUnusedNodesPass())(model)
+    fold_constants_ir(model, onnx_shape_inference=True)
+    passes.Sequential(
+        common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(), common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(), common.OutputFixPass(), common.NameFixPass(),
+    )(model)
 
 
 def output_names(network: nn.Module) -> list[str]:
