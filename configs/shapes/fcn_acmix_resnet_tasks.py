@@ -1,0 +1,24 @@
+# One stage of ACmix-ResNet and a pointwise head, which adds no reach, for the diagnostic tasks.
+_base_ = './upernet_acmix_r50.py'
+crop_size = (96, 96)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(num_stages=1, stage_blocks=(3,), strides=(1,), dilations=(1,), out_indices=(0,)),
+    decode_head=dict(
+        _delete_=True,
+        type='FCNHead',
+        in_channels=64,
+        in_index=0,
+        channels=32,
+        num_convs=1,
+        kernel_size=1,
+        concat_input=False,
+        num_classes=2,
+        norm_cfg=dict(type='SyncBN', requires_grad=True),
+        # Nearly all pixels are ignored.
+        loss_decode=dict(type='CrossEntropyLoss', avg_non_ignore=True)),
+    auxiliary_head=None)
+metainfo = dict(classes=('black', 'white'), palette=[(0, 0, 0), (255, 255, 255)])
+train_dataloader = dict(batch_size=16, dataset=dict(metainfo=metainfo))
+val_dataloader = dict(dataset=dict(metainfo=metainfo))
+test_dataloader = val_dataloader
