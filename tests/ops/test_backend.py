@@ -28,6 +28,8 @@ from acmix_mm.ops import (
 BACKENDS = {
     'sliding_window_attention': {'reference', 'tiled', 'dense', 'triton'},
     'window_attention': {'reference', 'sdpa', 'chunked', 'triton'},
+    'global_attention': {'reference', 'sdpa'},
+    'block_attention': {'reference', 'sdpa'},
     'add_paths': {'reference', 'triton'},
     'compose_paths': {'reference', 'triton'},
     'position_encoding': {'reference', 'triton'},
