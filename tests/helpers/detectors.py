@@ -14,9 +14,12 @@ def responsive(model):
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    # Otherwise the boxes of YOLOX would be 10⁷ pixels wide, and several classes have the score 1.
-    for name in ('multi_level_conv_reg', 'multi_level_conv_cls'):
-        for layer in getattr(getattr(model, 'bbox_head', None), name, []):
+    # Otherwise the boxes of YOLOX would be 10⁷ pixels wide, and several classes have the score 1,
+    # as they would in RetinaNet.
+    head = getattr(model, 'bbox_head', None)
+    for name in ('multi_level_conv_reg', 'multi_level_conv_cls', 'retina_cls', 'retina_reg'):
+        layers = getattr(head, name, [])
+        for layer in [layers] if isinstance(layers, nn.Conv2d) else layers:
             layer.weight.data /= 8
     if getattr(model, 'roi_head', None):
         # Otherwise many proposals would have the score 1, whose order is arbitrary.
