@@ -219,4 +219,3 @@ def acmix_or_pointwise(in_channels: int, out_channels: int, kernel_size: Size, *
                        **kwargs: Any) -> nn.Module:
     """Build :class:`ACmixConv2d`, or ``nn.Conv2d`` if the kernel is 1×1 or there are groups."""
     return layer_or_plain(ACmixConv2d, in_channels, out_channels, kernel_size, *args, **kwargs)
-

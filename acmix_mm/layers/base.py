@@ -179,6 +179,13 @@ class TwoPathLayer(OperatorLayer):
             if hasattr(self, name):
                 nn.init.constant_(getattr(self, name), 0.5)
 
+    def reset_convolution(self) -> None:
+        """Reset the convolution path and the rates to their initial values."""
+        if self.convolves:
+            self.fc.reset_parameters()
+            self.dep_conv.reset_parameters()
+        self.reset_rates()
+
     @property
     def attention_rate(self) -> Optional[Tensor]:
         """The factor of the attention path, (1,), α in the paper; None for one."""

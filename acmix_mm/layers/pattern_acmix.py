@@ -158,10 +158,7 @@ class PatternACmix(TwoPathLayer):
 
     def reset_parameters(self) -> None:
         """Reset convolution path and rates."""
-        if self.convolves:
-            self.fc.reset_parameters()
-            self.dep_conv.reset_parameters()
-        self.reset_rates()
+        self.reset_convolution()
 
     def project(self, x: Tensor) -> tuple[Tensor]:
         """Return queries, keys and values, (batch, height, width, 3, num_heads, head_dims)."""

@@ -111,10 +111,7 @@ class WindowACmix(TwoPathLayer):
         """Initialise the position table as Swin does, and reset convolution path and rates."""
         if self.attends:
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        if self.convolves:
-            self.fc.reset_parameters()
-            self.dep_conv.reset_parameters()
-        self.reset_rates()
+        self.reset_convolution()
 
     def forward(self, x: Tensor) -> Tensor:
         composition = self.composition(x, x.shape[3])
@@ -131,11 +128,9 @@ class WindowACmix(TwoPathLayer):
                                self.proj.bias)
         qkv = F.linear(maps, weights.weight, weights.bias).unflatten(
             3, (3, self.num_heads, self.head_dims))
-        padding = (qkv.new_zeros(qkv.shape[3:]) if weights.bias is None
-                   else weights.bias.view(qkv.shape[3:]))
         attention = window_attention(qkv, self.position_bias(window_size), window_size,
-                                     shift_size=shift_size, padding=padding, is_rolled=True,
-                                     scale=self.scale)
+                                     shift_size=shift_size, padding=padding(qkv, weights.bias),
+                                     is_rolled=True, scale=self.scale)
         out = add_paths(convolve_composed(maps, weights), F.linear(attention, self.proj.weight),
                         weights.taps, size, shift_size=shift_size)
         return self.proj_drop(out)
@@ -146,7 +141,7 @@ class WindowACmix(TwoPathLayer):
         is_padded, is_rolled = self.pads_input(x), self.rolls_input(x)
         if is_padded:
             x = pad_to_windows(x, window_size)
-        if is_rolled and shift_size:
+        if is_rolled:
             x = roll(x, -shift_size)
         qkv = project(x, self.qkv.weight, self.qkv.bias, self.num_heads,
                       for_convolution=self.convolves)
@@ -154,11 +149,10 @@ class WindowACmix(TwoPathLayer):
 
     def attend(self, projected: 'Projections') -> Tensor:
         window_size, shift_size = self.window_and_shift(projected.size)
-        padding = None if projected.is_padded else self.padding(projected.qkv)
         out, projected.qkv = window_attention_and_map(
             projected.qkv, self.position_bias(window_size), window_size, shift_size=shift_size,
-            padding=padding, is_rolled=projected.is_rolled, scale=self.scale,
-            dropout_p=self.attention_dropout)
+            padding=None if projected.is_padded else padding(projected.qkv, self.qkv.bias),
+            is_rolled=projected.is_rolled, scale=self.scale, dropout_p=self.attention_dropout)
         out = scaled_linear(self.attention_rate, out, self.proj)
         return drop_padding(out, projected.size, shift_size) if projected.is_padded else out
 
@@ -167,23 +161,23 @@ class WindowACmix(TwoPathLayer):
         _, shift_size = self.window_and_shift(projected.size)
         if projected.is_padded:
             qkv = drop_padding(qkv, projected.size, shift_size)
-        elif shift_size and not projected.is_rolled:
+        elif not projected.is_rolled:
             qkv = roll(qkv, -shift_size)
         out = self.shift_and_sum(qkv.flatten(3, 4).permute(0, 3, 4, 1, 2)).permute(0, 2, 3, 1)
-        return out if projected.is_rolled or not shift_size else roll(out, shift_size)
+        return out if projected.is_rolled else roll(out, shift_size)
 
     def convolve_input(self, x: Tensor) -> Optional[Tensor]:
         if not self.composition(x, x.shape[3]):
             return None
         _, shift_size = self.window_and_shift(x.shape[1:3])
-        maps = roll(x, -shift_size) if shift_size else x
+        maps = roll(x, -shift_size)
         out = self.project_shift_and_sum(maps.permute(0, 3, 1, 2), self.qkv.weight, self.qkv.bias)
         out = out.permute(0, 2, 3, 1)
-        return roll(out, shift_size) if shift_size and not self.rolls_input(x) else out
+        return out if self.rolls_input(x) else roll(out, shift_size)
 
     def finish(self, out: Tensor, x: Tensor) -> Tensor:
         _, shift_size = self.window_and_shift(x.shape[1:3])
-        if shift_size and self.rolls_input(x):
+        if self.rolls_input(x):
             out = roll(out, shift_size)
         return self.proj_drop(out)
 
@@ -206,11 +200,6 @@ class WindowACmix(TwoPathLayer):
     def attention_dropout(self) -> float:
         """The dropout rate of the attention weights that applies now."""
         return self.attn_drop.p if self.training else 0.0
-
-    def padding(self, qkv: Tensor) -> Tensor:
-        """Queries, keys and values of a padded position, (3, num_heads, head_dims)."""
-        bias = self.qkv.bias
-        return qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
 
     def window_and_shift(self, size: Sequence[int]) -> tuple[tuple[int, int], int]:
         """The window's (height, width) and the cyclic shift on a map of ``size``."""
@@ -286,6 +275,16 @@ class Projections:
     size: Sequence[int]
     is_padded: bool
     is_rolled: bool
+
+
+def padding(qkv: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Queries, keys and values of a padded position, (3, num_heads, head_dims).
+
+    Args:
+        qkv: those of the map, (batch, height, width, 3, num_heads, head_dims).
+        bias: of the projections, or None.
+    """
+    return qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
 
 
 def relative_position_index(window_size: int) -> Tensor:
