@@ -125,9 +125,11 @@ def test_small_custom_ops_are_registered_correctly():
         for channels_first in (False, True):
             opcheck(operators.add_paths_kernels.default,
                     (maps, other, taps, [2, 3], 1, 1, 1, channels_first))
-        opcheck(operators.add_paths_kernels_backward.default, (maps, taps, [2, 3], 1, 1, 1))
+        opcheck(operators.add_paths_kernels_backward.default,
+                (maps, taps, [2, 3], 1, 1, 1, True))
     taps = torch.randn(4, 9, device=DEVICE)
-    opcheck(operators.taps_gradient_kernels.default, (maps, taps, [2, 3], 1, 1))
+    opcheck(operators.add_paths_kernels_backward.default,
+            (maps, taps, [2, 3], 1, 1, 0, False))
     weight, bias = on_device(encoding_tensors(4))
     opcheck(operators.encode_positions.default, (weight, bias, 2, 3))
     opcheck(operators.encode_positions_backward.default, (maps[0], weight, bias))

@@ -44,46 +44,35 @@ def add_paths_kernels(convolution: Tensor, attention: Tensor, taps: Optional[Ten
         add_paths_reference(convolution, attention, taps, *geometry, channels_first)))
 
 
-@custom_op(lambda grad_out, taps, *geometry: (
-    grad_out.new_empty(grad_out.shape), grad_out.new_empty(0) if taps is None else
-    torch.empty_like(taps)))
+def _empty_gradients(grad_out: Tensor, taps: Optional[Tensor], size: list[int], stride: int,
+                     dilation: int, shift_size: int, copies: bool) -> tuple[Tensor, Tensor]:
+    return (grad_out.new_empty(grad_out.shape if copies else 0),
+            grad_out.new_empty(0) if taps is None else torch.empty_like(taps))
+
+
+@custom_op(_empty_gradients)
 def add_paths_kernels_backward(grad_out: Tensor, taps: Optional[Tensor], size: list[int],
-                               stride: int, dilation: int,
-                               shift_size: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of each path, contiguous, and of the taps, empty for None."""
+                               stride: int, dilation: int, shift_size: int,
+                               copies: bool) -> tuple[Tensor, Tensor]:
+    """Return the gradients of each path and of the taps, empty for None.
+
+    The first is a contiguous copy; without ``copies`` it is empty, because it would be
+    ``grad_out``.
+    """
     geometry = size, stride, dilation, shift_size
-    grad = grad_out.new_empty(grad_out.shape)
-    grad_taps = grad_out.new_empty(0) if taps is None else torch.empty_like(taps)
+    grad, grad_taps = _empty_gradients(grad_out, taps, *geometry, copies)
 
     def kernels() -> tuple[Tensor, Tensor]:
         from acmix_mm.ops.path_sum.triton_kernels import add_backward
         with torch.cuda.device_of(grad_out):
-            add_backward(grad_out, grad, None if taps is None else grad_taps, *geometry)
+            add_backward(grad_out, grad if copies else None, None if taps is None else grad_taps,
+                         *geometry)
         return grad, grad_taps
 
     def torch_backend() -> tuple[Tensor, Tensor]:
         found, found_taps = add_paths_gradients(grad_out, taps, *geometry)
-        return grad.copy_(found), grad_taps if found_taps is None else grad_taps.copy_(found_taps)
-
-    return run_kernels('add_paths', kernels, torch_backend)
-
-
-@custom_op(lambda grad_out, taps, *geometry: torch.empty_like(taps))
-def taps_gradient_kernels(grad_out: Tensor, taps: Tensor, size: list[int], stride: int,
-                          dilation: int) -> Tensor:
-    """Return the gradient of the taps alone, for ``grad_out`` that is contiguous."""
-    grad_taps = torch.empty_like(taps)
-
-    def kernels() -> Tensor:
-        from acmix_mm.ops.path_sum.triton_kernels import add_backward
-        with torch.cuda.device_of(grad_out):
-            add_backward(grad_out, None, grad_taps, size, stride, dilation, 0)
-        return grad_taps
-
-    def torch_backend() -> Tensor:
-        _, found = add_paths_gradients(grad_out, taps, size, stride, dilation, 0)
-        assert found is not None
-        return grad_taps.copy_(found)
+        return (grad.copy_(found) if copies else grad,
+                grad_taps if found_taps is None else grad_taps.copy_(found_taps))
 
     return run_kernels('add_paths', kernels, torch_backend)
 
@@ -95,15 +84,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Optional[Tensor], ...]:
     taps, = ctx.saved_tensors
-    *of_taps, shift_size = ctx.geometry
+    *_, shift_size = ctx.geometry
+    copies = bool(shift_size) or not grad_out.is_contiguous()
     grad, grad_taps = grad_out, None
     if creates_graph():
         # In operations whose gradients can be differentiated.
         grad, grad_taps = add_paths_gradients(grad_out, taps, *ctx.geometry)
-    elif shift_size or not grad_out.is_contiguous():
-        grad, grad_taps = add_paths_kernels_backward(grad_out, taps, *ctx.geometry)
-    elif taps is not None:
-        grad_taps = taps_gradient_kernels(grad_out, taps, *of_taps)
+    elif copies or taps is not None:
+        copied, grad_taps = add_paths_kernels_backward(grad_out, taps, *ctx.geometry, copies)
+        grad = copied if copies else grad_out
     return grad, grad, None if taps is None else grad_taps, None, None, None, None, None
 
 
