@@ -9,11 +9,10 @@ from typing import Any, Optional
 
 import numpy as np
 from mmengine.device import get_device
-from mmengine.dist import is_distributed
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import distributed
 
 from acmix_mm.benchmark import PeakMemory
 from acmix_mm.engine.resuming import VALIDATED
@@ -79,9 +78,8 @@ class RecordRun(Hook):
         self.stop()
         # Processes have running statistics of their own, of which a checkpoint has those of the
         # first. All validate with these, so that a resumed run has the same metrics.
-        if is_distributed():
-            for buffer in runner.model.buffers():
-                distributed.broadcast(buffer, 0)
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
 
     def after_val_epoch(self, runner: Runner, metrics: Optional[dict[str, float]] = None) -> None:
         numbers = {key: float(value) for key, value in (metrics or {}).items()
