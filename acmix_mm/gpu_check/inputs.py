@@ -78,6 +78,11 @@ def encoding_tensors(head_dims: int) -> list[Tensor]:
     return [torch.randn(head_dims, 2), torch.randn(head_dims)]
 
 
+def random_tensors(*shape: int) -> list[Tensor]:
+    """One tensor."""
+    return [torch.randn(shape)]
+
+
 def features_tensors(batch: int, channels: int, height: int, width: int,
                      kernel_size: int) -> list[Tensor]:
     """Queries, keys, scale, shift and weight of :func:`acmix_mm.ops.patch_features`."""

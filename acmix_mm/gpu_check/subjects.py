@@ -16,6 +16,7 @@ from acmix_mm.gpu_check.inputs import (
     involution_tensors,
     padded_window_tensors,
     projected_tensors,
+    random_tensors,
     sliding_tensors,
     sum_tensors,
     weights_tensors,
@@ -115,8 +116,6 @@ ENCODINGS = (
     (16, 5, 70), (24, 33, 1), (1, 1, 3),
 )
 INTERPRETED_ENCODINGS = ((4, 2, 33),)
-
-
 # Tables of larger windows, and windows larger than a warp.
 BIASES = (
     # heads, side, window_size
@@ -276,10 +275,8 @@ def encoding(weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
 
 
 def bias_cases(cases: Sequence[tuple]) -> list[Subject]:
-    return [operator(biases, torch.randn, ((2 * side - 1)**2, heads), side=side,
-                     window_size=window_size)._replace(
-                         name='position_bias',
-                         tensors=lambda shape=((2 * side - 1)**2, heads): [torch.randn(shape)])
+    return [operator(biases, random_tensors, ((2 * side - 1)**2, heads), side=side,
+                     window_size=window_size)._replace(name='position_bias')
             for heads, side, window_size in cases]
 
 
@@ -289,9 +286,8 @@ def biases(table: Tensor, side: int, **options: Any) -> Tensor:
 
 
 def roll_cases(cases: Sequence[tuple]) -> list[Subject]:
-    return [operator(rolled, torch.randn, shape, shift_size=shift_size)._replace(
-        name='roll_map', tensors=lambda shape=shape: [torch.randn(shape)])
-        for shape, shift_size in cases]
+    return [operator(rolled, random_tensors, shape, shift_size=shift_size)._replace(
+        name='roll_map') for shape, shift_size in cases]
 
 
 def rolled(x: Tensor, **options: Any) -> Tensor:
