@@ -1,13 +1,21 @@
 # One stage of ACmix-ResNet and a pointwise head, which adds no reach, for the diagnostic tasks.
+# At this width, networks with other mixers have as many parameters as that with convolutions.
 _base_ = './upernet_acmix_r50.py'
 crop_size = (96, 96)
 model = dict(
     data_preprocessor=dict(size=crop_size),
-    backbone=dict(num_stages=1, stage_blocks=(3,), strides=(1,), dilations=(1,), out_indices=(0,)),
+    backbone=dict(
+        base_channels=64,
+        num_heads=2,
+        num_stages=1,
+        stage_blocks=(3,),
+        strides=(1,),
+        dilations=(1,),
+        out_indices=(0,)),
     decode_head=dict(
         _delete_=True,
         type='FCNHead',
-        in_channels=64,
+        in_channels=256,
         in_index=0,
         channels=32,
         num_convs=1,

@@ -63,6 +63,12 @@ def test_matches_within_two_percent_of_the_backbone(path, mixer, quantity):
     assert families[mixer].counts(sizes[mixer])[:2] == tuple(counted[mixer][1])
 
 
+def test_the_network_of_the_diagnostic_tasks_matches():
+    cfg = config('configs/shapes/fcn_acmix_resnet_tasks.py')
+    mixers = ['conv', *(mixer for mixer in MIXERS if mixer not in ('conv', 'acmix-conv'))]
+    match_all({mixer: Family(cfg.model, mixer, SHAPE) for mixer in mixers}, 'params')
+
+
 def test_a_variant_of_a_host_is_matched():
     cfg = config(SEGMENTATION, FEW_BLOCKS[SEGMENTATION])
     cfg.model.backbone.type = 'ACmixResNetV1d'
