@@ -202,8 +202,8 @@ def interval(numbers: dict[str, Any], factor: float = 1.) -> tuple[float, float,
 
 def axis_label(metric: str) -> str:
     """Return a metric's name, with its unit if that is known."""
-    if metric == 'mIoU':
-        return 'mIoU (%)'
+    if metric in ('mIoU', 'aAcc'):
+        return f'{metric} (%)'
     return f'{metric} (0 to 1)' if metric.endswith('mAP') else metric
 
 

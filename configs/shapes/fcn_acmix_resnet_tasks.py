@@ -1,6 +1,6 @@
 # One stage of ACmix-ResNet and a pointwise head, which adds no reach, for the diagnostic tasks.
-# A minute on one core is enough. At this width, networks with all other mixers can be given as many
-# parameters.
+# A minute on one core is enough. At this width, networks with any other mixer but involution can be
+# given as many parameters.
 _base_ = './upernet_acmix_r50.py'
 crop_size = (72, 72)
 model = dict(
