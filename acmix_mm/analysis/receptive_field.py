@@ -43,6 +43,11 @@ class ReceptiveField(NamedTuple):
     left: int
     side: int
 
+    @property
+    def extent(self) -> int:
+        """Side of the smallest square with all pixels that have any influence, in pixels."""
+        return max(np.ptp(positions) + 1 for positions in self.energy.nonzero())
+
 
 def gradient_energies(backbone: nn.Module, size: tuple[int, int], samples: int = 8,
                       seed: int = 0) -> list[Tensor]:
@@ -207,10 +212,10 @@ def network_label(name: str, mixer: Optional[str], checkpoint: Optional[str]) ->
 
 
 def receptive_field_report(columns: Sequence[tuple[str, Sequence[ReceptiveField]]]) -> str:
-    """List the sides of the squares, one line per network."""
-    lines = [f'Side of the smallest square containing {ENERGY_SHARE:.0%} of the gradient energy, '
-             'in pixels']
+    """List the sides of the squares, and of those with all of the energy, one line per network."""
+    lines = [f'Side of the smallest square containing {ENERGY_SHARE:.0%} (all) of the gradient '
+             'energy, in pixels']
     lines += [f'{name}: ' + ', '.join(
-        f'{field.side} in {field.stage} (stride {field.stride})' for field in fields)
-        for name, fields in columns]
+        f'{field.side} ({field.extent}) in {field.stage}, stride {field.stride}'
+        for field in fields) for name, fields in columns]
     return '\n'.join(lines)

@@ -2,7 +2,8 @@
 
 The figure shows which pixels affect the central position of each stage's output (Luo et al., arXiv
 1701.04128). The tool prints the side of the smallest square that contains 90 %% of the squared
-gradient. Each config gets a column, or one column per mixer with --mixers.
+gradient, and of that which contains all of it. Each config gets a column, or one column per mixer
+with --mixers.
 
 Backbones load --checkpoints, or are initialised as for training: from their init_cfg or from
 scratch. (The residual branches of a freshly initialised ACmix-ResNet are zero, so only its

@@ -12,6 +12,7 @@ from helpers.tools import DETECTION
 from torch import nn
 
 from acmix_mm.analysis.receptive_field import (
+    ReceptiveField,
     config_receptive_fields,
     gradient_energies,
     mixer_variants,
@@ -50,6 +51,7 @@ def test_receptive_field_of_convolutions():
     # With the dilated kernel on top: 7×7 pixels.
     assert int((both > 0).sum()) == 49
     assert both.nonzero().aminmax(dim=0)[1].tolist() == [13, 13]
+    assert ReceptiveField('both', 1, both.numpy(), *smallest_square(both)).extent == 7
 
 
 def test_receptive_field_is_the_squared_gradient():
@@ -91,12 +93,13 @@ def test_receptive_field_tool(detector, run_tool, tmp_path):
                     '--checkpoints', checkpoint, '--shape', 96, 128, '--samples', 2,
                     '--out', tmp_path / 'fields.png', '--cfg-options', *SMALL[:3])
     assert done.returncode == 0, done.stderr
-    sides = [re.findall(r'(\d+) in stage (\d) \(stride (\d+)\)', line)
+    sides = [re.findall(r'(\d+) \((\d+)\) in stage (\d), stride (\d+)', line)
              for line in done.stdout.splitlines() if line.startswith('maskrcnn_acmix_swin, ')]
-    assert [[(stage, step) for _, stage, step in line] for line in sides] == [
+    assert [[(stage, step) for *_, stage, step in line] for line in sides] == [
         [('0', '4'), ('1', '8'), ('2', '16'), ('3', '32')]] * 2
     for line in sides:
         assert 4 <= int(line[0][0]) < int(line[2][0]) <= 128
+        assert all(int(side) <= int(extent) <= 128 for side, extent, *_ in line)
     assert cv2.imread(str(tmp_path / 'fields.png')).std() > 10
 
 
