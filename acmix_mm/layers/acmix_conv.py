@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers.base import (
@@ -28,6 +27,7 @@ from acmix_mm.layers.shift_path import FullyConnected, Shifts
 from acmix_mm.ops import (
     add_paths,
     convolve_composed,
+    linear_and_map,
     position_encoding,
     project,
     sliding_window_attention,
@@ -115,10 +115,11 @@ class ACmixConv2d(PaddedConvolution, TwoPathLayer):
         stride, dilation = self.stride[0], self.dilation[0]
         maps = x.to(autocast_dtype(x), memory_format=torch.channels_last).permute(0, 2, 3, 1)
         weights = self.compose(composition, *self.projections(), maps.dtype)
-        qkv = F.linear(maps, weights.weight, weights.bias).unflatten(3, (3, self.num_heads, -1))
+        qkv, maps = linear_and_map(maps, weights.weight, weights.bias)
         out = add_paths(convolve_composed(maps, weights, stride, dilation),
-                        self.attend(qkv).permute(0, 2, 3, 1), weights.taps, x.shape[2:],
-                        stride=stride, dilation=dilation, channels_first=x.is_contiguous())
+                        self.attend(qkv.unflatten(3, (3, self.num_heads, -1))).permute(0, 2, 3, 1),
+                        weights.taps, x.shape[2:], stride=stride, dilation=dilation,
+                        channels_first=x.is_contiguous())
         return out.permute(0, 3, 1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor]:

@@ -25,8 +25,8 @@ from acmix_mm.ops import (
     convolve_composed,
     position_bias,
     project,
+    projected_window_attention,
     roll_map,
-    window_attention,
 )
 from acmix_mm.ops.window_attention import (
     MASKED_LOGIT,
@@ -126,11 +126,9 @@ class WindowACmix(TwoPathLayer):
         maps = roll_map(x, -shift_size, autocast_dtype(x))
         weights = self.compose(composition, self.qkv.weight, self.qkv.bias, maps.dtype,
                                self.proj.bias)
-        qkv = F.linear(maps, weights.weight, weights.bias).unflatten(
-            3, (3, self.num_heads, self.head_dims))
-        attention = window_attention(qkv, self.position_bias(window_size), window_size,
-                                     shift_size=shift_size, padding=padding(qkv, weights.bias),
-                                     is_rolled=True, scale=self.scale)
+        attention, maps = projected_window_attention(
+            maps, weights.weight, weights.bias, self.position_bias(window_size), window_size,
+            shift_size=shift_size, scale=self.scale)
         out = add_paths(convolve_composed(maps, weights), F.linear(attention, self.proj.weight),
                         weights.taps, size, shift_size=shift_size)
         return self.proj_drop(out)

@@ -91,7 +91,9 @@ def test_custom_ops_are_registered_correctly():
     for each in (qkv, heads_last(qkv)):
         inputs = each, bias.transpose(1, 2), padding
         opcheck(operators.attend_windows_triton.default, (*inputs, *geometry))
-        opcheck(operators.attend_windows_triton_backward.default, (grad, *inputs, *geometry))
+        _, biases = operators.attend_windows_triton(*inputs, *geometry)
+        opcheck(operators.attend_windows_triton_backward.default,
+                (grad, *inputs, biases, *geometry))
 
     qkv, positions = (tensor.to(DEVICE) for tensor in sliding_tensors(1, 1, 4, 5, 4))
     grad, geometry = torch.randn(1, 3, 2, 1, 4, device=DEVICE), (3, 2, 1, 0.5)

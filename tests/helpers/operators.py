@@ -22,7 +22,11 @@ from acmix_mm.gpu_check.inputs import (  # noqa: F401
     weights_tensors,
     window_tensors,
 )
-from acmix_mm.ops import sliding_window_attention, window_attention
+from acmix_mm.ops import (
+    projected_window_attention,
+    sliding_window_attention,
+    window_attention,
+)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -40,6 +44,19 @@ def attend_padded(window_size, shift_size, is_rolled=False):
         return window_attention(qkv, bias, window_size, shift_size=shift_size, padding=padding,
                                 is_rolled=is_rolled, backend=backend)
     return run
+
+
+def attend_projections(x, weight, bias, product, position_bias, backend=None):
+    """Window attention of projections, beside a product of the same map."""
+    out, x = projected_window_attention(x, weight, bias, position_bias, (2, 3), shift_size=1,
+                                        backend=backend)
+    return torch.cat([out, x.matmul(product)], 3)
+
+
+def projected_window_tensors(batch):
+    """Arguments of attend_projections: a map that windows do not divide, weights, a bias."""
+    return [torch.randn(batch, 3, 5, 3), torch.randn(12, 3), torch.randn(12), torch.randn(3, 2),
+            torch.randn(2, 6, 6)]
 
 
 def slide(kernel_size, stride=1, dilation=1):

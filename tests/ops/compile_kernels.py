@@ -55,10 +55,10 @@ def compile_all():
 
 def compile_launches():
     """Compile the kernels that the small operators launch, with and without optional arguments."""
-    for run in (weigh, add, encode, bias, roll):
+    for run in (weigh, add, encode, bias, roll, fold):
         name = run.__name__
         for _, kernel, arguments, constants in recorded((
-                weights, sums, encoding, biases, rolling, window_attention),
+                weights, sums, encoding, biases, rolling, window_attention, sliding_attention),
                 functools.partial(run, functools.partial(torch.empty, dtype=torch.bfloat16,
                                                          device='meta'))):
             source, _, _ = specialize(kernel, arguments, constants)
@@ -76,8 +76,7 @@ def weigh(empty):
             inputs = (empty(288, 96), empty(288) if exists else None, empty(9, 9),
                       empty(96, 9, 3, 3), empty(9) if exists else None, rate, rate, bias)
             kernels = empty(96, 72 if is_grouped else 96, 3, 3)
-            outs = (inputs[0], inputs[1], empty(288, 96) if is_grouped else None,
-                    inputs[1] if is_grouped else None, kernels,
+            outs = (inputs[0], inputs[1], empty(288, 96) if is_grouped else None, kernels,
                     torch.empty(96, 9, device='meta') if exists else None)
             group = 8 if is_grouped else 0
             weights.compose(inputs, outs, group)
@@ -101,12 +100,17 @@ def encode(empty):
 
 def bias(empty):
     biases.sum_offsets(empty(3, 49, 49), empty(169, 3), (7, 7))
-    window_attention.Tiling(empty(1, 8, 8, 3, 3, 32), (7, 7), 3, False, False).biases(
-        empty(49, 49, 3).permute(2, 0, 1))
+    window_attention.fill_biases(empty(49, 49, 3).permute(2, 0, 1),
+                                 torch.empty(4, 3, 64, 64, device='meta'), (7, 7), 3)
 
 
 def roll(empty):
     rolling.roll(empty(1, 8, 8, 96), torch.empty(1, 8, 8, 96, device='meta'), 3)
+
+
+def fold(empty):
+    for stride in (1, 2):
+        sliding_attention.fold(empty(2, 1, 14, 14, 3, 32), empty(1, 8, 8, 3, 3, 32), 3, stride)
 
 
 def compile_kernel(kernel, dtype, constants, capability):

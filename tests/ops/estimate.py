@@ -46,7 +46,7 @@ LAUNCH = 3e-6
 # Operations per second that cuDNN and cuBLAS reach. Outside of tensor cores for float32.
 FLOPS = {torch.bfloat16: 0.6 * 989e12, torch.float16: 0.6 * 989e12, torch.float32: 0.6 * 67e12}
 # The arguments of kernels that count the iterations of their loop.
-ITERATIONS = ('per_program', 'CHUNKS', 'steps', 'NUM_HEADS')
+ITERATIONS = ('per_program', 'CHUNKS', 'steps', 'NUM_HEADS', 'copies')
 # Kernels that move less are listed together.
 SMALL = 1e6
 PASSES = ('forward', 'backward')
@@ -55,6 +55,8 @@ aten = torch.ops.aten
 # Operators that take no kernel, besides views.
 FREE = {aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided,
         aten.detach, aten._unsafe_view, aten.promote_types, aten.lift_fresh}
+# Of operators in place, those whose operations are counted.
+FUNCTIONAL = {aten.addmm_: aten.addmm}
 # The operators whose first argument is only written.
 WRITES = {aten.copy_, aten.fill_, aten.zero_}
 
@@ -142,7 +144,8 @@ def kernels_of(packet, args, kwargs, out):
     name = packet.__name__
     read = size(args[1:] if packet in WRITES else args,
                 {key: value for key, value in kwargs.items() if key != 'out'})
-    flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+    counted = FUNCTIONAL.get(packet, packet)
+    flops = flop_registry[counted](*args, **kwargs, out_val=out) if counted in flop_registry else 0
     tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
     dtype = tensors[0].dtype if tensors else torch.float32
     if packet is aten.convolution:
@@ -304,6 +307,33 @@ LAYERS = {
 }
 
 
+def configurations():
+    """Layers of several widths, each with the variants that may take other kernels."""
+    for channels in (96, 192, 384, 768):
+        yield f'WindowACmix, {channels} channels', [
+            Layer(functools.partial(WindowACmix, channels, channels // 32, 7, shift),
+                  (2, *size, channels), autocast=True)
+            # Windows divide the first map.
+            for shift in (0, 3) for size in ((14, 21), (16, 20))]
+    for channels in (64, 128, 256):
+        for name, options in (('', {}), (', stride 2', dict(stride=2)),
+                              (', dilation 2', dict(dilation=2))):
+            yield f'ACmixConv2d, {channels} channels{name}', [
+                Layer(functools.partial(ACmixConv2d, channels, channels, **options),
+                      (2, channels, 14, 21), autocast=autocast) for autocast in (False, True)]
+
+
+def launches_table():
+    """The most launches of each configuration, as Markdown. Nothing is compiled."""
+    rows = [['layer', *PASSES]]
+    with mock.patch(f'{__name__}.executed', lambda *arguments: 0):
+        for name, variants in configurations():
+            traced = [[sum(each.launches for each in kernels) for kernels in trace_layer(layer)]
+                      for layer in variants]
+            rows.append([name, *(str(max(each)) for each in zip(*traced))])
+    return markdown.table(rows)
+
+
 def trace_layer(layer):
     """The kernels of its forward and of its backward pass."""
     trace = Trace()
@@ -318,15 +348,15 @@ def trace_layer(layer):
         if layer.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         x.requires_grad_()
-        with trace, torch.autocast('cuda', torch.bfloat16, enabled=layer.autocast):
-            # Index tables are cached.
-            module(x, *layer.arguments)
+        # Index tables are cached in the first step.
+        for _ in range(2):
             trace.kernels = []
-            out = module(x, *layer.arguments)
-        forward, trace.kernels = trace.kernels, []
-        grad_out = torch.empty_like(out)
-        with trace:
-            torch.autograd.grad(out, [x, *module.parameters()], grad_out)
+            with trace, torch.autocast('cuda', torch.bfloat16, enabled=layer.autocast):
+                out = module(x, *layer.arguments)
+            forward, trace.kernels = trace.kernels, []
+            grad_out = torch.empty_like(out)
+            with trace:
+                torch.autograd.grad(out, [x, *module.parameters()], grad_out)
     return forward, trace.kernels
 
 
@@ -373,7 +403,14 @@ if __name__ == '__main__':
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('layers', nargs='*', metavar='LAYER',
                         help=f'any of {"; ".join(LAYERS)} (default: all)')
-    traced = {name: trace_layer(LAYERS[name]) for name in parser.parse_args().layers or LAYERS}
+    parser.add_argument('--launches', action='store_true',
+                        help='count the launches of more layers, in bfloat16 and under autocast, '
+                        'and print nothing else')
+    args = parser.parse_args()
+    if args.launches:
+        print(launches_table())
+        parser.exit()
+    traced = {name: trace_layer(LAYERS[name]) for name in args.layers or LAYERS}
     for name, passes in traced.items():
         print(f'{name}\n\n{table(passes)}\n')
     print(f'Sums\n\n{sums_table(traced)}')

@@ -57,8 +57,10 @@ def attend_windows(side, height, width):
     padding, out = qkv[0, 0, 0], qkv[:, :, :, 0].flatten(3)
     for shift in (0, side // 2):
         geometry = (side, side), shift, shift > 0, False, 0.25
-        windows.attend(qkv, bias, padding, out, *geometry)
-        windows.attend_backward(out, qkv, bias, padding, *geometry)
+        biases = empty(*windows.shape_of_biases(4, (side, side), shift), dtype=torch.float32)
+        windows.fill_biases(bias, biases, (side, side), shift)
+        windows.attend(qkv, biases, padding, out, *geometry)
+        windows.attend_backward(out, qkv, biases, padding, *geometry)
 
 
 def add(height, width):

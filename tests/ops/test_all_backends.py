@@ -8,11 +8,13 @@ from helpers.operators import (
     DEVICE,
     aggregation_tensors,
     attend_padded,
+    attend_projections,
     conv_tensors,
     encoding_tensors,
     features_tensors,
     involution_tensors,
     padded_window_tensors,
+    projected_window_tensors,
     sliding_tensors,
     sum_tensors,
     weights_tensors,
@@ -58,6 +60,7 @@ OPERATORS = {
     'padded window_attention': (
         attend_padded((2, 3), 1),
         lambda batch: padded_window_tensors(batch, (3, 5), (2, 3), 2, 2)),
+    'projected window_attention': (attend_projections, projected_window_tensors),
     'shift_conv': (
         functools.partial(shift_conv, stride=2),
         lambda batch: conv_tensors(batch, 2, 2, 3, 4, 3, True, True)),

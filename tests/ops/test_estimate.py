@@ -61,6 +61,16 @@ def test_kernels_of_layers():
             assert ours < host
 
 
+def test_launches_of_layers():
+    """At most 12 forward and 20 backward, whichever kernels and composition are chosen."""
+    printed = run_python('tests/ops/estimate.py', '--launches')
+    rows = [line.split('|')[1:-1] for line in printed.splitlines()[2:]]
+    assert len(rows) == 4 + 3 * 3
+    for layer, forward, backward in rows:
+        assert 0 < int(forward) <= 12, layer
+        assert 0 < int(backward) <= 20, layer
+
+
 def test_instructions_of_loops():
     """The tiles of dilated attention are computed in a loop over chunks of keys."""
     code = '''

@@ -14,9 +14,11 @@ from helpers import ROOT
 from helpers.operators import (
     DEVICE,
     attend_padded,
+    attend_projections,
     compare,
     conv_tensors,
     padded_window_tensors,
+    projected_window_tensors,
     slide,
     sliding_tensors,
     weights_tensors,
@@ -26,6 +28,7 @@ from helpers.operators import (
 from acmix_mm.gpu_check import subjects
 from acmix_mm.ops import backend, shift_conv, sliding_window_attention, window_attention
 from acmix_mm.ops.backend import has_triton
+from acmix_mm.ops.reflection import reflection_pad
 
 if not has_triton():
     pytest.skip('needs triton 3', allow_module_level=True)
@@ -66,6 +69,28 @@ def test_sliding_attention(dtype, heads, head_dims, height, width, kernel_size, 
     for heads_last in (True, False):
         tensors = sliding_tensors(2, heads, head_dims, height, width, heads_last)
         compare_on_device(slide(kernel_size, stride, dilation), tensors, dtype)
+
+
+@pytest.mark.parametrize(('height', 'width', 'reach', 'stride'), [
+    # Several programs, stride, maps as wide as the padding or narrower, one position.
+    (3, 40, 2, 2), (4, 4, 3, 1), (2, 3, 9, 2), (1, 1, 3, 1)])
+def test_folding_is_the_gradient_of_padding(height, width, reach, stride):
+    maps = torch.randn(2, 6, height, width, device=DEVICE, requires_grad=True)
+    padded = reflection_pad(maps, reach)
+    grad = torch.randn_like(padded)
+    expected, = torch.autograd.grad(padded, maps, grad)
+    by_part = grad.permute(0, 2, 3, 1).unflatten(3, (3, 2)).contiguous()
+    for order in ((0, 1, 2, 3, 4, 5), (0, 1, 2, 5, 3, 4)):
+        shape = torch.empty(1, height, width, 3, 3, 2, device=DEVICE).permute(order).shape
+        inverse = [order.index(axis) for axis in range(6)]
+        grad_qkv = torch.ones(shape, device=DEVICE).permute(inverse)
+        sliding_kernels.fold(by_part.unsqueeze(1), grad_qkv, reach, stride)
+        for part in (1, 2):
+            torch.testing.assert_close(grad_qkv[0, :, :, part].flatten(2).permute(2, 0, 1),
+                                       expected[part - 1], rtol=1e-5, atol=1e-5)
+        has_output = torch.zeros(height, width, device=DEVICE)
+        has_output[::stride, ::stride] = 1
+        assert torch.equal(grad_qkv[0, :, :, 0], has_output[:, :, None, None].expand(-1, -1, 3, 2))
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -118,6 +143,16 @@ def test_window_attention_on_rolled_maps():
     for shift_size in (0, 1):
         run = functools.partial(window_attention, window_size=(2, 3), shift_size=shift_size)
         compare_on_device(run, window_tensors(2, (2, 2), (2, 3), 2, 16), torch.float32)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('has_bias', [True, False])
+def test_projected_window_attention(dtype, has_bias):
+    """The gradient of the map is that of both operators that read it."""
+    tensors = projected_window_tensors(2)
+    if not has_bias:
+        tensors[2] = None
+    compare_on_device(attend_projections, tensors, dtype)
 
 
 def test_window_attention_takes_bias_and_padding_in_float32():
@@ -211,8 +246,8 @@ def rows_of(script):
 def test_kernels_compile_for_gpus():
     """For Ampere and Hopper, without a GPU, within the smallest shared memory of either."""
     compiled = rows_of('compile_kernels.py')
-    # Weights, sums, encoding, bias and rolling.
-    small = 2 * 2 * 3 + 9 + 3 + 2 + 1
+    # Weights, sums, encoding, bias, rolling and folding.
+    small = 2 * 2 * 3 + 9 + 3 + 2 + 1 + 2
     assert len(compiled) == 2 * (3 * 4 + 3 * 3 + 3 * 2 + 2 + 3 + small)
     assert all(int(shared_memory) <= 99 * 1024 for *_, shared_memory in compiled), compiled
 
@@ -263,7 +298,7 @@ def test_image_sizes_share_compiled_kernels():
     """Sliding attention in strips and, where these do not apply, in tiles; window attention."""
     counts = rows_of('specialize_kernels.py')
     # One column is too narrow for strips at dilation 1. Windows of 7 and of 12.
-    assert len(counts) == 6 + 3 + 2 + 3 + 4 + 3 + 3 + 1 + 1
+    assert len(counts) == 7 + 4 + 2 + 3 + 4 + 3 + 3 + 1 + 1
     for kernel, *_, count in counts:
         # Forward and transposed convolution, and two memory orders of the sum, are constants.
         assert int(count) == 1 + kernel.endswith(('.convolve_kernel', '.add_kernel')), counts

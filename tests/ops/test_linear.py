@@ -1,4 +1,4 @@
-"""ops.linear by oneDNN against torch's linear, and its choice between the two."""
+"""ops.linear by oneDNN against torch's linear, and its choice; linear_and_map."""
 
 import importlib
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from acmix_mm.ops import linear
+from acmix_mm.ops import linear, linear_and_map
 
 module = importlib.import_module('acmix_mm.ops.linear')
 has_onednn = pytest.mark.skipif(
@@ -42,6 +42,27 @@ def test_equals_torch(monkeypatch, shape, bias):
         results.append([out, *grads, *second])
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_map_that_another_product_reads(bias):
+    """Gradients, those of some arguments only, and the gradients of gradients."""
+    def run(both, *arguments):
+        out, x = linear_and_map(*arguments) if both else (F.linear(*arguments), arguments[0])
+        return torch.cat([out, x.matmul(other)], -1).sin().sum()
+
+    arguments = tensors(2, 3, bias=bias, dtype=torch.float64)
+    other = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    results = []
+    for both in (True, False):
+        leaves = [*arguments, other]
+        plain = torch.autograd.grad(run(both, *arguments), leaves)
+        grads = torch.autograd.grad(run(both, *arguments), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in grads), leaves)
+        some = torch.autograd.grad(run(both, arguments[0].detach(), *arguments[1:]), leaves[1:])
+        results.append([*plain, *grads, *second, *some])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_torch_multiplies_what_onednn_would_not_speed_up(monkeypatch):

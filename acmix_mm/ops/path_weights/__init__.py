@@ -32,16 +32,14 @@ class PathWeights(NamedTuple):
         bias: of the projections, (3 · channels,), or None.
         mixing: weight of the linear layer before a grouped convolution, (head_dims · k²,
             in_channels), or None.
-        mixing_bias: its bias, (head_dims · k²,), or None.
         kernels: of the convolution, in the memory format channels last.
         taps: what each tap of the kernels adds to an output whose tap lies on the map, (channels,
-            k² or 1), in at least float32, or None.
+            k²), in at least float32, or None.
     """
 
     weight: Tensor
     bias: Optional[Tensor]
     mixing: Optional[Tensor]
-    mixing_bias: Optional[Tensor]
     kernels: Tensor
     taps: Optional[Tensor]
 
@@ -109,7 +107,7 @@ def convolve_composed(x: Tensor, weights: PathWeights, stride: int = 1,
     """
     groups = 1
     if weights.mixing is not None:
-        x = F.linear(x, weights.mixing, weights.mixing_bias)
+        x = F.linear(x, weights.mixing)
         groups = x.shape[3] // weights.kernels.shape[1]
     out = F.conv2d(x.permute(0, 3, 1, 2), weights.kernels, stride=stride, dilation=dilation,
                    padding=dilation * (weights.kernels.shape[-1] // 2), groups=groups)

@@ -25,7 +25,7 @@ def compose_paths_gradients(grads: Sequence[Any], tensors: Sequence[Any],
     """
     (weight, bias, fc_weight, shift_weight, fc_bias, attention_rate, convolution_rate,
      attention_bias) = tensors
-    grad_weight, grad_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps = grads
+    grad_weight, grad_bias, grad_mixing, grad_kernels, grad_taps = grads
     weight, fc_weight, shift_weight, grad_weight, grad_kernels = (
         at_least_float32(each)
         for each in (weight, fc_weight, shift_weight, grad_weight, grad_kernels))
@@ -51,20 +51,23 @@ def compose_paths_gradients(grads: Sequence[Any], tensors: Sequence[Any],
     grad_weight, grad_bias = (scale_values(each, attention_rate)
                               for each in (grad_weight, grad_bias))
     grad_weight = grad_weight.view(by_map.shape)
+    of_taps, fc_bias_or_zero = (of_shape(grad_taps, *shifts.shape[:3]),
+                                of_shape(fc_bias, num_shifts))
     if is_grouped:
         mixed = of_shape(grad_mixing, head_dims, num_shifts, in_channels)
-        mixed_bias = of_shape(grad_mixing_bias, head_dims, num_shifts)
+        # The biases of the maps that the shifts move, and their gradient.
+        mixed_bias = einsum('sm,md->ds', fc_weight, bias_by_map) + fc_bias_or_zero
+        grad_mixed_bias = einsum('dhst,dht->ds', rate * shifts, of_taps)
         grad_weight = grad_weight + einsum('sm,dsi->mdi', fc_weight, mixed)
-        grad_bias = grad_bias + einsum('sm,ds->md', fc_weight, mixed_bias)
+        grad_bias = grad_bias + einsum('sm,ds->md', fc_weight, grad_mixed_bias)
         grad_fc = (einsum('dsi,mdi->sm', mixed, by_map) +
-                   einsum('ds,md->sm', mixed_bias, bias_by_map))
-        grad_of_fc = mixed_bias.sum(0)
+                   einsum('ds,md->sm', grad_mixed_bias, bias_by_map))
+        grad_of_fc = grad_mixed_bias.sum(0)
         group = group_size(head_dims)
         blocks = grad_kernels.reshape(head_dims // group, group, num_heads, group, num_shifts, -1)
         grad_shifts = blocks.diagonal(0, 1, 3).movedim(-1, 1).reshape(shifts.shape)
-        grad_added = grad_taps
+        grad_shifts = grad_shifts + einsum('dht,ds->dhst', of_taps, mixed_bias)
     else:
-        of_taps = of_shape(grad_taps, *shifts.shape[:3])
         dense = grad_kernels.permute(0, 2, 3, 1).reshape(*shifts.shape[:3], in_channels)
         folded = einsum('dhst,sm->dhtm', rate * shifts, fc_weight)
         grad_weight = grad_weight + einsum('dhtm,dhti->mdi', folded, dense)
@@ -72,12 +75,11 @@ def compose_paths_gradients(grads: Sequence[Any], tensors: Sequence[Any],
         grad_folded = (einsum('dhti,mdi->dhtm', dense, by_map) +
                        einsum('dht,md->dhtm', of_taps, bias_by_map))
         grad_shifts = (einsum('dhtm,sm->dhst', grad_folded, fc_weight) +
-                       einsum('dht,s->dhst', of_taps, of_shape(fc_bias, num_shifts)))
+                       einsum('dht,s->dhst', of_taps, fc_bias_or_zero))
         grad_fc = einsum('dhst,dhtm->sm', rate * shifts, grad_folded)
         grad_of_fc = einsum('dhst,dht->s', rate * shifts, of_taps)
-        grad_added = of_taps[:, :, num_shifts // 2]
+    grad_added = of_taps[:, :, num_shifts // 2].flatten()
     if attention_bias is not None:
-        grad_added = of_shape(grad_added, len(attention_bias))
         grad_rate = grad_rate + (grad_added * attention_bias).sum()
         if attention_rate is not None:
             grad_added = attention_rate * grad_added

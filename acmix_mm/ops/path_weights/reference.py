@@ -23,30 +23,40 @@ def compose_paths_reference(weight: Tensor, bias: Optional[Tensor], fc_weight: T
             at_least_float32(each) for each in (bias, fc_bias, attention_bias))
         if convolution_rate is not None:
             shift_weight = convolution_rate * shift_weight
-        mixing = mixing_bias = None
+        mixing = None
         if is_grouped:
-            mixing, mixing_bias = grouped.compose(weight, bias, fc_weight, fc_bias)
+            mixing, mixed_bias = grouped.compose(weight, bias, fc_weight, fc_bias)
             head_dims = len(weight) // fc_weight.shape[1]
             kernels = grouped.block_diagonal(shift_weight, head_dims, group_size(head_dims))
-            taps = None
-            if attention_bias is not None:
-                taps = scaled(attention_rate, attention_bias)[:, None]
+            taps = None if mixed_bias is None else taps_of_maps(mixed_bias, shift_weight)
         else:
             kernels, taps = composed.compose(weight, bias, fc_weight, shift_weight, fc_bias)
-            if attention_bias is not None:
-                # The tap in the centre lies on the map everywhere.
-                num_taps = shift_weight.shape[1]
-                centre = torch.arange(num_taps, device=weight.device) == num_taps // 2
-                added = scaled(attention_rate, attention_bias)[:, None] * centre
-                taps = added if taps is None else taps + added
+        if attention_bias is not None:
+            # The tap in the centre lies on the map everywhere.
+            num_taps = shift_weight.shape[1]
+            centre = torch.arange(num_taps, device=weight.device) == num_taps // 2
+            added = scaled(attention_rate, attention_bias)[:, None] * centre
+            taps = added if taps is None else taps + added
         weight = scale_values(weight, attention_rate)
         bias = None if bias is None else scale_values(bias, attention_rate)
         kernels = kernels.to(dtype, memory_format=torch.channels_last)
     # Slices, so that autograd knows where the empty ones come from.
     weight = weight.to(dtype)
-    others = (weight[:0, 0] if each is None else each.to(dtype)
-              for each in (bias, mixing, mixing_bias))
+    others = (weight[:0, 0] if each is None else each.to(dtype) for each in (bias, mixing))
     return weight, *others, kernels, weight[:0, 0].to(fc_weight.dtype) if taps is None else taps
+
+
+def taps_of_maps(values: Tensor, shift_weight: Tensor) -> Tensor:
+    """What each tap adds for a value of each map that the shifts move, (channels, k²).
+
+    Args:
+        values: (head_dims · k²,).
+        shift_weight: (channels, k², k, k).
+    """
+    num_shifts = shift_weight.shape[1]
+    values = values.view(-1, 1, 1, num_shifts)
+    shifts = shift_weight.reshape(len(values), -1, num_shifts, num_shifts)
+    return values.matmul(shifts).view(-1, num_shifts)
 
 
 def scaled(rate: Optional[Tensor], values: Tensor) -> Tensor:

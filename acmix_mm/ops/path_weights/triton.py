@@ -14,11 +14,11 @@ from acmix_mm.ops.path_weights.gradients import compose_paths_gradients
 from acmix_mm.ops.path_weights.reference import compose_paths_reference
 from acmix_mm.ops.projected_shift_conv.operations import group_size
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def compose_paths_triton(weight: Tensor, *arguments: Any) -> Six:
+def compose_paths_triton(weight: Tensor, *arguments: Any) -> Five:
     require_triton('compose_paths', weight)
     return _compose(weight, *arguments)
 
@@ -26,23 +26,18 @@ def compose_paths_triton(weight: Tensor, *arguments: Any) -> Six:
 def _empty_weights(weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor,
                    fc_bias: Optional[Tensor], attention_rate: Optional[Tensor],
                    convolution_rate: Optional[Tensor], attention_bias: Optional[Tensor],
-                   dtype: torch.dtype, is_grouped: bool) -> Six:
+                   dtype: torch.dtype, is_grouped: bool) -> Five:
     """The fields of PathWeights; empty ones for None."""
     channels, kernel_size, in_channels = len(shift_weight), shift_weight.shape[-1], weight.shape[1]
     head_dims = len(weight) // fc_weight.shape[1]
     empty = functools.partial(weight.new_empty, dtype=dtype)
     mixed = head_dims * len(fc_weight)
-    depth = in_channels
-    has_bias, has_taps = bias is not None, attention_bias is not None
-    if is_grouped:
-        depth = group_size(head_dims) * len(fc_weight)
-    else:
-        has_taps = has_taps or has_bias or fc_bias is not None
+    depth = group_size(head_dims) * len(fc_weight) if is_grouped else in_channels
     kernels = empty(channels, kernel_size, kernel_size, depth).permute(0, 3, 1, 2)
-    return (empty(weight.shape), empty(len(weight) if has_bias else 0),
-            empty(mixed, in_channels) if is_grouped else empty(0),
-            empty(mixed if is_grouped and (has_bias or fc_bias is not None) else 0), kernels,
-            empty(channels, 1 if is_grouped else len(fc_weight), dtype=torch.float32) if has_taps
+    has_taps = any(each is not None for each in (bias, fc_bias, attention_bias))
+    return (empty(weight.shape), empty(0 if bias is None else len(weight)),
+            empty(mixed, in_channels) if is_grouped else empty(0), kernels,
+            empty(channels, len(fc_weight), dtype=torch.float32) if has_taps
             else empty(0, dtype=torch.float32))
 
 
@@ -51,11 +46,11 @@ def compose_paths_kernels(weight: Tensor, bias: Optional[Tensor], fc_weight: Ten
                           shift_weight: Tensor, fc_bias: Optional[Tensor],
                           attention_rate: Optional[Tensor], convolution_rate: Optional[Tensor],
                           attention_bias: Optional[Tensor], dtype: torch.dtype,
-                          is_grouped: bool) -> Six:
+                          is_grouped: bool) -> Five:
     inputs = (weight, bias, fc_weight, shift_weight, fc_bias, attention_rate, convolution_rate,
               attention_bias)
 
-    def kernels() -> Six:
+    def kernels() -> Five:
         from acmix_mm.ops.path_weights.triton_kernels import compose
         outs = _empty_weights(*inputs, dtype, is_grouped)
         with torch.cuda.device_of(weight):
@@ -63,7 +58,7 @@ def compose_paths_kernels(weight: Tensor, bias: Optional[Tensor], fc_weight: Ten
                     group(inputs, is_grouped))
         return outs
 
-    def torch_backend() -> Six:
+    def torch_backend() -> Five:
         # They may be views of each other.
         results = _empty_weights(*inputs, dtype, is_grouped)
         for empty, each in zip(results, compose_paths_reference(*inputs, dtype, is_grouped)):
@@ -75,29 +70,28 @@ def compose_paths_kernels(weight: Tensor, bias: Optional[Tensor], fc_weight: Ten
 
 def _empty_gradients(*arguments: Any) -> Eight:
     def empty(like: Optional[Tensor]) -> Tensor:
-        return arguments[6].new_empty(0) if like is None else like.new_empty(like.shape)
+        return arguments[5].new_empty(0) if like is None else like.new_empty(like.shape)
 
-    first, second, third, fourth, fifth, sixth, seventh, eighth = map(empty, arguments[6:14])
+    first, second, third, fourth, fifth, sixth, seventh, eighth = map(empty, arguments[5:13])
     return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @custom_op(_empty_gradients)
 def compose_paths_kernels_backward(
         grad_weight: Tensor, grad_bias: Optional[Tensor], grad_mixing: Optional[Tensor],
-        grad_mixing_bias: Optional[Tensor], grad_kernels: Tensor, grad_taps: Optional[Tensor],
-        weight: Tensor, bias: Optional[Tensor], fc_weight: Tensor, shift_weight: Tensor,
-        fc_bias: Optional[Tensor], attention_rate: Optional[Tensor],
-        convolution_rate: Optional[Tensor], attention_bias: Optional[Tensor],
-        is_grouped: bool) -> Eight:
-    grads = (grad_weight, grad_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps)
+        grad_kernels: Tensor, grad_taps: Optional[Tensor], weight: Tensor, bias: Optional[Tensor],
+        fc_weight: Tensor, shift_weight: Tensor, fc_bias: Optional[Tensor],
+        attention_rate: Optional[Tensor], convolution_rate: Optional[Tensor],
+        attention_bias: Optional[Tensor], is_grouped: bool) -> Eight:
+    grads = grad_weight, grad_bias, grad_mixing, grad_kernels, grad_taps
     inputs = (weight, bias, fc_weight, shift_weight, fc_bias, attention_rate, convolution_rate,
               attention_bias)
 
     def kernels() -> Eight:
         from acmix_mm.ops.path_weights.triton_kernels import compose_backward
         results = _empty_gradients(*grads, *inputs)
-        dense = [*contiguous(grads[:4]),
-                 grad_kernels.contiguous(memory_format=torch.channels_last), *contiguous(grads[5:])]
+        dense = [*contiguous(grads[:3]),
+                 grad_kernels.contiguous(memory_format=torch.channels_last), *contiguous(grads[4:])]
         with torch.cuda.device_of(weight):
             compose_backward(dense, contiguous(inputs), [present(each) for each in results],
                              group(inputs, is_grouped))
@@ -127,7 +121,7 @@ def group(inputs: tuple, is_grouped: bool) -> int:
     return group_size(len(inputs[0]) // inputs[2].shape[1]) if is_grouped else 0
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Six) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Five) -> None:
     *tensors, ctx.dtype, ctx.is_grouped = inputs
     ctx.save_for_backward(*tensors)
     # No zeros are made for the gradients of empty results.

@@ -30,15 +30,15 @@ def compose(tensors: Sequence[Any], outs: Sequence[Optional[Tensor]], group: int
         group: channels of a head in a group of the convolution; 0 for a dense one.
     """
     weight, bias, fc_weight, shift_weight, fc_bias, *rates_and_bias = tensors
-    out_weight, out_bias, mixing, mixing_bias, kernels, taps = outs
+    out_weight, out_bias, mixing, kernels, taps = outs
     inputs = weight, bias, fc_weight, fc_bias, shift_weight, *rates_and_bias
     sizes = constants(weight, fc_weight, shift_weight)
     grid = (len(shift_weight), triton.cdiv(weight.shape[1], sizes['BLOCK_IN']))
     if group == 0:
         compose_dense_kernel[grid](*inputs, out_weight, out_bias, kernels, taps, **sizes)
     else:
-        compose_grouped_kernel[grid](*inputs, out_weight, out_bias, mixing, mixing_bias, kernels,
-                                     taps, GROUP=group, **sizes)
+        compose_grouped_kernel[grid](*inputs, out_weight, out_bias, mixing, kernels, taps,
+                                     GROUP=group, **sizes)
 
 
 def compose_backward(grads: Sequence[Optional[Tensor]], tensors: Sequence[Any],
@@ -55,7 +55,7 @@ def compose_backward(grads: Sequence[Optional[Tensor]], tensors: Sequence[Any],
     inputs = weight, bias, fc_weight, fc_bias, shift_weight, *rates_and_bias
     (grad_weight, grad_bias, grad_fc_weight, grad_shift_weight, grad_fc_bias, grad_attention_rate,
      grad_convolution_rate, grad_attention_bias) = results
-    grad_out_weight, grad_out_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps = grads
+    grad_out_weight, grad_out_bias, grad_mixing, grad_kernels, grad_taps = grads
     sizes = constants(weight, fc_weight, shift_weight)
     channels, (num_shifts, num_maps) = len(shift_weight), fc_weight.shape
     # Shares of the programs in what all of them add to; the fc's bias follows its weight.
@@ -68,8 +68,8 @@ def compose_backward(grads: Sequence[Optional[Tensor]], tensors: Sequence[Any],
             grad_out_weight, grad_out_bias, grad_kernels, grad_taps, *inputs, *outputs, **sizes)
     else:
         compose_grouped_backward_kernel[(channels,)](
-            grad_out_weight, grad_out_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps,
-            *inputs, *outputs, GROUP=group, **sizes)
+            grad_out_weight, grad_out_bias, grad_mixing, grad_kernels, grad_taps, *inputs,
+            *outputs, GROUP=group, **sizes)
     columns = 16
     sum_shares_kernel[(triton.cdiv(shares.shape[1], columns) + 1,)](
         shares, rate_shares, grad_fc_weight, grad_fc_bias, grad_attention_rate,
@@ -169,6 +169,33 @@ def project(weight, bias, out_weight, out_bias, attention_rate, channel, ins,
 
 
 @triton.jit
+def tap_of_attention(attention_bias, attention_rate, channel, SHIFTS: tl.constexpr,
+                     BLOCK_SHIFTS: tl.constexpr):
+    """What each tap of a channel adds for attention's bias; zero if there is none."""
+    added = 0.0
+    if attention_bias is not None:
+        added = tl.load(attention_bias + channel).to(tl.float32) * load_rate(attention_rate)
+    # The tap in the centre lies on the map everywhere.
+    return tl.where(tl.arange(0, BLOCK_SHIFTS) == SHIFTS // 2, added, 0.0)
+
+
+@triton.jit
+def mix_biases(bias, fc_weight, fc_bias, depth, HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr,
+               BLOCK_MAPS: tl.constexpr, SHIFTS: tl.constexpr, BLOCK_SHIFTS: tl.constexpr):
+    """The fc of the biases at a depth: (shift,)."""
+    index = tl.arange(0, BLOCK_SHIFTS)
+    sums = tl.zeros((BLOCK_SHIFTS,), tl.float32)
+    if fc_bias is not None:
+        sums += load(fc_bias + index, index < SHIFTS)
+    if bias is not None:
+        for first in range(0, NUM_MAPS, BLOCK_MAPS):
+            mix = load_mixing(fc_weight, first, SHIFTS, BLOCK_SHIFTS, NUM_MAPS, BLOCK_MAPS)
+            values = load_bias(bias, first, depth, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS)
+            sums += tl.sum(mix * values[None, :], 1)
+    return sums
+
+
+@triton.jit
 def compose_dense_kernel(weight, bias, fc_weight, fc_bias, shift_weight, attention_rate,
                          convolution_rate, attention_bias, out_weight, out_bias, kernels, taps,
                          NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr,
@@ -197,10 +224,7 @@ def compose_dense_kernel(weight, bias, fc_weight, fc_bias, shift_weight, attenti
     if taps is not None:
         if fc_bias is not None:
             sum_taps += tl.sum(shifts * load(fc_bias + index, index < SHIFTS)[:, None], 0)
-        if attention_bias is not None:
-            added = tl.load(attention_bias + channel).to(tl.float32) * load_rate(attention_rate)
-            # The tap in the centre lies on the map everywhere.
-            sum_taps += tl.where(index == SHIFTS // 2, added, 0.0)
+        sum_taps += tap_of_attention(attention_bias, attention_rate, channel, SHIFTS, BLOCK_SHIFTS)
         store(taps + channel * SHIFTS + index, sum_taps, index < SHIFTS)
 
 
@@ -294,11 +318,11 @@ def compose_dense_backward_kernel(
 @triton.jit
 def compose_grouped_kernel(weight, bias, fc_weight, fc_bias, shift_weight, attention_rate,
                            convolution_rate, attention_bias, out_weight, out_bias, mixing,
-                           mixing_bias, kernels, taps, GROUP: tl.constexpr,
-                           NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr,
-                           NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr,
-                           IN_CHANNELS: tl.constexpr, SHIFTS: tl.constexpr,
-                           BLOCK_SHIFTS: tl.constexpr, BLOCK_IN: tl.constexpr):
+                           kernels, taps, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr,
+                           HEAD_DIMS: tl.constexpr, NUM_MAPS: tl.constexpr,
+                           BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr,
+                           SHIFTS: tl.constexpr, BLOCK_SHIFTS: tl.constexpr,
+                           BLOCK_IN: tl.constexpr):
     """The first program of a depth also computes its rows of the linear layer."""
     channel = tl.program_id(0)
     depth = channel // NUM_HEADS
@@ -313,36 +337,31 @@ def compose_grouped_kernel(weight, bias, fc_weight, fc_bias, shift_weight, atten
         place = ((channel * SHIFTS + index[None, :]) * GROUP + each) * SHIFTS + index[:, None]
         store(kernels + place, tl.where(each == depth % GROUP, shifts, 0.0),
               is_shift[:, None] & is_shift[None, :])
-    if attention_bias is not None:
-        added = tl.load(attention_bias + channel).to(tl.float32) * load_rate(attention_rate)
-        tl.store(taps + channel, added.to(taps.dtype.element_ty))
+    if taps is not None:
+        biases = mix_biases(bias, fc_weight, fc_bias, depth, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS,
+                            SHIFTS, BLOCK_SHIFTS)
+        sum_taps = tl.sum(shifts * biases[:, None], 0)
+        sum_taps += tap_of_attention(attention_bias, attention_rate, channel, SHIFTS, BLOCK_SHIFTS)
+        store(taps + channel * SHIFTS + index, sum_taps, is_shift)
 
     if channel % NUM_HEADS == 0:
         sums = tl.zeros((BLOCK_SHIFTS, BLOCK_IN), tl.float32)
-        sum_bias = tl.zeros((BLOCK_SHIFTS,), tl.float32)
-        if fc_bias is not None:
-            sum_bias += load(fc_bias + index, is_shift)
         for first in range(0, NUM_MAPS, BLOCK_MAPS):
             mix = load_mixing(fc_weight, first, SHIFTS, BLOCK_SHIFTS, NUM_MAPS, BLOCK_MAPS)
             values = load_projections(weight, first, depth, ins, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS,
                                       IN_CHANNELS)
             sums += multiply(mix, values)
-            if bias is not None:
-                values = load_bias(bias, first, depth, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS)
-                sum_bias += tl.sum(mix * values[None, :], 1)
         rows = depth * SHIFTS + index
         store(mixing + rows[:, None] * IN_CHANNELS + ins[None, :], sums,
               is_shift[:, None] & (ins < IN_CHANNELS)[None, :])
-        if mixing_bias is not None:
-            store(mixing_bias + rows, sum_bias, is_shift)
 
 
 @triton.jit
 def compose_grouped_backward_kernel(
-        grad_out_weight, grad_out_bias, grad_mixing, grad_mixing_bias, grad_kernels, grad_taps,
-        weight, bias, fc_weight, fc_bias, shift_weight, attention_rate, convolution_rate,
-        attention_bias, grad_weight, grad_bias, grad_shift_weight, grad_attention_bias, shares,
-        rate_shares, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr,
+        grad_out_weight, grad_out_bias, grad_mixing, grad_kernels, grad_taps, weight, bias,
+        fc_weight, fc_bias, shift_weight, attention_rate, convolution_rate, attention_bias,
+        grad_weight, grad_bias, grad_shift_weight, grad_attention_bias, shares, rate_shares,
+        GROUP: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIMS: tl.constexpr,
         NUM_MAPS: tl.constexpr, BLOCK_MAPS: tl.constexpr, IN_CHANNELS: tl.constexpr,
         SHIFTS: tl.constexpr, BLOCK_SHIFTS: tl.constexpr, BLOCK_IN: tl.constexpr):
     channel = tl.program_id(0)
@@ -351,8 +370,17 @@ def compose_grouped_backward_kernel(
     is_shift = index < SHIFTS
     rows = depth * SHIFTS + index
     shares += depth * SHIFTS * (NUM_MAPS + 1)
-    factor = load_rate(attention_rate)
+    rate, factor = load_rate(convolution_rate), load_rate(attention_rate)
     share = 0.0
+    # The gradient of what mix_biases returns.
+    grad_biases = tl.zeros((BLOCK_SHIFTS,), tl.float32)
+    if grad_taps is not None:
+        for each in range(NUM_HEADS):
+            other = depth * NUM_HEADS + each
+            grads = load(grad_taps + other * SHIFTS + index, is_shift)
+            grad_biases += tl.sum(
+                load_shifts(shift_weight, other, SHIFTS, BLOCK_SHIFTS) * grads[None, :], 1)
+        grad_biases *= rate
     for part in tl.static_range(3):
         row = (part * NUM_HEADS + head) * HEAD_DIMS + depth
         mix = load(fc_weight + index * NUM_MAPS + part * NUM_HEADS + head, is_shift)
@@ -375,24 +403,27 @@ def compose_grouped_backward_kernel(
             if part == 2:
                 share += grad_value * value
                 grad_value *= factor
-            grads_of_bias = load(grad_mixing_bias + rows, is_shift)
-            grad_mix += grads_of_bias * value
-            grad_value += tl.sum(mix * grads_of_bias, 0)
+            grad_mix += grad_biases * value
+            grad_value += tl.sum(mix * grad_biases, 0)
             tl.store(grad_bias + row, grad_value.to(grad_bias.dtype.element_ty))
         store(shares + index * (NUM_MAPS + 1) + part * NUM_HEADS + head, grad_mix, is_shift)
     if fc_bias is not None:
-        store(shares + index * (NUM_MAPS + 1) + NUM_MAPS, load(grad_mixing_bias + rows, is_shift),
-              is_shift & (head == 0))
+        store(shares + index * (NUM_MAPS + 1) + NUM_MAPS, grad_biases, is_shift & (head == 0))
 
     place = ((channel * SHIFTS + index[None, :]) * GROUP + depth % GROUP) * SHIFTS + index[:, None]
     mask = is_shift[:, None] & is_shift[None, :]
     grad_shifts = load(grad_kernels + place, mask)
+    if grad_taps is not None:
+        biases = mix_biases(bias, fc_weight, fc_bias, depth, HEAD_DIMS, NUM_MAPS, BLOCK_MAPS,
+                            SHIFTS, BLOCK_SHIFTS)
+        grads_of_taps = load(grad_taps + channel * SHIFTS + index, is_shift)
+        grad_shifts += biases[:, None] * grads_of_taps[None, :]
     shifts = load_shifts(shift_weight, channel, SHIFTS, BLOCK_SHIFTS)
     tl.store(rate_shares + 2 * channel + 1, tl.sum(tl.sum(shifts * grad_shifts, 1), 0))
     store(grad_shift_weight + channel * SHIFTS * SHIFTS + index[:, None] * SHIFTS + index[None, :],
-          grad_shifts * load_rate(convolution_rate), mask)
+          grad_shifts * rate, mask)
     if attention_bias is not None:
-        grad_value = tl.load(grad_taps + channel).to(tl.float32)
+        grad_value = tl.load(grad_taps + channel * SHIFTS + SHIFTS // 2).to(tl.float32)
         share += grad_value * tl.load(attention_bias + channel).to(tl.float32)
         tl.store(grad_attention_bias + channel,
                  (grad_value * factor).to(grad_attention_bias.dtype.element_ty))

@@ -69,7 +69,7 @@ def attend_triton_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out
 
     def kernels() -> Tensor:
         from acmix_mm.ops.sliding_attention.triton_kernels import attend_backward
-        grad_qkv = torch.zeros_like(qkv) if stride > 1 else torch.empty_like(qkv)
+        grad_qkv = torch.empty_like(qkv)
         with torch.cuda.device_of(qkv):
             attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, *geometry)
         return grad_qkv

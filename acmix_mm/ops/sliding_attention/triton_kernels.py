@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from acmix_mm.ops.backend import matmul_precision
-from acmix_mm.ops.reflection import add_reflected_border
 from acmix_mm.ops.sliding_attention import strip_kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -24,7 +23,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # 99 KiB of shared memory, found by compiling.
 TILINGS = ((64, 8, 64), (256, 8, 32), (512, 4, 32))
 # Training on images of several sizes would compile the kernels again for some of them.
-SIZES = ('height', 'width', 'out_height', 'out_width', 'tiles_down', 'tiles_across')
+SIZES = ('height', 'width', 'out_height', 'out_width', 'tiles_down', 'tiles_across', 'batch',
+         'blocks', 'copies_across', 'copies')
+# Positions of a row, and most channels, that a program folds.
+FOLDED_COLUMNS, MAX_FOLDED_CHANNELS = 32, 64
 
 
 def fits(head_dims: int, dtype: torch.dtype) -> bool:
@@ -62,10 +64,7 @@ def attend(qkv: Tensor, positions: Tensor, out: Tensor, log_sum: Tensor, kernel_
 def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tensor,
                     log_sum: Tensor, grad_qkv: Tensor, kernel_size: int, stride: int,
                     dilation: int, scale: float) -> None:
-    """Write the gradient to ``grad_qkv``, in the strides of ``qkv``.
-
-    With a stride, the queries without an output are left as they are.
-    """
+    """Write the gradient to ``grad_qkv``, in the strides of ``qkv``."""
     q, k, v = qkv.unbind(3)
     if strip_kernels.covers(q, kernel_size, stride, dilation):
         strip_kernels.attend_backward(grad_out, qkv, positions, out, log_sum, grad_qkv, kernel_size,
@@ -87,8 +86,28 @@ def attend_backward(grad_out: Tensor, qkv: Tensor, positions: Tensor, out: Tenso
     grad_keys_kernel[tiling.programs(tiles)](
         q, k, v, positions, grad_out, log_sum, mean, *padded, *q.stride(), height, width,
         *out.shape[1:4], *tiles, scale, **tiling.constants(tiling.queries_across))
-    inner = add_reflected_border(add_reflected_border(padded, 2, height, reach), 3, width, reach)
-    grad_qkv[:, :, :, 1:].copy_(inner.movedim(0, 3))
+    fold(padded, grad_qkv, reach, stride)
+
+
+def fold(padded: Tensor, grad_qkv: Tensor, reach: int, stride: int) -> None:
+    """Write the gradients of keys and values, and zero for queries without an output.
+
+    Args:
+        padded: those of a map with reflection padding, (2, batch, height + 2 · reach, width +
+            2 · reach, num_heads, head_dims), contiguous.
+        grad_qkv: output, (batch, height, width, 3, num_heads, head_dims), any strides.
+        reach: width of the padding.
+        stride: distance between queries.
+    """
+    batch, height, width, _, num_heads, head_dims = grad_qkv.shape
+    channels = num_heads * head_dims
+    block = min(triton.next_power_of_2(channels), MAX_FOLDED_CHANNELS)
+    blocks = triton.cdiv(width, FOLDED_COLUMNS)
+    down, across = (2 * (2 * reach // max(2 * (extent - 1), 1)) + 3 for extent in (height, width))
+    fold_kernel[(batch * height * blocks, triton.cdiv(channels, block), 2 if stride == 1 else 3)](
+        padded, grad_qkv, *grad_qkv.stride(), batch, height, width, blocks, across, down * across,
+        CHANNELS=channels, HEAD_DIMS=head_dims, BLOCK_CHANNELS=block, COLUMNS=FOLDED_COLUMNS,
+        REACH=reach, STRIDE=stride)
 
 
 def row_bytes(head_dims: int, dtype: torch.dtype) -> int:
@@ -369,3 +388,56 @@ def grad_keys_kernel(q, k, v, positions, grad_out, log_sum, mean, grad_k, grad_v
              (sum_k * scale).to(grad_k.dtype.element_ty), mask=own_mask)
     tl.store(grad_v + place_key[:, None] + dims[None, :], sum_v.to(grad_v.dtype.element_ty),
              mask=own_mask)
+
+
+@triton.jit
+def find_copy(position, turn, extent, REACH: tl.constexpr):
+    """A position that reflects to another, once or repeatedly, and whether the padding has it.
+
+    Args:
+        position: from zero to ``extent``.
+        turn: zero for the position itself; otherwise the number of ends at which it is reflected,
+            negative if the last one is the first.
+        extent: length of the axis without its padding.
+        REACH: width of the padding.
+    """
+    is_odd = turn % 2 != 0
+    period = tl.maximum(2 * (extent - 1), 1)
+    copy = tl.where(is_odd, -position, position) + ((turn + 1) >> 1) * period
+    # Those at both ends are their own reflections.
+    is_other = (turn % 2 == 0) | ((position > 0) & (position < extent - 1))
+    return copy, is_other & (copy >= -REACH) & (copy < extent + REACH)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fold_kernel(padded, grad_qkv, stride_b, stride_y, stride_x, stride_part, stride_n, stride_d,
+                batch, height, width, blocks, copies_across, copies, CHANNELS: tl.constexpr,
+                HEAD_DIMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+                REACH: tl.constexpr, STRIDE: tl.constexpr):
+    """Programs of the grid's third axis write keys, values, and queries without an output."""
+    rest, part = tl.program_id(0), tl.program_id(2)
+    column, rest = rest % blocks * COLUMNS + tl.arange(0, COLUMNS), rest // blocks
+    row, image = rest % height, (rest // height).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask = (column < width)[:, None] & (channels < CHANNELS)[None, :]
+    place = grad_qkv + image * stride_b + row * stride_y + (column * stride_x)[:, None]
+    place += (channels // HEAD_DIMS * stride_n + channels % HEAD_DIMS * stride_d)[None, :]
+    sums = tl.zeros((COLUMNS, BLOCK_CHANNELS), tl.float32)
+    if part == 2:
+        has_output = (row % STRIDE == 0) & (column % STRIDE == 0)
+        tl.store(place, sums.to(grad_qkv.dtype.element_ty), mask=mask & ~has_output[:, None])
+    else:
+        padded_width = width + 2 * REACH
+        padded += (part * batch + image) * (height + 2 * REACH) * padded_width * CHANNELS
+        copies_down = copies // copies_across
+        index = 0
+        while index < copies:
+            turn_y, turn_x = index // copies_across, index % copies_across
+            copy_y, is_row = find_copy(row, turn_y - copies_down // 2, height, REACH)
+            copy_x, is_column = find_copy(column, turn_x - copies_across // 2, width, REACH)
+            if is_row:
+                copy = (copy_y + REACH) * padded_width + copy_x + REACH
+                sums += tl.load(padded + copy[:, None] * CHANNELS + channels[None, :],
+                                mask=mask & is_column[:, None], other=0.0).to(tl.float32)
+            index += 1
+        tl.store(place + (part + 1) * stride_part, sums.to(grad_qkv.dtype.element_ty), mask=mask)

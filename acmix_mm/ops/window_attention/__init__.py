@@ -6,6 +6,7 @@ shift are those of Swin, arXiv 2103.14030, section 3.2.
 
 from typing import Callable, Optional
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from acmix_mm.ops.backend import (
@@ -24,10 +25,14 @@ from acmix_mm.ops.window_attention.masks import MASKED_LOGIT
 from acmix_mm.ops.window_attention.padding import padding_first
 from acmix_mm.ops.window_attention.reference import window_attention_reference
 from acmix_mm.ops.window_attention.sdpa import window_attention_sdpa
-from acmix_mm.ops.window_attention.triton import has_kernel, window_attention_triton
+from acmix_mm.ops.window_attention.triton import (
+    attend_projections_triton,
+    has_kernel,
+    window_attention_triton,
+)
 
-__all__ = ['MASKED_LOGIT', 'pads_in_place', 'rolls_in_place', 'window_attention',
-           'window_attention_and_map']
+__all__ = ['MASKED_LOGIT', 'pads_in_place', 'projected_window_attention', 'rolls_in_place',
+           'window_attention', 'window_attention_and_map']
 
 
 def window_attention(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], *,
@@ -89,6 +94,42 @@ def window_attention_and_map(qkv: Tensor, bias: Tensor, window_size: tuple[int, 
     if run is window_attention_chunked:
         return window_attention_and_map_chunked(*arguments)
     return run(*arguments), qkv
+
+
+def projected_window_attention(x: Tensor, weight: Tensor, bias: Optional[Tensor],
+                               position_bias: Tensor, window_size: tuple[int, int], *,
+                               shift_size: int = 0, scale: Optional[float] = None,
+                               backend: Optional[str] = None) -> tuple[Tensor, Tensor]:
+    """:func:`window_attention` of the projections of a map that another operator reads, too.
+
+    In the backward pass, ``'triton'`` adds to the other's gradient in place, and sums the gradient
+    of the projections' bias over the map and its padding at once.
+
+    Args:
+        x: a map that has been rolled by ``-shift_size`` without padding, (batch, height, width,
+            in_channels), any floating dtype.
+        weight: of the projections, (3 · channels, in_channels), of the dtype of ``x``.
+        bias: of the projections, (3 · channels,), of the dtype of ``x``, or None.
+        position_bias: see :func:`window_attention`.
+        window_size: see there.
+        shift_size: see there.
+        scale: see there.
+        backend: see there.
+
+    Returns:
+        The output, (batch, height, width, channels), rolled as ``x``; and ``x``, which the other
+        operator should read. Its gradient must be a new tensor, as that of a convolution or a
+        product is, and that of a sum is not.
+    """
+    qkv = F.linear(x, weight, bias).unflatten(3, (3, len(position_bias), -1))
+    padding = qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
+    run, arguments = _prepare(qkv, position_bias, window_size, shift_size, padding, True, scale,
+                              0.0, backend)
+    if run is window_attention_triton:
+        *_, scale, _ = arguments
+        return attend_projections_triton(x, weight, bias, qkv, position_bias, padding, window_size,
+                                         shift_size, scale)
+    return run(*arguments), x
 
 
 def _prepare(qkv: Tensor, bias: Tensor, window_size: tuple[int, int], shift_size: int,

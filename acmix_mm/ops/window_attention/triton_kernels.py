@@ -45,14 +45,39 @@ def fits(window_size: Sequence[int], head_dims: int, dtype: torch.dtype) -> bool
     return block_dims(head_dims) * dtype.itemsize <= most_bytes
 
 
-def attend(qkv: Tensor, bias: Tensor, padding: Tensor, out: Tensor, window_size: Sequence[int],
+def shape_of_biases(num_heads: int, window_size: Sequence[int], shift_size: int) -> list[int]:
+    """Shape of what is added to the logits, in tiles: (kinds, num_heads, keys, keys).
+
+    The kinds of windows in a shifted map are those of
+    :func:`acmix_mm.ops.window_attention.masks.edge_masks`; otherwise there is one.
+    """
+    keys = block_keys(window_size)
+    return [4 if shift_size else 1, num_heads, keys, keys]
+
+
+def fill_biases(bias: Tensor, biases: Tensor, window_size: Sequence[int], shift_size: int) -> None:
+    """Write what is added to the logits.
+
+    Args:
+        bias: (num_heads, area, area), any dtype and strides.
+        biases: output, of the shape that :func:`shape_of_biases` returns, float32, contiguous.
+        window_size: (height, width) of a window.
+        shift_size: see :func:`acmix_mm.ops.window_attention`.
+    """
+    kinds, num_heads, keys, _ = biases.shape
+    biases_kernel[(kinds * num_heads, keys // 16)](
+        bias, biases, *bias.stride(), num_heads, bias.shape[1], *window_size, shift_size, KEYS=keys,
+        ROWS=16)
+
+
+def attend(qkv: Tensor, biases: Tensor, padding: Tensor, out: Tensor, window_size: Sequence[int],
            shift_size: int, is_rolled: bool, is_padded: bool, scale: float) -> None:
     """Attend within the windows of a map.
 
     Args:
         qkv: (batch, height, width, 3, num_heads, head_dims), float16, bfloat16 or float32,
             contiguous.
-        bias: (num_heads, area, area), any dtype and strides.
+        biases: from :func:`fill_biases`.
         padding: queries, keys and values of positions outside of the map, (3, num_heads,
             head_dims), contiguous, any dtype.
         out: output, (batch, height, width, num_heads · head_dims), contiguous.
@@ -63,33 +88,32 @@ def attend(qkv: Tensor, bias: Tensor, padding: Tensor, out: Tensor, window_size:
         scale: factor of the logits.
     """
     tiling = Tiling(qkv, window_size, shift_size, is_rolled, is_padded)
-    attend_kernel[tiling.grid](qkv, tiling.biases(bias), padding, out, *tiling.sizes, scale,
+    attend_kernel[tiling.grid](qkv, biases, padding, out, *tiling.sizes, scale,
                                **tiling.constants)
 
 
-def attend_backward(grad_out: Tensor, qkv: Tensor, bias: Tensor, padding: Tensor,
+def attend_backward(grad_out: Tensor, qkv: Tensor, biases: Tensor, padding: Tensor,
                     window_size: Sequence[int], shift_size: int, is_rolled: bool, is_padded: bool,
-                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``qkv``, of ``bias`` in float32, and of ``padding``.
+                    scale: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of all positions, (positions, 3, num_heads, head_dims), and of the bias.
 
-    See :func:`attend`; ``grad_out`` is contiguous, too.
+    Those on the map come first. The gradient of the bias is in float32. See :func:`attend`;
+    ``grad_out`` is contiguous, too.
     """
     tiling = Tiling(qkv, window_size, shift_size, is_rolled, is_padded)
-    biases = tiling.biases(bias)
     # Of the positions of all maps, and of those of the padding.
-    positions, area = qkv.shape[:3].numel(), bias.shape[1]
+    positions, area = qkv.shape[:3].numel(), window_size[0] * window_size[1]
     grads = qkv.new_empty(positions + tiling.padded, *padding.shape)
     shares = qkv.new_empty(tiling.shares, *biases.shape[1:], dtype=torch.float32)
     # Of each softmax: the logarithm of its sum, and the mean that its gradient subtracts.
-    sums = qkv.new_empty(2, 0 if tiling.blocks == 1 else tiling.windows, *bias.shape[:2],
+    sums = qkv.new_empty(2, 0 if tiling.blocks == 1 else tiling.windows, qkv.shape[4], area,
                          dtype=torch.float32)
     grad_queries_kernel[tiling.grid](qkv, biases, padding, grad_out, grads, shares, *sums,
                                      *tiling.sizes, scale, **tiling.backward_constants)
     if tiling.blocks > 1:
         grad_keys_kernel[tiling.grid](qkv, biases, padding, grad_out, grads, *sums, *tiling.sizes,
                                       scale, **tiling.backward_constants)
-    return (grads[:positions].view(qkv.shape), shares[:, :, :area, :area].sum(0),
-            grads[positions:].sum(0, dtype=padding.dtype))
+    return grads, shares[:, :, :area, :area].sum(0)
 
 
 def block_dims(head_dims: int) -> int:
@@ -128,26 +152,11 @@ class Tiling:
                               KEYS=keys, PRECISION=matmul_precision(), num_warps=warps)
         self.backward_constants = dict(self.constants, maxnreg=MOST_REGISTERS[qkv.element_size()])
 
-    def biases(self, bias: Tensor) -> Tensor:
-        """What is added to the logits, in tiles.
-
-        Returns:
-            (kinds, num_heads, keys, keys), float32. The kinds of windows in a shifted map are
-            those of :func:`acmix_mm.ops.window_attention.masks.edge_masks`; otherwise there is one.
-        """
-        num_heads, area, keys = len(bias), bias.shape[1], self.constants['KEYS']
-        biases = bias.new_empty(4 if self.shift_size else 1, num_heads, keys, keys,
-                                dtype=torch.float32)
-        biases_kernel[(len(biases) * num_heads, keys // 16)](
-            bias, biases, *bias.stride(), num_heads, area, *self.window_size, self.shift_size,
-            KEYS=keys, ROWS=16)
-        return biases
-
 
 @triton.jit(do_not_specialize=SIZES)
 def biases_kernel(bias, biases, stride_n, stride_q, stride_k, num_heads, area, window_height,
                   window_width, shift, KEYS: tl.constexpr, ROWS: tl.constexpr):
-    """Add the masks of windows in a shifted map to the bias, in tiles; see Tiling.biases."""
+    """Add the masks of windows in a shifted map to the bias, in tiles."""
     kind, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     queries = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     keys = tl.arange(0, KEYS)
@@ -175,7 +184,7 @@ def own_places(block, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def describe(window, height, width, down, across, window_height, window_width, shift, offset):
-    """Kind of a window, see Tiling.biases, and whether it may have padding."""
+    """Kind of a window, see shape_of_biases, and whether it may have padding."""
     row, column = window // across % down, window % across
     kind = tl.where(row == down - 1, 2, 0) + tl.where(column == across - 1, 1, 0)
     is_beyond = (((row + 1) * window_height + offset > height) |
