@@ -28,7 +28,7 @@ def segment(model: str, source: str, target: str) -> None:
 
         problem = f'{model} cannot run on {source}'
         size = steps['scale'] or image.size
-        if steps['scale'] and steps['keep_ratio']:
+        if steps['keep_ratio']:
             factor = min(max(size) / max(image.size), min(size) / min(image.size))
             size = [int(side * factor + 0.5) for side in image.size]
         # Files for images of one size have numbers in place of the names of these axes.
@@ -58,11 +58,10 @@ def write(target: Path, image: Image.Image, contents: object) -> None:
     if any(file.is_dir() for file in files):
         raise IsADirectoryError('there is a directory of this name')
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        written = [Path(folder, file.name) for file in files]
-        image.save(written[0])
-        written[1].write_text(json.dumps(contents))
-        for new, file in zip(written, files):
-            new.replace(file)
+        image.save(Path(folder, target.name))
+        Path(folder, files[1].name).write_text(json.dumps(contents))
+        for file in files:
+            Path(folder, file.name).replace(file)
 
 
 if __name__ == '__main__':

@@ -99,14 +99,21 @@ class DynamicWindowACmix(WindowACmix):
         batch, height, width = qkv.shape[:3]
         side = self.window_size
         grid = (height // side, width // side)
-        q, k, v = divide_into_windows(qkv, (side, side)).flatten(2, 3)
-        edges = edge_masks(side, side, self.shift_size, qkv.dtype, qkv.device)
-        at_end = [is_last(windows, qkv.device) for windows in grid]
-        mask = edges[torch.meshgrid(*at_end, indexing='ij')].flatten(0, 1)[:, None] * is_larger
+        windows, mask = divide_into_windows(qkv, (side, side)), self.position_bias((side, side))
+        if self.shift_size:
+            edges = edge_masks(side, side, self.shift_size, qkv.dtype, qkv.device)
+            mask = mask + edges[:, :, None] * is_larger
         position = torch.arange(side, device=qkv.device)
         is_padding = ((position[:, None] >= size[0]) | (position >= size[1])).flatten() & ~is_larger
-        mask = (mask + self.position_bias((side, side))).masked_fill(is_padding, -torch.inf)
-        out = F.scaled_dot_product_attention(q, k, v, mask.flatten(0, 1)[None], scale=self.scale)
+        mask = mask.masked_fill(is_padding, -torch.inf)
+        if self.shift_size:
+            # Each window has its own mask, shared by the batch: windows join the axis of heads.
+            at_end = [is_last(number, qkv.device) for number in grid]
+            mask = mask[torch.meshgrid(*at_end, indexing='ij')].flatten(0, 2)
+            q, k, v = windows.flatten(2, 3)
+        else:
+            q, k, v = windows.flatten(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, mask[None], scale=self.scale)
         return join_windows(out.reshape(batch, *grid, self.num_heads, side, side, self.head_dims))
 
     def convolve_rolled(self, x: Tensor, qkv: Tensor, shift: Tensor) -> Tensor:

@@ -315,6 +315,7 @@ def export_onnx(network: nn.Module, out: str, shape: tuple[int, int], fixed_size
         if with_preprocessing:
             add_preprocessing(onnx.model, steps, given if fixed_size else None)
         onnx.model.metadata_props.update(metadata(cfg, network, steps, with_preprocessing, side))
+        forget_shapes(onnx.model)
         onnx.save(temporary, external_data=False)
         if images is not None:
             print(f'Quantising to 8 bits, calibrated on {len(images)} images …', flush=True)
@@ -401,7 +402,24 @@ def simplify(model: 'onnx_ir.Model') -> None:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(), common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(), common.OutputFixPass(), common.NameFixPass(),
+        # The exporter's notes on each node, stack traces with the paths of this machine included.
+        common.ClearMetadataAndDocStringPass(),
     )(model)
+
+
+def forget_shapes(model: 'onnx_ir.Model') -> None:
+    """Remove the types and shapes of all values between inputs and outputs.
+
+    ONNX Runtime would plan to reuse the memory of a tensor for later ones of the same shape, and
+    keep it until then, so that all shapes of a stage are in memory at once.
+    """
+    values = list(model.graph.initializers.values())
+    for node in model.graph.all_nodes():
+        values.extend(node.outputs)
+    for value in values:
+        if not value.is_graph_output():
+            value.type = value.shape = None
+            value.metadata_props.clear()
 
 
 def output_names(network: nn.Module) -> list[str]:

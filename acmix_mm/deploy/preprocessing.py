@@ -173,7 +173,6 @@ def connect(model: 'onnx_ir.Model', new_input: 'onnx_ir.Value', graph: Graph,
             *values: 'onnx_ir.Value') -> None:
     """Compute the inputs of a graph, ``values``, from another input."""
     for old, new in zip(list(model.graph.inputs), values):
-        new.shape, new.type = old.shape, old.type
         old.replace_all_uses_with(new)
     model.graph.inputs[:] = [new_input]
     model.graph.insert_before(model.graph[0], graph.nodes)

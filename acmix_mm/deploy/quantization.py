@@ -103,6 +103,8 @@ def quantize(path: str, images: CalibrationImages) -> None:
     model = onnx.load(path)
     del model.metadata_props[:]
     model.metadata_props.extend(metadata)
+    # As in the file in float32.
+    del model.graph.value_info[:]
     onnx.save(model, path)
 
 
