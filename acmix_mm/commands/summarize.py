@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--reach', nargs='+', type=number_pair, default=[],
                         metavar='MIXER=NUMBER',
                         help='with --sweep: mark a place on its axis for each mixer, such as half '
-                        'the side of the effective receptive field that receptive_field prints')
+                        'the side of a receptive field that receptive_field prints')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder to write to')
 
 

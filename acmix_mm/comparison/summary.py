@@ -152,7 +152,7 @@ def draw_tasks(reports: Reports) -> Figure:
 def draw_sweep(reports: Reports, heading: str, reach: Mapping[str, float]) -> Figure:
     """Draw each metric against the number that the labels are, with a line for each mixer.
 
-    Vertical lines mark ``reach``, in the colours of the mixers.
+    Vertical lines mark ``reach``, in the colour of the mixer, or of the first with this reach.
     """
     mixers, metrics = all_mixers(reports), all_metrics(reports)
     figure = Figure(figsize=(8, 4.8 * len(metrics)), layout='constrained')
@@ -165,15 +165,17 @@ def draw_sweep(reports: Reports, heading: str, reach: Mapping[str, float]) -> Fi
         panel.set(xlabel=heading, ylabel=axis_label(metric))
         panel.set_xticks(places)
         panel.grid(alpha=0.3)
-        for mixer, place in reach.items():
-            panel.axvline(place, color=STYLES[mixer]['color'], linewidth=1.2,
-                          linestyle=STYLES[mixer]['linestyle'])
-            panel.text(place, 1.01, mixer, rotation=45, fontsize='small',
-                       color=STYLES[mixer]['color'], transform=panel.get_xaxis_transform(),
+        for place in sorted(set(reach.values())):
+            here = [mixer for mixer in reach if reach[mixer] == place]
+            style = STYLES[here[0]]
+            panel.axvline(place, color=style['color'], linewidth=1.2,
+                          linestyle=style['linestyle'])
+            panel.text(place, 1.01, ', '.join(here), rotation=45, fontsize='small',
+                       color=style['color'], transform=panel.get_xaxis_transform(),
                        horizontalalignment='left', verticalalignment='bottom')
     title = deviation_title(reports)
     if reach:
-        title = ', '.join([*filter(None, [title]), 'vertical lines: effective receptive field'])
+        title = ', '.join([*filter(None, [title]), 'vertical lines: reach'])
     add_legend(figure, panels, title)
     return figure
 

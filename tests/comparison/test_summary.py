@@ -77,13 +77,13 @@ def test_figure_of_tasks(folders):
 
 def test_figure_of_a_sweep(folders):
     reports = {label: read_reports(folders)[label] for label in ('4', '8')}
-    (panel,) = draw_sweep(reports, 'distance', dict(attn=6.)).axes
+    (panel,) = draw_sweep(reports, 'distance', dict(attn=6., acmix=6.)).axes
     conv, acmix, attn, reach = panel.lines
     np.testing.assert_allclose(conv.get_xydata(), [(4, 41), (8, 22)])
     np.testing.assert_allclose(attn.get_xydata(), [(4, 50.5), (8, 30)])
     assert np.isnan(acmix.get_ydata()).all()
     assert reach.get_xdata() == [6, 6] and reach.get_color() == attn.get_color()
-    assert [text.get_text() for text in panel.texts] == ['attn']
+    assert [text.get_text() for text in panel.texts] == ['attn, acmix']
     # Without a deviation, the band has no width.
     ends = panel.collections[1].get_paths()[0].vertices
     assert np.ptp(ends[ends[:, 0] == 8][:, 1]) == 0
