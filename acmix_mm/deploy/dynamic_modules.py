@@ -6,6 +6,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmcv.cnn.bricks.transformer import AdaptivePadding
 from torch import Tensor, nn
 
@@ -187,6 +188,10 @@ def dynamic_module(module: nn.Module) -> nn.Module:
         replaced = DynamicWindowACmix.__new__(DynamicWindowACmix)
         replaced.__dict__ = module.__dict__
         return replaced
+    if isinstance(module, ConvModule) and type(module.conv) is nn.Conv2d and (
+            module.order == ('conv', 'norm', 'act')):
+        # Batch norm depends on whether there are no boxes.
+        return fuse_conv_bn(module)
     if type(module).__name__ == 'FPN' and not module.add_extra_convs:
         return DynamicFPN(module)
     if isinstance(module, AdaptivePadding) and (
