@@ -34,7 +34,7 @@ from acmix_mm.ops.window_attention import (
     rolls_in_place,
     window_attention_and_map,
 )
-from acmix_mm.ops.window_attention.padding import drop_padding, pad_to_windows, roll
+from acmix_mm.ops.window_attention.padding import drop_padding, pad_to_windows, padding_values, roll
 
 
 class WindowACmix(TwoPathLayer):
@@ -149,7 +149,7 @@ class WindowACmix(TwoPathLayer):
         window_size, shift_size = self.window_and_shift(projected.size)
         out, projected.qkv = window_attention_and_map(
             projected.qkv, self.position_bias(window_size), window_size, shift_size=shift_size,
-            padding=None if projected.is_padded else padding(projected.qkv, self.qkv.bias),
+            padding=None if projected.is_padded else padding_values(projected.qkv, self.qkv.bias),
             is_rolled=projected.is_rolled, scale=self.scale, dropout_p=self.attention_dropout)
         out = scaled_linear(self.attention_rate, out, self.proj)
         return drop_padding(out, projected.size, shift_size) if projected.is_padded else out
@@ -273,16 +273,6 @@ class Projections:
     size: Sequence[int]
     is_padded: bool
     is_rolled: bool
-
-
-def padding(qkv: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """Queries, keys and values of a padded position, (3, num_heads, head_dims).
-
-    Args:
-        qkv: those of the map, (batch, height, width, 3, num_heads, head_dims).
-        bias: of the projections, or None.
-    """
-    return qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
 
 
 def relative_position_index(window_size: int) -> Tensor:

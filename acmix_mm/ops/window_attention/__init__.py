@@ -22,7 +22,7 @@ from acmix_mm.ops.window_attention.chunked import (
     window_attention_chunked,
 )
 from acmix_mm.ops.window_attention.masks import MASKED_LOGIT
-from acmix_mm.ops.window_attention.padding import padding_first
+from acmix_mm.ops.window_attention.padding import padding_first, padding_values
 from acmix_mm.ops.window_attention.reference import window_attention_reference
 from acmix_mm.ops.window_attention.sdpa import window_attention_sdpa
 from acmix_mm.ops.window_attention.triton import (
@@ -122,7 +122,7 @@ def projected_window_attention(x: Tensor, weight: Tensor, bias: Optional[Tensor]
         product is, and that of a sum is not.
     """
     qkv = F.linear(x, weight, bias).unflatten(3, (3, len(position_bias), -1))
-    padding = qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
+    padding = padding_values(qkv, bias)
     run, arguments = _prepare(qkv, position_bias, window_size, shift_size, padding, True, scale,
                               0.0, backend)
     if run is window_attention_triton:

@@ -46,6 +46,16 @@ def fill_to_windows(maps: Tensor, values: Tensor, window_size: Sequence[int]) ->
     return padded
 
 
+def padding_values(qkv: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """Queries, keys and values of a padded position, (3, num_heads, head_dims).
+
+    Args:
+        qkv: those of the map, (batch, height, width, 3, num_heads, head_dims).
+        bias: of the projections, or None.
+    """
+    return qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
+
+
 def padding_of(size: Sequence[int], window_size: Sequence[int]) -> tuple[int, int]:
     """Rows at the bottom and columns at the right that a map lacks of whole windows."""
     bottom, right = ((extent + side - 1) // side * side - extent

@@ -13,7 +13,7 @@ from acmix_mm.ops.caching import is_compiling
 from acmix_mm.ops.custom_op import custom_op
 from acmix_mm.ops.linear import product_gradients
 from acmix_mm.ops.window_attention.chunked import attend_windows, attend_windows_backward
-from acmix_mm.ops.window_attention.padding import padding_of, roll
+from acmix_mm.ops.window_attention.padding import padding_of, padding_values, roll
 
 
 def window_attention_triton(qkv: Tensor, bias: Tensor, padding: Optional[Tensor],
@@ -215,8 +215,7 @@ def _attend_projections_in_torch(x: Tensor, weight: Tensor, bias: Optional[Tenso
     """The same as attend_projections_triton, in operations whose gradients can be differentiated.
     """
     qkv = F.linear(x, weight, bias).unflatten(3, (3, len(position_bias), -1))
-    padding = qkv.new_zeros(qkv.shape[3:]) if bias is None else bias.view(qkv.shape[3:])
-    return _attend_in_torch(qkv, position_bias, padding, *geometry)
+    return _attend_in_torch(qkv, position_bias, padding_values(qkv, bias), *geometry)
 
 
 _attend = differentiable(attend_windows_triton, _setup_context, _gradients)
