@@ -52,10 +52,10 @@ CASCADE = {key.replace('bbox_head', f'bbox_head.{stage}'): value for key, value 
            for stage in range(3)}
 CASCADE.update({f'model.roi_head.{head}.num_classes': 3 for head in (
     'bbox_head.0', 'bbox_head.1', 'bbox_head.2', 'mask_head')})
-# As in the configs with Swin.
-CASCADE.update({f'model.roi_head.bbox_head.{stage}.{name}': value for stage in range(3)
-                for name, value in dict(type='ConvFCBBoxHead', num_shared_convs=1, num_shared_fcs=1,
-                                        conv_out_channels=16, norm_cfg=dict(type='BN')).items()})
+# As in the configs with Swin, where all stages have such heads.
+CASCADE.update({f'model.roi_head.bbox_head.0.{name}': value for name, value in dict(
+    type='ConvFCBBoxHead', num_shared_convs=1, num_shared_fcs=1, conv_out_channels=16,
+    norm_cfg=dict(type='BN')).items()})
 MASK_ACMIX = {**SMALL, **HEADS, 'model.roi_head.mask_head.num_convs': 1,
               'model.roi_head.bbox_head.num_classes': 3, 'model.roi_head.mask_head.num_classes': 3}
 YOLO = {
