@@ -537,10 +537,17 @@ def metadata(cfg: Optional[Config], network: nn.Module, steps: Optional[Preproce
 def open_session(path: str) -> Any:
     """Open an ONNX file in ONNX Runtime on the CPU."""
     import onnxruntime
+    return onnxruntime.InferenceSession(path, session_options(),
+                                        providers=['CPUExecutionProvider'])
+
+
+def session_options() -> Any:
+    """Options of ONNX Runtime for images of several sizes, some of them repeated."""
+    import onnxruntime
     options = onnxruntime.SessionOptions()
     # Otherwise, the second image of a size takes memory of its own.
     options.enable_mem_pattern = False
-    return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return options
 
 
 def run_once(path: str, shape: tuple[int, int]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from acmix_mm.benchmark import PeakMemory, interleaved_seconds
-from acmix_mm.deploy.onnx import export_onnx, inputs_of, network_of
+from acmix_mm.deploy.onnx import export_onnx, inputs_of, network_of, session_options
 from acmix_mm.deploy.quantization import quantize
 from acmix_mm.engine.config import load_config
 from acmix_mm.utils import markdown
@@ -44,10 +44,8 @@ def implementation(name, config, threshold, folder):
     """A function that takes images."""
     if name.startswith('ONNX'):
         import onnxruntime
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.intra_op_num_threads = THREADS
-        # Otherwise the second image of a size takes memory of its own.
-        options.enable_mem_pattern = False
         session = onnxruntime.InferenceSession(file_of(name, folder), options,
                                                providers=['CPUExecutionProvider'])
         given, = session.get_inputs()
