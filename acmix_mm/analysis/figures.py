@@ -312,7 +312,7 @@ def draw_receptive_fields(columns: Sequence[tuple[str, Sequence[ReceptiveField]]
     for axes in rows[:, 0]:
         axes.set_ylabel('input y (pixels)')
     figure.colorbar(shown, ax=rows, shrink=0.6, extend='min',
-                    label='gradient of the central position, relative to its maximum')
+                    label='gradient of the central position,\nrelative to its maximum')
     figure.legend(loc='outside lower center', handles=[
         Patch(fill=False, edgecolor='cyan', label=(
             f'smallest square containing {ENERGY_SHARE:.0%} of the gradient energy'))])
