@@ -105,7 +105,14 @@ def mixers_of_blocks(stage_blocks: Sequence[int], mixer: Optional[dict[str, Any]
         stage_blocks: number of blocks of each stage.
         mixer: config for all blocks; None for the host's own mixer.
         last_mixer: config for the last block of each stage; None for that of the others.
+
+    Raises:
+        ValueError: a mixer is not the config of a layer.
     """
+    for name, given in (('mixer', mixer), ('last_mixer', last_mixer)):
+        if given is not None and not (isinstance(given, dict) and 'type' in given):
+            raise ValueError(f"{name} must be the config of a layer, as in {name}="
+                             f"dict(type='GlobalAttention'); got {given!r}.")
     mixers = [[mixer] * (blocks - 1) + [last_mixer or mixer] for blocks in stage_blocks]
     number = itertools.count()
     return [[with_seed(each, next(number)) for each in stage] for stage in mixers]

@@ -382,6 +382,15 @@ def test_unknown_mixers_and_backbones_raise(backbone, mixer, message):
         mixer_options(backbone, mixer)
 
 
+@pytest.mark.parametrize('options', [dict(mixer='global'), dict(last_mixer='global'),
+                                     dict(mixer=dict(kernel_size=7))], ids=str)
+@pytest.mark.parametrize('backbone', [dict(type='ACmixResNet', depth=26),
+                                      dict(type='ACmixSwinTransformer')], ids=str)
+def test_mixers_that_are_no_configs_raise(backbone, options):
+    with pytest.raises(ValueError, match='mixer must be the config of a layer, as in .*; got'):
+        MODELS.build({**backbone, **options})
+
+
 @pytest.mark.parametrize('config', [
     'maskrcnn_acmix_r50', 'upernet_acmix_swin', 'maskrcnn_acmix_pvt', 'maskrcnn_acmix_san'])
 def test_configs_are_counted_with_every_mixer(config):
