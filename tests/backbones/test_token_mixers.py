@@ -387,7 +387,7 @@ def test_unknown_mixers_and_backbones_raise(backbone, mixer, message):
 @pytest.mark.parametrize('backbone', [dict(type='ACmixResNet', depth=26),
                                       dict(type='ACmixSwinTransformer')], ids=str)
 def test_mixers_that_are_no_configs_raise(backbone, options):
-    with pytest.raises(ValueError, match='mixer must be the config of a layer, as in .*; got'):
+    with pytest.raises(ValueError, match=r'mixer must be the config of a layer, as in .*; got'):
         MODELS.build({**backbone, **options})
 
 
