@@ -72,15 +72,10 @@ def make_plan(cfg: Config, mixers: Sequence[str], quantity: str, budget: Optiona
     if os.path.exists(path):
         with open(path) as file:
             plan = json.load(file)
-        # The plans of earlier versions have neither.
-        plan['settings'] = {**dict(gpus_per_run=1, tune=None), **plan['settings']}
         differing = [key for key in settings if plan['settings'][key] != settings[key]]
         if differing:
             raise UsageError(f'{out} belongs to another comparison, which differs in '
                              f'{", ".join(differing)}; name another folder with --work-dir.')
-        if not all('size' in variant for variant in plan['variants'].values()):
-            raise UsageError(f'{out} was planned by an earlier version, which did not record the '
-                             'sizes of the networks; name another folder with --work-dir.')
         # A config is a program; the one in the folder may have been replaced.
         write_configs(cfg, plan, out)
         return plan
