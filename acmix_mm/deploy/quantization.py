@@ -96,6 +96,7 @@ def quantize(path: str, images: CalibrationImages) -> None:
         # Symbolic shapes are not needed, and their inference knows fewer operators than ONNX.
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         model = onnx.load(prepared)
+        separate_biases(model.graph)
         quantize_static(model, path, Reader(model.graph.input[0].name),
                         quant_format=QuantFormat.QDQ, op_types_to_quantize=QUANTIZED,
                         per_channel=True, weight_type=QuantType.QInt8,
@@ -106,6 +107,23 @@ def quantize(path: str, images: CalibrationImages) -> None:
     # As in the file in float32.
     del model.graph.value_info[:]
     onnx.save(model, path)
+
+
+def separate_biases(graph: 'onnx.GraphProto') -> None:
+    """Give each layer that shares its bias with another one a copy of its own.
+
+    ONNX Runtime's tools name their copies by adding a number, which gives ``val_32`` and
+    ``val_3285`` the same name.
+    """
+    initializers = {each.name: each for each in graph.initializer}
+    seen = set()
+    for node in graph.node:
+        bias = node.input[2] if node.op_type in ('Conv', 'Gemm') and len(node.input) > 2 else ''
+        if bias in seen and bias in initializers:
+            copy = graph.initializer.add()
+            copy.CopyFrom(initializers[bias])
+            copy.name = node.input[2] = f'{node.name}.bias'
+        seen.add(bias)
 
 
 def products_of_activations(graph: 'onnx.GraphProto') -> list[str]:

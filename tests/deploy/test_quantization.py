@@ -67,6 +67,26 @@ def test_metadata_is_kept(files):
     assert entries[1] == entries[0] and 'smallest_height' in entries[0]
 
 
+def test_layers_that_share_a_bias(tmp_path):
+    # The tools of ONNX Runtime would name the second layer's copy of this bias val_30.
+    make = onnx.helper.make_node
+    nodes = [make('Conv', ['input', 'weight', 'val_3'], ['first'], 'conv1'),
+             make('Conv', ['first', 'weight', 'val_3'], ['val_30'], 'conv2'),
+             make('Sqrt', ['val_30'], ['output'], 'sqrt')]
+    tensors = {'weight': np.ones((2, 2, 1, 1), np.float32), 'val_3': np.ones(2, np.float32)}
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (1, 2, 4, 4))
+              for name in ('input', 'output')]
+    graph = onnx.helper.make_graph(nodes, 'shared', values[:1], values[1:], [
+        onnx.numpy_helper.from_array(value, name) for name, value in tensors.items()])
+    path, image = str(tmp_path / 'shared.onnx'), np.ones((1, 2, 4, 4), np.float32)
+    onnx.save(onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid('', 20)], ir_version=10), path)
+    expected, = open_session(path).run(None, {'input': image})
+    quantize(path, [image])
+    actual, = open_session(path).run(None, {'input': image})
+    np.testing.assert_allclose(actual, expected, rtol=0.02)
+
+
 @pytest.mark.parametrize('in_graph', [False, True])
 def test_calibration_images(shapes, in_graph):
     cfg = load_config(str(ROOT / DETECTION))
