@@ -118,7 +118,7 @@ def separate_biases(graph: 'onnx.GraphProto') -> None:
     initializers = {each.name: each for each in graph.initializer}
     seen = set()
     for node in graph.node:
-        bias = node.input[2] if node.op_type in ('Conv', 'Gemm') and len(node.input) > 2 else ''
+        bias = node.input[2] if node.op_type in QUANTIZED and len(node.input) > 2 else ''
         if bias in seen and bias in initializers:
             copy = graph.initializer.add()
             copy.CopyFrom(initializers[bias])
