@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of a detector or segmentor, or a detector that was exported to ONNX.
+"""Evaluate a checkpoint of a detector or segmentor, or one that was exported to ONNX.
 
 An ONNX file runs in ONNX Runtime on the CPU, on the config's test data.
 
@@ -8,6 +8,7 @@ Examples: %(prog)s maskrcnn_acmix_swin_t work_dirs/…/epoch_12.pth
 
 import argparse
 
+from acmix_mm.deploy.runtime import test_onnx
 from acmix_mm.engine.cli import CONFIG_HELP, add_common_arguments, config_from
 from acmix_mm.engine.runner import augment_test, save_predictions, show_predictions, test
 
@@ -15,7 +16,7 @@ from acmix_mm.engine.runner import augment_test, save_predictions, show_predicti
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('checkpoint', help='checkpoint file, or a detector '
+    parser.add_argument('checkpoint', help='checkpoint file, or a file '
                         'from tools/export_onnx.py (.onnx)')
     add_common_arguments(parser)
     parser.add_argument('--out', metavar='PATH', help='save the predictions to PATH: detections '
@@ -41,8 +42,6 @@ def run(args: argparse.Namespace) -> None:
     if args.tta:
         augment_test(cfg)
     if args.checkpoint.endswith('.onnx'):
-        # Imported here because not all stacks have MMDetection.
-        from acmix_mm.deploy.runtime import test_onnx
         test_onnx(cfg, args.checkpoint)
     else:
         test(cfg)

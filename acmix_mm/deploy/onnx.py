@@ -25,6 +25,7 @@ from acmix_mm.deploy.preprocessing import (
     add_padding,
     add_preprocessing,
     check_preprocessing,
+    check_whole_images,
     preprocessing_of,
     resized_shape,
 )
@@ -219,11 +220,8 @@ def network_of(cfg: Config, checkpoint: Optional[str], backbone_only: bool) -> n
     if not is_segmentor and not backbone_only and cfg.get('model'):
         from acmix_mm.deploy.detectors import KINDS, check_detector
         check_detector(cfg)
-    if is_segmentor and not backbone_only and (
-            cfg.model.get('test_cfg') or {}).get('mode') == 'slide':
-        raise UsageError('This config tests in a sliding window, but an exported model takes whole '
-                         'images; to test on whole images, pass --cfg-options '
-                         'model.test_cfg.mode=whole.')
+    if is_segmentor and not backbone_only:
+        check_whole_images(cfg)
     model = build_model(cfg)
     if (backbone_only or is_segmentor) and not isinstance(getattr(model, 'backbone', None),
                                                           ACmixBackbone):

@@ -81,6 +81,18 @@ def check_preprocessing(steps: Preprocessing) -> None:
                          f'pipeline of this config pads with {pad_values(steps.pad)}.')
 
 
+def check_whole_images(cfg: Config) -> None:
+    """Check that a segmentor's config tests on whole images, as exported files do.
+
+    Raises:
+        UsageError: it tests in a sliding window.
+    """
+    if (cfg.model.get('test_cfg') or {}).get('mode') == 'slide':
+        raise UsageError('This config tests in a sliding window, but an exported model takes whole '
+                         'images; to test on whole images, pass --cfg-options '
+                         'model.test_cfg.mode=whole.')
+
+
 def pad_values(pad: dict[str, Any]) -> Sequence[float]:
     """The values that the transform ``Pad`` pads an image with, one or one per channel."""
     value = pad.get('pad_val', 0)

@@ -1,4 +1,4 @@
-"""Evaluating an exported detector with ONNX Runtime, as a model of MMEngine."""
+"""Evaluating an exported detector or segmentor with ONNX Runtime, as a model of MMEngine."""
 
 import json
 import os
@@ -7,15 +7,15 @@ from typing import Any, Optional, Union
 
 import numpy as np
 import torch
-from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from mmengine.structures import InstanceData
+from mmengine.registry import MODELS
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import Tensor
+from torch.nn import functional
 
 from acmix_mm.deploy.masks import paste_masks
-from acmix_mm.deploy.preprocessing import GRAPH_TRANSFORMS
+from acmix_mm.deploy.preprocessing import GRAPH_TRANSFORMS, check_whole_images
 from acmix_mm.engine.config import classes_of, dataset_configs
 from acmix_mm.engine.data_only import data_only
 from acmix_mm.engine.runner import check_run, test_checked
@@ -26,40 +26,48 @@ from acmix_mm.utils.errors import UsageError
 
 @data_only()
 def test_onnx(cfg: Config, path: str) -> dict[str, float]:
-    """Test an exported detector as :func:`acmix_mm.engine.runner.test` does a checkpoint.
+    """Test an exported model as :func:`acmix_mm.engine.runner.test` does a checkpoint.
 
     Raises:
-        UsageError: the file is no detector exported by ``tools/export_onnx.py``, or has other
-            classes than the config's dataset; or data or settings are invalid.
+        UsageError: the file is no model of this kind exported by ``tools/export_onnx.py``, or has
+            other classes than the config's dataset; or data or settings are invalid.
     """
-    if cfg.default_scope != 'mmdet' or 'tta_cfg' in cfg.model:
-        raise UsageError('An ONNX file can be tested with the config of a detector, and without '
-                         'test-time augmentation.')
+    if 'module' in cfg.model:
+        raise UsageError('An ONNX file can be tested only without test-time augmentation.')
+    is_segmentor = 'decode_head' in cfg.model
+    if is_segmentor:
+        check_whole_images(cfg)
     check_run(cfg, ('test',))
-    _, entries = open_detector(path)
+    model = ONNXSegmentor if is_segmentor else ONNXDetector
+    _, entries = open_exported(path, model.kind, model.outputs)
     in_graph = entries['preprocessing']['in_graph']
     for dataset in dataset_configs(cfg, ('test',)):
         classes = classes_of(dataset, cfg.default_scope)
         if classes and entries['classes'] and list(classes) != entries['classes']:
-            raise UsageError(f'{path} detects the classes {", ".join(entries["classes"])}, but the '
+            raise UsageError(f'{path} has the classes {", ".join(entries["classes"])}, but the '
                              f'dataset has {", ".join(classes)}.')
         if in_graph:
             dataset.pipeline = [transform for transform in dataset.pipeline
                                 if type_name(transform['type']) not in GRAPH_TRANSFORMS]
     preprocessor = None if in_graph else cfg.model.data_preprocessor
-    cfg.model = dict(type='ONNXDetector', path=path, data_preprocessor=preprocessor)
+    cfg.model = dict(type=model.__name__, path=path, data_preprocessor=preprocessor)
     cfg.load_from = None
     return test_checked(cfg, [])
 
 
-def open_detector(path: str) -> tuple[Any, dict[str, Any]]:
-    """Open an exported detector.
+def open_exported(path: str, kind: str, outputs: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Open an exported model.
+
+    Args:
+        path: the file.
+        kind: ``'detector'`` or ``'segmentor'``, for messages.
+        outputs: the names of its first outputs.
 
     Returns:
         The session, and the metadata ``classes``, ``preprocessing`` and ``mask_threshold``.
 
     Raises:
-        UsageError: onnxruntime is missing, or the file is no detector exported by
+        UsageError: onnxruntime is missing, or the file is no model of this kind exported by
             ``tools/export_onnx.py``.
     """
     reason = export_unavailable()
@@ -76,33 +84,91 @@ def open_detector(path: str) -> tuple[Any, dict[str, Any]]:
                          f'{" ".join(str(error).split()):.200}') from error
     entries = session.get_modelmeta().custom_metadata_map
     names = [each.name for each in session.get_outputs()]
-    if 'preprocessing' not in entries or names[:3] != ['boxes', 'scores', 'labels']:
-        raise UsageError(f'{path} is not a detector exported by tools/export_onnx.py.')
+    if 'preprocessing' not in entries or names[:len(outputs)] != list(outputs):
+        raise UsageError(f'{path} is not a {kind} exported by tools/export_onnx.py.')
     return session, dict(classes=json.loads(entries['classes']),
                          preprocessing=json.loads(entries['preprocessing']),
                          mask_threshold=float(entries.get('mask_threshold', 0.5)))
 
 
-@MODELS.register_module()
-class ONNXDetector(BaseModel):
-    """An exported detector, for :class:`mmengine.runner.TestLoop`.
+class ONNXModel(BaseModel):
+    """An exported model, for :class:`mmengine.runner.TestLoop`.
 
     Args:
         path: file exported by ``tools/export_onnx.py``.
         data_preprocessor: that of the config, or None if the file has its own preprocessing.
 
+    Attributes:
+        kind: what the file contains, for messages.
+        outputs: the names of the first outputs of such a file.
+
     Raises:
         UsageError: the file is no such file.
     """
 
+    kind: str
+    outputs: Sequence[str]
+
     def __init__(self, path: str, data_preprocessor: Optional[dict] = None) -> None:
         super().__init__(data_preprocessor)
         self.path = path
-        self.session, self.entries = open_detector(path)
+        self.session, self.entries = open_exported(path, self.kind, self.outputs)
+
+    def run(self, image: Tensor) -> dict[str, np.ndarray]:
+        """Run the file on an image, shaped as it takes it; return its outputs by name.
+
+        Raises:
+            UsageError: the file takes images of another size.
+        """
+        given, = self.session.get_inputs()
+        expected = [each for each in zip(given.shape, image.shape) if isinstance(each[0], int)]
+        if any(side != actual for side, actual in expected):
+            raise UsageError(f'{self.path} takes images of a fixed size, {given.shape}, but got '
+                             f'{list(image.shape)}; export it without --fixed-size.')
+        names = [each.name for each in self.session.get_outputs()]
+        array = np.ascontiguousarray(image.cpu().numpy())
+        return dict(zip(names, self.session.run(names, {given.name: array})))
+
+
+@MODELS.register_module()
+class ONNXSegmentor(ONNXModel):
+    """An exported segmentor; see :class:`ONNXModel`."""
+
+    kind = 'segmentor'
+    outputs = ('output',)
+
+    def forward(self, inputs: Tensor, data_samples: Sequence[BaseDataElement],
+                mode: str = 'predict') -> Sequence[BaseDataElement]:
+        """Classify the pixels of a batch of images.
+
+        Classes are resized to the size of the file's image by nearest neighbours, where
+        MMSegmentation resizes logits.
+
+        Args:
+            inputs: normalised and padded images, (batch, 3, height, width).
+            data_samples: the samples of the images, which get ``pred_sem_seg``.
+            mode: only ``'predict'``.
+        """
+        for image, sample in zip(inputs, data_samples):
+            classes = torch.from_numpy(self.run(image[None])['output'])
+            left, right, top, bottom = sample.get('img_padding_size', (0, 0, 0, 0))
+            height, width = classes.shape[2:]
+            classes = classes[..., top:height - bottom, left:width - right]
+            resized = functional.interpolate(classes.float(), sample.ori_shape[:2]).long()
+            sample.pred_sem_seg = PixelData(data=resized[0])
+        return data_samples
+
+
+@MODELS.register_module()
+class ONNXDetector(ONNXModel):
+    """An exported detector; see :class:`ONNXModel`."""
+
+    kind = 'detector'
+    outputs = ('boxes', 'scores', 'labels')
 
     def forward(self, inputs: Union[Tensor, Sequence[Tensor]],
-                data_samples: Sequence[DetDataSample],
-                mode: str = 'predict') -> Sequence[DetDataSample]:
+                data_samples: Sequence[BaseDataElement],
+                mode: str = 'predict') -> Sequence[BaseDataElement]:
         """Detect the objects in a batch of images.
 
         Args:
@@ -114,28 +180,14 @@ class ONNXDetector(BaseModel):
         for image, sample in zip(inputs, data_samples):
             height, width = sample.img_shape[:2]
             # The file pads images itself.
-            image = image[:, :height, :width].cpu()
+            image = image[:, :height, :width]
             if self.entries['preprocessing']['in_graph']:
                 given, scale = image.permute(1, 2, 0), (1., 1.)
             else:
                 given, scale = image[None], sample.scale_factor
-            outputs = self.run(np.ascontiguousarray(given.numpy()))
+            outputs = self.run(given)
             sample.pred_instances = self.instances(outputs, scale, sample.ori_shape[:2])
         return data_samples
-
-    def run(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Run the file on an image; return its outputs by name.
-
-        Raises:
-            UsageError: the file takes images of another size.
-        """
-        given, = self.session.get_inputs()
-        expected = [each for each in zip(given.shape, image.shape) if isinstance(each[0], int)]
-        if any(side != actual for side, actual in expected):
-            raise UsageError(f'{self.path} takes images of a fixed size, {given.shape}, but got '
-                             f'{list(image.shape)}; export it without --fixed-size.')
-        names = [each.name for each in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, {given.name: image})))
 
     def instances(self, outputs: Mapping[str, np.ndarray], scale: Sequence[float],
                   size: tuple[int, int]) -> InstanceData:

@@ -2,11 +2,14 @@
 
 from copy import deepcopy
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from helpers import ROOT, relative_error
 from helpers.stack import needs_export
+from helpers.tools import FAST, call_tool, plain_message
+from PIL import Image
 from torch import nn
 
 from acmix_mm.analysis.complexity import padded_image_size
@@ -29,6 +32,7 @@ from acmix_mm.deploy.onnx import (
 from acmix_mm.engine.config import build_model, load_config
 from acmix_mm.utils.errors import UsageError
 
+onnx_ir = pytest.importorskip('onnx_ir')
 pytestmark = needs_export
 # (network, smallest height and width)
 NETWORKS = {
@@ -168,6 +172,7 @@ TINY = {'model.backbone.embed_dims': 12, 'model.backbone.depths': [1, 1],
         'model.decode_head.in_channels': [12, 24], 'model.decode_head.in_index': [0, 1],
         'model.decode_head.channels': 16, 'model.auxiliary_head.in_channels': 24,
         'model.auxiliary_head.in_index': 1}
+TINY_OPTIONS = [f'{key}={value}'.replace(' ', '') for key, value in TINY.items()]
 
 
 @pytest.fixture(scope='module')
@@ -178,9 +183,8 @@ def segmentor(run_tool, tmp_path_factory):
     cfg = load_config(str(ROOT / TOOL[1]), TINY)
     torch.save(dict(state_dict=build_model(cfg).state_dict(), meta={}), folder / 'tiny.pth')
     network = network_of(cfg, str(folder / 'tiny.pth'), backbone_only=False)
-    options = [f'{key}={value}'.replace(' ', '') for key, value in TINY.items()]
     done = run_tool(*TOOL, folder / 'tiny.pth', folder / 'tiny.onnx', '--shape', 96, 130,
-                    '--cfg-options', *options)
+                    '--cfg-options', *TINY_OPTIONS)
     assert done.returncode == 0, done.stderr
     return network, folder, done.stdout
 
@@ -225,6 +229,61 @@ def test_does_not_keep_a_file_whose_outputs_differ(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match='outputs of ONNX Runtime differ from those of torch'):
         export_onnx(network, str(tmp_path / 'a.onnx'), (32, 40), fixed_size=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def evaluate(segmentor, shapes, tmp_path):
+    """A function that tests a file of the tiny UperNet on generated images."""
+    def run(name, *options):
+        return call_tool(
+            'test', ROOT / TOOL[1], segmentor[1] / name, '--data-root', shapes, '--out',
+            tmp_path / name, '--work-dir', tmp_path / 'work', '--cfg-options', *TINY_OPTIONS,
+            *FAST, f'experiment_name={name}', *options)
+    return run
+
+
+def test_evaluation_equals_that_of_the_checkpoint(evaluate, tmp_path):
+    # The images, padded to 120 pixels, are classified with their padding, which is cut off again.
+    for name in ('tiny.pth', 'tiny.onnx'):
+        done = evaluate(name, 'model.data_preprocessor.test_cfg.size_divisor=40')
+        assert done.returncode == 0, done.stderr
+        assert 'mIoU' in done.stdout
+    maps = [np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / name).iterdir())])
+            for name in ('tiny.pth', 'tiny.onnx')]
+    assert maps[0].shape == (4, 96, 96) and len(np.unique(maps[0])) > 1
+    assert (maps[0] == maps[1]).mean() > 0.999
+
+
+def test_classes_have_the_size_of_the_image(segmentor):
+    from mmseg.structures import SegDataSample
+
+    from acmix_mm.deploy.runtime import ONNXSegmentor
+    model = ONNXSegmentor(str(segmentor[1] / 'tiny.onnx'))
+    images = torch.randn(2, 3, 48, 64)
+    # Resized by 1/2, and padded by 4, 12, 2 and 6 pixels at the left, right, top and bottom.
+    samples = [SegDataSample(metainfo=dict(ori_shape=(80, 96), img_padding_size=(4, 12, 2, 6)))
+               for _ in images]
+    for image, sample in zip(images, model(images, samples)):
+        classes = torch.from_numpy(model.run(image[None])['output'])[0, :, 2:-6, 4:-12]
+        expected = classes.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        assert torch.equal(sample.pred_sem_seg.data, expected)
+
+
+@pytest.mark.parametrize(('name', 'option', 'message'), [
+    ('tiny.onnx', 'model.test_cfg.mode=slide', 'mode=whole'),
+    ('classes.onnx', 'randomness.seed=0', 'has the classes a, b, but the dataset has background'),
+    ('none.onnx', 'randomness.seed=0', 'none.onnx does not exist'),
+    ('backbone.onnx', 'randomness.seed=0', 'is not a segmentor exported by tools/export_onnx.py'),
+])
+def test_evaluation_of_other_files(segmentor, evaluate, name, option, message):
+    model = onnx_ir.load(segmentor[1] / 'tiny.onnx')
+    if name == 'classes.onnx':
+        model.metadata_props['classes'] = '["a", "b"]'
+    elif name == 'backbone.onnx':
+        model.graph.outputs[0].name = 'feature0'
+    if name in ('classes.onnx', 'backbone.onnx'):
+        onnx_ir.save(model, segmentor[1] / name)
+    assert message in plain_message(evaluate(name, option))
 
 
 @pytest.mark.parametrize(('config', 'given', 'message'), [

@@ -407,7 +407,7 @@ def test_evaluation_of_other_files(evaluate, exported, shapes):
     model = onnx_ir.load(folder / 'raw.onnx')
     model.metadata_props['classes'] = json.dumps(['a', 'b', 'c'])
     onnx_ir.save(model, folder / 'classes.onnx')
-    with pytest.raises(UsageError, match='detects the classes a, b, c, but the dataset has circle'):
+    with pytest.raises(UsageError, match='has the classes a, b, c, but the dataset has circle'):
         evaluate('classes.onnx', truth)
     model.metadata_props.pop('preprocessing')
     onnx_ir.save(model, folder / 'unrelated.onnx')
