@@ -89,7 +89,8 @@ class AnchorDetector(Detector):
         head = self.detector.bbox_head
         cfg = head.test_cfg
         levels = []
-        for scores, boxes, priors in levels_of(head, *head(maps)):
+        for logits, boxes, priors in levels_of(head, *head(maps)):
+            scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(1)[:, :-1]
             num_classes = scores.shape[1]
             scores, index = top_k(scores.flatten(), cfg.get('nms_pre', -1))
             box = index // num_classes
@@ -132,12 +133,17 @@ class RCNN(Detector):
         return boxes, scores, labels, self.segment(maps, boxes, labels)
 
     def propose(self, maps: Sequence[Tensor], limits: Tensor) -> Tensor:
-        """Compute the region proposals, (n, 4)."""
+        """Compute the region proposals, (n, 4).
+
+        Only the order of their scores matters. It is that of the logits: ONNX Runtime's sigmoid has
+        an error of 1e-7, larger than the scores of the last proposals.
+        """
         head = self.detector.rpn_head
         cfg = head.test_cfg
         levels = []
-        for level, (scores, boxes, priors) in enumerate(levels_of(head, *head(maps))):
-            scores, index = top_k(scores[:, 0], cfg.get('nms_pre', -1))
+        for level, (logits, boxes, priors) in enumerate(levels_of(head, *head(maps))):
+            scores = logits[:, 0] if head.use_sigmoid_cls else logits[:, 0] - logits[:, 1]
+            scores, index = top_k(scores, cfg.get('nms_pre', -1))
             boxes = decode(head.bbox_coder, priors[index], boxes[index], limits)
             levels.append((boxes, scores, torch.full_like(index, level)))
         boxes, scores, level_of = map(torch.cat, zip(*levels))
@@ -239,15 +245,11 @@ def flatten(maps: Tensor, channels: int) -> Tensor:
 
 def levels_of(head: nn.Module, logits: Sequence[Tensor],
               boxes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The scores (n, classes), encoded boxes (n, 4) and priors of each level of a dense head."""
+    """The logits (n, channels), encoded boxes (n, 4) and priors of each level of a dense head."""
     priors = head.prior_generator.grid_priors([each.shape[2:] for each in logits],
                                               device=logits[0].device)
-    levels = []
-    for each_logits, each_boxes, each_priors in zip(logits, boxes, priors):
-        scores = flatten(each_logits, head.cls_out_channels)
-        scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(1)[:, :-1]
-        levels.append((scores, flatten(each_boxes, 4), each_priors))
-    return levels
+    return [(flatten(each_logits, head.cls_out_channels), flatten(each_boxes, 4), each_priors)
+            for each_logits, each_boxes, each_priors in zip(logits, boxes, priors)]
 
 
 def decode(coder: Any, priors: Tensor, encoded: Tensor, limits: Tensor) -> Tensor:
