@@ -190,7 +190,7 @@ def match_all(families: dict[str, Family], quantity: str) -> dict[str, BackboneS
             raise UsageError(
                 f'{mixer} cannot be matched within {TOLERANCE:.0%} of the {QUANTITIES[quantity]} '
                 f'of {whose}: the closest network, which changes {family.describe(size)}, is off '
-                f'by {error:.1%}; use another reference or config, or pass --match none.')
+                f'by {error:.2%}; use another reference or config, or pass --match none.')
         sizes[mixer] = size
     return sizes
 

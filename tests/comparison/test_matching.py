@@ -96,7 +96,7 @@ def test_error_names_the_nearest_size(monkeypatch):
     families = {name: Family(cfg.model, name, SHAPE) for name in ('acmix', 'conv')}
     with pytest.raises(UsageError, match=r'conv cannot be matched within 2% of the parameters of '
                        r"the reference's backbone: the closest network, which changes .*, is off "
-                       r'by \d+\.\d%; .* --match none'):
+                       r'by \d+\.\d\d%; .* --match none'):
         match_all(families, 'params')
 
 
