@@ -65,7 +65,7 @@ def quantize(path: str, images: CalibrationImages) -> None:
     """Quantise weights and activations of an exported file to 8 bits, in place.
 
     Weights have a scale for each output channel, activations one for each tensor, from their
-    smallest and largest values on the images.
+    smallest and largest values on the images. Of the 8 bits of each weight, 7 are used.
 
     Args:
         path: the file, which has one input.
@@ -99,7 +99,8 @@ def quantize(path: str, images: CalibrationImages) -> None:
         separate_biases(model.graph)
         quantize_static(model, path, Reader(model.graph.input[0].name),
                         quant_format=QuantFormat.QDQ, op_types_to_quantize=QUANTIZED,
-                        per_channel=True, weight_type=QuantType.QInt8,
+                        # With 8 bits, products saturate on CPUs without VNNI instructions.
+                        per_channel=True, weight_type=QuantType.QInt8, reduce_range=True,
                         nodes_to_exclude=products_of_activations(model.graph))
     model = onnx.load(path)
     del model.metadata_props[:]

@@ -57,7 +57,7 @@ def test_features_are_nearly_those_of_float32(files):
     *paths, images = files
     expected, actual = (open_session(path).run(None, {'input': images[0]}) for path in paths)
     for ours, theirs in zip(actual, expected):
-        assert 1e-5 < relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 0.2
+        assert 1e-5 < relative_error(torch.from_numpy(ours), torch.from_numpy(theirs)) < 0.1
 
 
 def test_metadata_is_kept(files):
