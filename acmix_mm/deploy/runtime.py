@@ -39,7 +39,7 @@ def test_onnx(cfg: Config, path: str) -> dict[str, float]:
         check_whole_images(cfg)
     check_run(cfg, ('test',))
     model = ONNXSegmentor if is_segmentor else ONNXDetector
-    _, entries = open_exported(path, model.kind, model.outputs)
+    _, entries = model.open(path)
     in_graph = entries['preprocessing']['in_graph']
     for dataset in dataset_configs(cfg, ('test',)):
         classes = classes_of(dataset, cfg.default_scope)
@@ -53,42 +53,6 @@ def test_onnx(cfg: Config, path: str) -> dict[str, float]:
     cfg.model = dict(type=model.__name__, path=path, data_preprocessor=preprocessor)
     cfg.load_from = None
     return test_checked(cfg, [])
-
-
-def open_exported(path: str, kind: str, outputs: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """Open an exported model.
-
-    Args:
-        path: the file.
-        kind: ``'detector'`` or ``'segmentor'``, for messages.
-        outputs: the names of its first outputs.
-
-    Returns:
-        The session, and the metadata ``classes``, ``preprocessing`` and ``mask_threshold``.
-
-    Raises:
-        UsageError: onnxruntime is missing, or the file is no model of this kind exported by
-            ``tools/export_onnx.py``.
-    """
-    reason = export_unavailable()
-    if reason is not None:
-        raise UsageError(f'Testing an ONNX file {reason}.')
-    from acmix_mm.deploy.onnx import open_session
-    if not os.path.isfile(path):
-        raise UsageError(f'{path} does not exist.')
-    try:
-        session = open_session(path)
-    # onnxruntime has its own classes of errors, without a common base.
-    except Exception as error:
-        raise UsageError(f'{path} is damaged or not an ONNX file: '
-                         f'{" ".join(str(error).split()):.200}') from error
-    entries = session.get_modelmeta().custom_metadata_map
-    names = [each.name for each in session.get_outputs()]
-    if 'preprocessing' not in entries or names[:len(outputs)] != list(outputs):
-        raise UsageError(f'{path} is not a {kind} exported by tools/export_onnx.py.')
-    return session, dict(classes=json.loads(entries['classes']),
-                         preprocessing=json.loads(entries['preprocessing']),
-                         mask_threshold=float(entries.get('mask_threshold', 0.5)))
 
 
 class ONNXModel(BaseModel):
@@ -112,7 +76,38 @@ class ONNXModel(BaseModel):
     def __init__(self, path: str, data_preprocessor: Optional[dict] = None) -> None:
         super().__init__(data_preprocessor)
         self.path = path
-        self.session, self.entries = open_exported(path, self.kind, self.outputs)
+        self.session, self.entries = self.open(path)
+
+    @classmethod
+    def open(cls, path: str) -> tuple[Any, dict[str, Any]]:
+        """Open a file of this kind.
+
+        Returns:
+            The session, and the metadata ``classes``, ``preprocessing`` and ``mask_threshold``.
+
+        Raises:
+            UsageError: onnxruntime is missing, or the file is no model of this kind exported by
+                ``tools/export_onnx.py``.
+        """
+        reason = export_unavailable()
+        if reason is not None:
+            raise UsageError(f'Testing an ONNX file {reason}.')
+        from acmix_mm.deploy.onnx import open_session
+        if not os.path.isfile(path):
+            raise UsageError(f'{path} does not exist.')
+        try:
+            session = open_session(path)
+        # onnxruntime has its own classes of errors, without a common base.
+        except Exception as error:
+            raise UsageError(f'{path} is damaged or not an ONNX file: '
+                             f'{" ".join(str(error).split()):.200}') from error
+        entries = session.get_modelmeta().custom_metadata_map
+        names = [each.name for each in session.get_outputs()]
+        if 'preprocessing' not in entries or names[:len(cls.outputs)] != list(cls.outputs):
+            raise UsageError(f'{path} is not a {cls.kind} exported by tools/export_onnx.py.')
+        return session, dict(classes=json.loads(entries['classes']),
+                             preprocessing=json.loads(entries['preprocessing']),
+                             mask_threshold=float(entries.get('mask_threshold', 0.5)))
 
     def run(self, image: Tensor) -> dict[str, np.ndarray]:
         """Run the file on an image, shaped as it takes it; return its outputs by name.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import ROOT, relative_error
 from helpers.stack import needs_export
-from helpers.tools import FAST, call_tool, plain_message
+from helpers.tools import FAST, as_options, call_tool, plain_message
 from PIL import Image
 from torch import nn
 
@@ -172,7 +172,6 @@ TINY = {'model.backbone.embed_dims': 12, 'model.backbone.depths': [1, 1],
         'model.decode_head.in_channels': [12, 24], 'model.decode_head.in_index': [0, 1],
         'model.decode_head.channels': 16, 'model.auxiliary_head.in_channels': 24,
         'model.auxiliary_head.in_index': 1}
-TINY_OPTIONS = [f'{key}={value}'.replace(' ', '') for key, value in TINY.items()]
 
 
 @pytest.fixture(scope='module')
@@ -184,7 +183,7 @@ def segmentor(run_tool, tmp_path_factory):
     torch.save(dict(state_dict=build_model(cfg).state_dict(), meta={}), folder / 'tiny.pth')
     network = network_of(cfg, str(folder / 'tiny.pth'), backbone_only=False)
     done = run_tool(*TOOL, folder / 'tiny.pth', folder / 'tiny.onnx', '--shape', 96, 130,
-                    '--cfg-options', *TINY_OPTIONS)
+                    '--cfg-options', *as_options(TINY))
     assert done.returncode == 0, done.stderr
     return network, folder, done.stdout
 
@@ -237,7 +236,7 @@ def evaluate(segmentor, shapes, tmp_path):
     def run(name, *options):
         return call_tool(
             'test', ROOT / TOOL[1], segmentor[1] / name, '--data-root', shapes, '--out',
-            tmp_path / name, '--work-dir', tmp_path / 'work', '--cfg-options', *TINY_OPTIONS,
+            tmp_path / name, '--work-dir', tmp_path / 'work', '--cfg-options', *as_options(TINY),
             *FAST, f'experiment_name={name}', *options)
     return run
 
@@ -269,21 +268,21 @@ def test_classes_have_the_size_of_the_image(segmentor):
         assert torch.equal(sample.pred_sem_seg.data, expected)
 
 
-@pytest.mark.parametrize(('name', 'option', 'message'), [
-    ('tiny.onnx', 'model.test_cfg.mode=slide', 'mode=whole'),
-    ('classes.onnx', 'randomness.seed=0', 'has the classes a, b, but the dataset has background'),
-    ('none.onnx', 'randomness.seed=0', 'none.onnx does not exist'),
-    ('backbone.onnx', 'randomness.seed=0', 'is not a segmentor exported by tools/export_onnx.py'),
-])
-def test_evaluation_of_other_files(segmentor, evaluate, name, option, message):
-    model = onnx_ir.load(segmentor[1] / 'tiny.onnx')
-    if name == 'classes.onnx':
-        model.metadata_props['classes'] = '["a", "b"]'
-    elif name == 'backbone.onnx':
-        model.graph.outputs[0].name = 'feature0'
-    if name in ('classes.onnx', 'backbone.onnx'):
-        onnx_ir.save(model, segmentor[1] / name)
-    assert message in plain_message(evaluate(name, option))
+def test_evaluation_of_other_files(segmentor, evaluate):
+    _, folder, _ = segmentor
+
+    def message(name, *options):
+        return plain_message(evaluate(name, *options))
+    assert 'mode=whole' in message('tiny.onnx', 'model.test_cfg.mode=slide')
+    assert 'none.onnx does not exist' in message('none.onnx')
+    model = onnx_ir.load(folder / 'tiny.onnx')
+    model.graph.outputs[0].name = 'feature0'
+    onnx_ir.save(model, folder / 'backbone.onnx')
+    assert 'is not a segmentor exported by tools/export_onnx.py' in message('backbone.onnx')
+    model.graph.outputs[0].name = 'output'
+    model.metadata_props['classes'] = '["a", "b"]'
+    onnx_ir.save(model, folder / 'classes.onnx')
+    assert 'has the classes a, b, but the dataset has background' in message('classes.onnx')
 
 
 @pytest.mark.parametrize(('config', 'given', 'message'), [

@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, relative_error
 from helpers.detectors import assert_same, padded, predict, responsive
 from helpers.stack import needs_export
-from helpers.tools import call_tool
+from helpers.tools import as_options, call_tool
 from PIL import Image
 from pycocotools.mask import decode, frPyObjects
 from torch import nn
@@ -255,11 +255,10 @@ def test_order_of_improbable_proposals(exported, tmp_path):
 @pytest.fixture(scope='module')
 def fixed(exported):
     """The small Mask R-CNN for raw images of 192×90 pixels, exported by the tool."""
-    options = [f'{key}={value}'.replace(' ', '') for key, value in CONFIGS[MASK_RCNN].items()]
     path = exported[2] / 'fixed.onnx'
     done = call_tool('export_onnx', ROOT / f'configs/{MASK_RCNN}.py', exported[2] / 'small.pth',
                      path, '--with-preprocessing', '--fixed-size', '--shape', 192, 90,
-                     '--cfg-options', *options)
+                     '--cfg-options', *as_options(CONFIGS[MASK_RCNN]))
     assert done.returncode == 0, done.stderr
     assert 'image: tensor(uint8) (192, 90, 3)' in done.stdout
     return path

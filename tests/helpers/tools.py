@@ -40,6 +40,11 @@ def tool_environment(**variables):
     return {**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': path, **variables}
 
 
+def as_options(settings):
+    """The settings of a dict as arguments of ``--cfg-options``."""
+    return [f'{key}={value}'.replace(' ', '') for key, value in settings.items()]
+
+
 def epochs(count):
     return [f'train_cfg.max_epochs={count}', f'train_cfg.val_interval={count}',
             f'param_scheduler.1.T_max={count}']
