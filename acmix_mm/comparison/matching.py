@@ -1,8 +1,8 @@
 """Matching the cost of networks with different token mixers, by width and depth.
 
-The cost of the whole model is matched, since that is what is trained and deployed. It may differ by
-at most ``TOLERANCE`` of the cost of the reference's *backbone*: relative to the model, a large head
-would hide a difference between two backbones.
+The cost of the whole model is matched, since that is what is trained and deployed. Its parameters
+or multiply-adds may differ by at most ``TOLERANCE`` of those of the reference's *backbone*:
+relative to the model, a large head would hide a difference between two backbones.
 """
 
 import functools
@@ -22,6 +22,8 @@ from acmix_mm.utils.config import type_name
 from acmix_mm.utils.errors import UsageError
 
 TOLERANCE = 0.02
+# Of the whole model. Latency grows in steps and its measurements differ by a few percent.
+LATENCY_TOLERANCE = 0.05
 # How many blocks may be added or removed in total, in the order of the attempts.
 BLOCKS_CHANGED = (0, 2, 4)
 # How many widths to try on either side of the target, and by what factor a width may change.

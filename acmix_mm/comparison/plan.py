@@ -17,6 +17,7 @@ from mmengine.registry import init_default_scope
 from acmix_mm.backbones.token_mixers import mixer_options
 from acmix_mm.benchmark import processor
 from acmix_mm.comparison.matching import (
+    LATENCY_TOLERANCE,
     TOLERANCE,
     BackboneSize,
     Family,
@@ -178,17 +179,17 @@ def match_all(families: dict[str, Family], quantity: str) -> dict[str, BackboneS
             ratio = functools.cache(functools.partial(
                 latency_ratio, families[first].config(sizes[first]), family))
             size = match_by_measuring(family, ratio)
-            error = abs(ratio(size) - 1)
+            error, tolerance = abs(ratio(size) - 1), LATENCY_TOLERANCE
             whose = "the reference's"
         else:
             target = reference[quantity]
             of_backbone = reference[f'backbone_{quantity}']
             size = match(family, quantity, target, TOLERANCE * of_backbone)
-            error = abs(family.count(quantity, size) - target) / of_backbone
+            error, tolerance = abs(family.count(quantity, size) - target) / of_backbone, TOLERANCE
             whose = "the reference's backbone"
-        if error > TOLERANCE:
+        if error > tolerance:
             raise UsageError(
-                f'{mixer} cannot be matched within {TOLERANCE:.0%} of the {QUANTITIES[quantity]} '
+                f'{mixer} cannot be matched within {tolerance:.0%} of the {QUANTITIES[quantity]} '
                 f'of {whose}: the closest network, which changes {family.describe(size)}, is off '
                 f'by {error:.2%}; use another reference or config, or pass --match none.')
         sizes[mixer] = size

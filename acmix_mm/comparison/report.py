@@ -12,7 +12,7 @@ from acmix_mm.comparison.figures import (
     is_equal_time,
     metrics_of,
 )
-from acmix_mm.comparison.matching import TOLERANCE
+from acmix_mm.comparison.matching import LATENCY_TOLERANCE, TOLERANCE
 from acmix_mm.comparison.plan import QUANTITIES
 from acmix_mm.comparison.record import write_json
 from acmix_mm.comparison.runs import Run, quality
@@ -217,8 +217,8 @@ def conditions(numbers: dict[str, Any]) -> str:
         if quantity == 'latency':
             cost = ' and so the cost of a prediction' if numbers['price'] is not None else ''
             fixed.append(f'the latency of the whole model{cost}: medians of interleaved runs were '
-                         f'within {TOLERANCE:.0%} of that of {first}, the reference; the tables '
-                         'show a second measurement')
+                         f'within {LATENCY_TOLERANCE:.0%} of that of {first}, the reference; the '
+                         'tables show a second measurement')
         else:
             fixed.append(f'the {quantity} of the whole model: the difference to {first}, the '
                          f"reference, is at most {TOLERANCE:.0%} of its backbone's {quantity}")

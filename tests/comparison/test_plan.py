@@ -54,6 +54,26 @@ def test_latency_is_matched_relative_to_the_reference(monkeypatch):
     assert measured == [dict(reference=families['acmix'].model, variant=families['conv'].model)]
 
 
+@pytest.mark.parametrize('best', [1.04, 1.06])
+def test_latency_may_differ_more_than_counts(best, monkeypatch):
+    cfg = config(SEGMENTATION)
+    families = {name: Family(cfg.model, name, SHAPE) for name in ('acmix', 'conv')}
+    ratios = iter([1.2, best, *[1.1] * 6])
+    sizes = []
+
+    def ratio(reference, family, size):
+        sizes.append(size)
+        return next(ratios)
+
+    monkeypatch.setattr(module, 'latency_ratio', ratio)
+    if best < 1.05:
+        assert match_all(families, 'latency')['conv'] == sizes[1]
+    else:
+        with pytest.raises(UsageError, match=r'within 5% of the latency of .* off by 6\.00%'):
+            match_all(families, 'latency')
+    assert len(sizes) == 8
+
+
 def test_equal_time_gives_the_faster_network_more_iterations(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'iteration_seconds', lambda cfg, models: dict(acmix=0.5, conv=0.2))
     cfg = config(SEGMENTATION, shapes, **TINY)
