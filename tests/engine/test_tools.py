@@ -1,4 +1,4 @@
-"""Tests of the tools, run as processes from the command line."""
+"""Tests of the tools, run from the command line, mostly as processes."""
 
 import os
 import pickle
@@ -21,6 +21,7 @@ from helpers.tools import (
     SEGMENTATION,
     SMALL_IMAGES,
     Bomb,
+    call_tool,
     data_options,
     data_roots,
     epochs,
@@ -202,9 +203,10 @@ def test_mmsegmentation_resumes_and_evaluates_by_itself(segmentor, shapes, run_t
     assert logged_metric(tmp_path / 'test', 'mIoU') == pytest.approx(logged(tmp_path, 'mIoU')[-1])
 
 
-def test_segmentation_tta(segmentor, shapes, run_tool, tmp_path):
-    done = run_tool('tools/test.py', SEGMENTATION, segmentor / 'iter_6.pth', '--data-root', shapes,
-                    '--work-dir', tmp_path, '--tta', '--cfg-options', *FAST)
+def test_segmentation_tta(segmentor, shapes, tmp_path):
+    done = call_tool('test', ROOT / SEGMENTATION, segmentor / 'iter_6.pth', '--data-root', shapes,
+                     '--work-dir', tmp_path, '--tta', '--cfg-options', *FAST,
+                     'test_dataloader.dataset.indices=1')
     assert done.returncode == 0, done.stderr
     assert logged_metric(tmp_path, 'mIoU') >= 0
 
@@ -231,13 +233,16 @@ SEGMENTATION_SIZES = [
     ('shapes/upernet_acmix_r50', ['model.data_preprocessor.size=(96,96)',
                                   'train_cfg.max_iters=2', 'train_cfg.val_interval=2'], 'mIoU'),
 ])
-def test_resnet_config_trains_and_evaluates(config, options, metric, shapes, run_tool, tmp_path):
+def test_resnet_config_trains_and_evaluates(config, options, metric, shapes, tmp_path):
     classes = ['circle', 'square', 'triangle']
     if 'upernet' in config:
         classes = ['background', *classes]
-    done = run_tool('tools/train.py', f'configs/{config}.py', '--data-root', shapes,
-                    '--classes', *classes, '--work-dir', tmp_path, '--cfg-options', *FAST, *options,
-                    'model.backbone.init_cfg=None')
+    # Without a name of its own, MMEngine reuses the visualizer of the run before.
+    name = f'visualizer.name={tmp_path.name}'
+    done = call_tool('train', ROOT / f'configs/{config}.py', '--data-root', shapes, '--classes',
+                     *classes, '--work-dir', tmp_path, '--cfg-options', *FAST, *options, name,
+                     'model.backbone.init_cfg=None', 'train_dataloader.dataset.indices=4',
+                     'val_dataloader.dataset.indices=1')
     assert done.returncode == 0, done.stderr
     losses = logged(tmp_path, 'loss')
     assert len(losses) >= 2
@@ -286,10 +291,10 @@ def test_error_of_a_worker_process_names_the_file_once(shapes, run_tool, tmp_pat
     ['configs/shapes/upernet_acmix_swin.py'],
     [DETECTION, '--classes', 'circle', 'square'],
 ])
-def test_checkpoint_of_another_network_is_rejected(other, detector, shapes, run_tool, tmp_path):
+def test_checkpoint_of_another_network_is_rejected(other, detector, shapes, tmp_path):
     folder, _ = detector
-    done = run_tool('tools/test.py', other[0], folder / 'epoch_3.pth', *other[1:],
-                    '--data-root', shapes, '--work-dir', tmp_path, '--cfg-options', *FAST)
+    done = call_tool('test', ROOT / other[0], folder / 'epoch_3.pth', *other[1:],
+                     '--data-root', shapes, '--work-dir', tmp_path, '--cfg-options', *FAST)
     message = plain_message(done)
     assert f"{folder}/epoch_3.pth does not match the config's model" in message
     assert 'missing or of another shape: ' in message
