@@ -242,7 +242,7 @@ def match(family: Family, quantity: str, target: float, tolerance: float,
 
 
 def match_by_measuring(family: Family, ratio_to_target: Callable[[BackboneSize], float],
-                       attempts: int = 8) -> BackboneSize:
+                       attempts: int = 12) -> BackboneSize:
     """Find the size of a family whose measured cost matches a target.
 
     The next size to measure has multiply-adds that are scaled by the last ratio.

@@ -21,7 +21,7 @@ from acmix_mm.engine.config import build_network
 
 # Rounds, in which each network runs once, continue for this long, within these bounds.
 SECONDS = 20.
-MIN_ROUNDS, MAX_ROUNDS = 7, 51
+MIN_ROUNDS, MAX_ROUNDS = 7, 101
 # Training steps of each network that are timed, after the warm-up.
 STEPS, WARM_UP_STEPS = 20, 3
 
