@@ -2,11 +2,13 @@
 
 from helpers.comparison import DETECTION, SEGMENTATION, SHAPE, TINY, config
 
+from acmix_mm.comparison import timing
 from acmix_mm.comparison.matching import BackboneSize, Family
 from acmix_mm.comparison.timing import latencies, validation_image_size
 
 
-def test_latencies_are_relative_to_the_first_network():
+def test_latencies_are_relative_to_the_first_network(monkeypatch):
+    monkeypatch.setattr(timing, 'SECONDS', 3.)
     cfg = config(SEGMENTATION, **TINY)
     wide = Family(cfg.model, 'acmix', SHAPE).config(BackboneSize(64, (1, 1, 1, 1)))
     measured = latencies(dict(narrow=cfg.model, wide=wide), SHAPE)
