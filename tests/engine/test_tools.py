@@ -27,6 +27,7 @@ from helpers.tools import (
     epochs,
     logged,
     logged_metric,
+    own_visualizer,
     plain_message,
 )
 
@@ -237,12 +238,10 @@ def test_resnet_config_trains_and_evaluates(config, options, metric, shapes, tmp
     classes = ['circle', 'square', 'triangle']
     if 'upernet' in config:
         classes = ['background', *classes]
-    # Without a name of its own, MMEngine reuses the visualizer of the run before.
-    name = f'visualizer.name={tmp_path.name}'
     done = call_tool('train', ROOT / f'configs/{config}.py', '--data-root', shapes, '--classes',
-                     *classes, '--work-dir', tmp_path, '--cfg-options', *FAST, *options, name,
+                     *classes, '--work-dir', tmp_path, '--cfg-options', *FAST, *options,
                      'model.backbone.init_cfg=None', 'train_dataloader.dataset.indices=4',
-                     'val_dataloader.dataset.indices=1')
+                     'val_dataloader.dataset.indices=1', own_visualizer())
     assert done.returncode == 0, done.stderr
     losses = logged(tmp_path, 'loss')
     assert len(losses) >= 2

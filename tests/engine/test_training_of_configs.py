@@ -1,20 +1,16 @@
 """The configs of YOLOX, RTMDet, Mask2Former and DINO, trained and tested with the tools."""
 
-import itertools
-import json
-import runpy
-import sys
 from typing import NamedTuple
 
 import mmdet.models.backbones.swin as mmdet_swin
 import pytest
 import torch
 from helpers import ROOT
-from helpers.tools import FAST, logged, logged_metric
+from helpers.tools import FAST, as_options, call_tool, logged, logged_metric, own_visualizer
 
 CLASSES = ['circle', 'square', 'triangle']
 SWIN = dict(embed_dims=24, depths=(1, 1, 1, 1), num_heads=(3, 3, 6, 12))
-SMALL_SWIN = [f'model.backbone.{key}={json.dumps(value)}' for key, value in SWIN.items()]
+SMALL_SWIN = as_options({f'model.backbone.{key}': value for key, value in SWIN.items()})
 MAPS = [24, 48, 96, 192]
 
 
@@ -43,7 +39,6 @@ def sizes(split, **transforms):
 
 
 SQUARE = '(64,64)'
-RUNS = itertools.count()
 YOLOX = [
     'model.data_preprocessor.batch_augments.0.random_size_range=(64,96)',
     'model.data_preprocessor.batch_augments.0.interval=1', 'model.test_cfg.score_thr=0.',
@@ -100,17 +95,9 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    """Run a tool in this process, which has imported its dependencies already."""
-
-    def run(*arguments):
-        monkeypatch.chdir(ROOT)
-        # Without a name of its own, MMEngine reuses the visualizer of the run before.
-        name = f'visualizer.name=visualizer_{next(RUNS)}'
-        monkeypatch.setattr(sys, 'argv', [str(argument) for argument in (*arguments, name)])
-        runpy.run_path(sys.argv[0], run_name='__main__')
-    return run
+def run_in_process(tool, *arguments):
+    done = call_tool(tool, *arguments, own_visualizer())
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope='module')
@@ -122,14 +109,14 @@ def plain_swin(tmp_path_factory):
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.config)
-def test_config_trains_and_evaluates(case, tool, shapes, plain_swin, tmp_path):
+def test_config_trains_and_evaluates(case, shapes, plain_swin, tmp_path):
     options = [*FAST, *case.options, 'randomness.seed=0']
     if 'swin' in case.config:
         options += [*SMALL_SWIN, f'model.backbone.init_cfg.checkpoint={plain_swin}']
     else:
         options.append('model.backbone.init_cfg=None')
-    tool('tools/train.py', f'configs/{case.config}.py', '--data-root', shapes, '--classes',
-         *case.classes, '--work-dir', tmp_path, '--cfg-options', *options)
+    run_in_process('train', ROOT / f'configs/{case.config}.py', '--data-root', shapes, '--classes',
+                   *case.classes, '--work-dir', tmp_path, '--cfg-options', *options)
     losses = logged(tmp_path, 'loss')
     assert len(losses) >= 2
     assert all(0 < loss < 1000 for loss in losses)
@@ -145,20 +132,20 @@ def test_config_trains_and_evaluates(case, tool, shapes, plain_swin, tmp_path):
             saved['state_dict']['backbone.patch_embed.projection.weight'], plain, rtol=0, atol=1e-3)
 
     # The config that was written into the work directory has the data and the classes.
-    tool('tools/test.py', tmp_path / f'{case.config}.py', tmp_path / case.checkpoint, '--work-dir',
-         tmp_path / 'test', '--show-dir', tmp_path / 'drawn', '--cfg-options')
+    run_in_process('test', tmp_path / f'{case.config}.py', tmp_path / case.checkpoint, '--work-dir',
+                   tmp_path / 'test', '--show-dir', tmp_path / 'drawn', '--cfg-options')
     for metric in case.metrics:
         assert logged_metric(tmp_path / 'test', metric) == pytest.approx(
             logged(tmp_path, metric)[-1], abs=1e-6)
     assert len([*(tmp_path / 'drawn').glob('**/*.*g')]) == 4
 
 
-def test_resumes_with_averaged_weights(tool, shapes, tmp_path):
+def test_resumes_with_averaged_weights(shapes, tmp_path):
     """YOLOX averages its weights with a hook. Its checkpoints have both, and count the steps."""
     for epochs, resume in ((1, []), (2, ['--resume'])):
-        tool('tools/train.py', 'configs/yolox_acmix_s.py', '--data-root', shapes, '--classes',
-             *CLASSES, '--work-dir', tmp_path, *resume, '--cfg-options', *FAST, *YOLOX,
-             f'train_cfg.max_epochs={epochs}')
+        run_in_process('train', ROOT / 'configs/yolox_acmix_s.py', '--data-root', shapes,
+                       '--classes', *CLASSES, '--work-dir', tmp_path, *resume, '--cfg-options',
+                       *FAST, *YOLOX, f'train_cfg.max_epochs={epochs}')
     first, second = (torch.load(tmp_path / f'epoch_{epoch}.pth', weights_only=False)
                      for epoch in (1, 2))
     assert [saved['ema_state_dict']['steps'].item() for saved in (first, second)] == [2, 4]

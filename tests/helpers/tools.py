@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import runpy
@@ -13,6 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 from helpers import ROOT
+
+RUNS = itertools.count()
 
 DETECTION = 'configs/shapes/maskrcnn_acmix_swin.py'
 
@@ -43,6 +46,11 @@ def tool_environment(**variables):
 def as_options(settings):
     """The settings of a dict as arguments of ``--cfg-options``."""
     return [f'{key}={value}'.replace(' ', '') for key, value in settings.items()]
+
+
+def own_visualizer():
+    """A config option without which MMEngine reuses the visualizer of this process's last run."""
+    return f'visualizer.name=visualizer_{next(RUNS)}'
 
 
 def epochs(count):
